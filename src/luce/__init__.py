@@ -1,0 +1,80 @@
+"""Luce: knowledge distillation seen as choice.
+
+The losses are here at once; what trains, loads and reports is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .losses import UNLABELLED
+from .losses.functional import (
+    cross_entropy_loss,
+    dist_loss,
+    dkd_loss,
+    jsd_loss,
+    kd_loss,
+    listmle_loss,
+    listnet_loss,
+    logit_matching_loss,
+    p_listmle_loss,
+    pld_loss,
+    reverse_kl_loss,
+)
+from .losses.modules import (
+    CrossEntropyLoss,
+    DISTLoss,
+    DKDLoss,
+    JSDLoss,
+    KDLoss,
+    ListMLELoss,
+    ListNetLoss,
+    LogitLoss,
+    LogitMatchingLoss,
+    PLDLoss,
+    PListMLELoss,
+    ReverseKLLoss,
+    WeightedSum,
+)
+
+if TYPE_CHECKING:
+    from .training import distill
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "UNLABELLED",
+    "CrossEntropyLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "JSDLoss",
+    "KDLoss",
+    "ListMLELoss",
+    "ListNetLoss",
+    "LogitLoss",
+    "LogitMatchingLoss",
+    "PLDLoss",
+    "PListMLELoss",
+    "ReverseKLLoss",
+    "WeightedSum",
+    "cross_entropy_loss",
+    "dist_loss",
+    "distill",
+    "dkd_loss",
+    "jsd_loss",
+    "kd_loss",
+    "listmle_loss",
+    "listnet_loss",
+    "logit_matching_loss",
+    "p_listmle_loss",
+    "pld_loss",
+    "reverse_kl_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distill":
+        from .training import distill
+
+        return distill
+    raise AttributeError(f"module 'luce' has no attribute {name!r}")

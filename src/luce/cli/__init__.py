@@ -1,0 +1,62 @@
+"""The command line: one file per command, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a teacher or a baseline from a recipe without a teacher",
+    "distill": "train a student from a teacher, as a recipe says",
+    "compare": "train with several methods and seeds, and report the differences",
+    "evaluate": "figures of a finished run's student, on its own data or on others",
+    "report": "write the report of a run or of a comparison again",
+    "info": "versions, devices, and which optional parts are installed",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: luce COMMAND [...]",
+            "",
+            "Choice-theoretic knowledge distillation for PyTorch.",
+            "",
+            *lines,
+            "",
+            "luce COMMAND --help tells more; --debug shows the traceback of an error.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 2 for what the user can mend and 1 for a defect of Luce."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    from ..errors import UserError, unknown_name
+
+    name, *rest = words
+    try:
+        if name not in COMMANDS:
+            raise unknown_name("command", name, COMMANDS)
+        importlib.import_module(f"luce.cli.{name}").main(rest)
+    except KeyboardInterrupt:
+        print("luce: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, UserError):
+            print(f"luce {name}: {error}", file=sys.stderr)
+            return 2
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        print(f"luce {name}: unexpected {reason}; --debug shows where, please report it", file=sys.stderr)
+        return 1
+    return 0

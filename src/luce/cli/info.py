@@ -1,0 +1,44 @@
+"""``luce info``: what is here to work with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+
+EXTRAS = {
+    "vision": ("timm", "torchvision"),
+    "text": ("transformers", "datasets"),
+    "track": ("tensorboard", "wandb"),
+}
+
+
+def main(words: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import data, losses, models
+    from ..training.environment import environment
+
+    if words:
+        print(
+            "usage: luce info\n\nVersions, devices, optional parts, and the names of losses, models and data."
+        )
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in environment().items():
+        if value is not None:
+            table.add_row(name, str(value))
+    for extra, packages in EXTRAS.items():
+        found = [f"{package} {_version(package) or 'not installed'}" for package in packages]
+        table.add_row(f"extra {extra}", ", ".join(found))
+    table.add_row("losses", ", ".join(losses.functional.__all__))
+    table.add_row("models", ", ".join(models.names()))
+    table.add_row("data", ", ".join(data.names()))
+    Console().print(table)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,174 @@
+"""What a data door returns, and the wrapper for datasets of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from luce.data.sources import InMemory, LazyImages, Part, Source, as_source
+from luce.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from luce.errors import UserError
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+UNKNOWN_STATISTICS: Statistics = (0.0,), (1.0,)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A classification data set: training rows, test rows and what a network must know about them.
+
+    Inputs are *not* normalised: images lie in [0, 1], and a network normalises for itself with ``mean`` and
+    ``std``. Any map-style dataset may be given; it is wrapped as a :class:`~luce.data.Source`.
+
+    Attributes:
+        name: As given to :func:`luce.data.load`.
+        train: Rows to learn and to select from; item -> ``(input, label)``.
+        test: Rows for the final figure only.
+        classes: Class names; a label is an index into them.
+        input_shape: Shape of one input, such as ``(1, 8, 8)``.
+        mean: Per channel (first dimension of an input) over the training inputs; ``(0.0,)`` if not known.
+        std: As ``mean``, the population standard deviation; ``(1.0,)`` if not known. Never 0.
+        licence: Of the data, as far as its source states it.
+
+    Raises:
+        UserError: If a part is empty or has labels outside ``0 .. len(classes) - 1``.
+    """
+
+    name: str
+    train: Dataset[Any]
+    test: Dataset[Any]
+    classes: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    licence: str
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            source = as_source(getattr(self, part))
+            object.__setattr__(self, part, source)
+            _check_labels(source.targets, len(self.classes), f"the {part} part of `{self.name}`")
+
+
+def describe(
+    name: str, train: Source, test: Source, *, classes: Sequence[str] | None = None, licence: str
+) -> Data:
+    """Fill in what the rows themselves tell: input shape, channel statistics, and class numbers as names."""
+    if not len(train):
+        raise UserError(f"the train part of `{name}` is empty")
+    if classes is None:
+        classes = [str(label) for label in range(int(train.targets.max()) + 1)]
+    mean, std = UNKNOWN_STATISTICS
+    if isinstance(train, InMemory):
+        mean, std = channel_statistics(train.inputs)
+    elif isinstance(train, LazyImages):
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    return Data(name, train, test, tuple(classes), tuple(train.plain.read(0).shape), mean, std, licence)
+
+
+def from_datasets(
+    train: Dataset[Any], test: Dataset[Any] | None = None, classes: Sequence[str] | None = None
+) -> Data:
+    """Data from map-style datasets of one's own.
+
+    A ``TensorDataset`` of inputs and labels is kept in memory, read batch-wise and measured for ``mean`` and
+    ``std``. Of others every item is read once for its label, unless the dataset has ``targets``.
+
+    Leave random transforms to ``loader(augment=...)``: rows for validation are taken from ``train`` and
+    would be transformed too.
+
+    Args:
+        train: Items ``(input, label)`` or dicts with ``input`` and ``target``; inputs are tensors or arrays,
+            bytes are read as images and divided by 255.
+        test: As ``train``; None holds out a fixed stratified quarter of ``train``.
+        classes: Class names; None takes ``train.classes`` where it exists, else the labels as text.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> pairs = TensorDataset(torch.rand(40, 5), torch.arange(40) % 2)
+        >>> data = from_datasets(pairs, classes=["no", "yes"])
+        >>> len(data.train), len(data.test), data.input_shape
+        (30, 10, (5,))
+    """
+    source = as_source(train)
+    if classes is None:
+        classes = getattr(train, "classes", None)
+    if not len(source):
+        raise UserError("expected at least one row in `train`, got an empty dataset")
+    if test is not None:
+        return describe("datasets", source, as_source(test), classes=classes, licence="unknown")
+    kept, held_out = stratified(source.targets, 0.25, seed=0)
+    return describe(
+        "datasets", _part(source, kept), _part(source, held_out), classes=classes, licence="unknown"
+    )
+
+
+def _part(source: Source, indices: Tensor) -> Source:
+    if isinstance(source, InMemory):
+        return InMemory(source.inputs[indices], source.targets[indices])
+    return Part(source, indices)
+
+
+def stratified(targets: Tensor, size: float | int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two sorted sets of rows, the second of ``size`` (a share or a count), with the classes' shares kept.
+
+    Raises:
+        UserError: If a class would be missing from either.
+    """
+    from sklearn.model_selection import train_test_split
+
+    count = round(size * len(targets)) if isinstance(size, float) else size
+    rows_of_class = torch.unique(targets, return_counts=True)[1]
+    classes = len(rows_of_class)
+    if classes <= count <= len(targets) - classes and int(rows_of_class.min()) > 1:
+        kept, held_out = train_test_split(
+            np.arange(len(targets)), test_size=count, stratify=targets.numpy(), random_state=seed
+        )
+        parts = torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held_out))
+        if all(len(torch.unique(targets[part])) == classes for part in parts):
+            return parts
+    raise UserError(
+        f"cannot hold out {count} of {len(targets)} rows so that each of the {classes} classes is on both "
+        "sides; hold out another number, or leave out the rarest classes"
+    )
+
+
+def channel_statistics(inputs: Tensor) -> Statistics:
+    """Mean and population standard deviation per channel (dimension 1), as the inputs are read.
+
+    A constant channel gets the deviation 1, so that dividing by it is safe. Token ids and the like have no
+    statistics worth the name.
+
+    Example:
+        >>> channel_statistics(torch.tensor([[0, 7], [255, 7]], dtype=torch.uint8))
+        ((0.5, 0.027450980392156862), (0.5, 1.0))
+    """
+    if inputs.dtype != torch.uint8 and not inputs.is_floating_point():
+        return UNKNOWN_STATISTICS
+    scale = 255 if inputs.dtype == torch.uint8 else 1
+    # In chunks, because float64 copies of all of CIFAR would take gigabytes.
+    chunks = torch.split(inputs.reshape(*inputs.shape[:2], -1), 2048)
+    count = inputs[:, 0].numel()
+    mean = sum((chunk.double().sum((0, 2)) for chunk in chunks), torch.zeros(())) / count
+    squares = sum(
+        ((chunk.double() - mean[:, None]).square().sum((0, 2)) for chunk in chunks), torch.zeros(())
+    )
+    std = (squares / count).sqrt()
+    std[std == 0] = scale
+    return tuple((mean / scale).tolist()), tuple((std / scale).tolist())
+
+
+def _check_labels(targets: Tensor, classes: int, part: str) -> None:
+    if not len(targets):
+        raise UserError(f"{part} is empty")
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise UserError(
+            f"expected labels 0 .. {classes - 1} for {classes} classes in {part}, got {low} .. {high}"
+        )

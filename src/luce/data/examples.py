@@ -1,0 +1,187 @@
+"""Rows with labels: splits, few-label settings, and the dicts that training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from luce.data.dataset import Data, stratified
+from luce.data.sources import as_source
+from luce.errors import UserError
+
+UNLABELLED = -1
+"""The target of a row whose label was taken away."""
+
+
+class Examples(Dataset[dict[str, Any]]):
+    """Rows of a dataset with their labels.
+
+    An item is ``{"input": Tensor, "target": scalar LongTensor, "index": int}``, where ``index`` is the
+    position within ``source``: it stays with the row through splits, shuffles and repeats, and stored
+    teacher signals are found by it.
+
+    Args:
+        source: A map-style dataset of ``(input, label)``.
+        indices: Rows of ``source``, in order; a row may come more than once. Shape ``(N,)``.
+        targets: One class per entry of ``indices``, :data:`UNLABELLED` for none; None takes the source's own.
+
+    Raises:
+        UserError: If there is no row, or an index is not in the source.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> pairs = TensorDataset(torch.arange(6.).reshape(3, 2), torch.tensor([0, 1, 1]))
+        >>> Examples(pairs, [2, 0])[0]
+        {'input': tensor([4., 5.]), 'target': tensor(1), 'index': 2}
+    """
+
+    def __init__(
+        self,
+        source: Dataset[Any],
+        indices: Tensor | Sequence[int],
+        targets: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        self.source = as_source(source)
+        self.indices = torch.as_tensor(indices, dtype=torch.int64)
+        if not len(self.indices):
+            raise UserError("expected at least one example, got none")
+        low, high = int(self.indices.min()), int(self.indices.max())
+        if low < 0 or high >= len(self.source):
+            raise UserError(
+                f"expected indices 0 .. {len(self.source) - 1} into the source, got {low} .. {high}"
+            )
+        if targets is None:
+            targets = self.source.targets[self.indices]
+        self.targets = torch.as_tensor(targets, dtype=torch.int64)
+        if self.targets.shape != self.indices.shape:
+            raise UserError(f"expected {len(self.indices)} targets like `indices`, got {len(self.targets)}")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        index = int(self.indices[row])
+        return {"input": self.source.read(index), "target": self.targets[row], "index": index}
+
+    def __getitems__(self, rows: list[int]) -> Rows:
+        return Rows(self, rows)
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Several rows at once: ``input`` ``(N, ...)``, ``target`` ``(N,)`` and ``index`` ``(N,)``."""
+        at = torch.as_tensor(rows, dtype=torch.int64)
+        indices = self.indices[at]
+        return {"input": self.source.batch(indices), "target": self.targets[at], "index": indices}
+
+    @property
+    def plain(self) -> Examples:
+        """The same rows without the source's random transforms, for evaluation and stored teachers."""
+        return Examples(self.source.plain, self.indices, self.targets)
+
+    @property
+    def labelled(self) -> Examples:
+        """Only the rows that have a label."""
+        return self._at((self.targets != UNLABELLED).nonzero().squeeze(1))
+
+    def repeat_to(self, size: int) -> Examples:
+        """The rows over and over until there are ``size`` of them, so that an epoch takes as many steps."""
+        if size < len(self):
+            raise UserError(f"cannot repeat {len(self)} examples to fewer, {size}")
+        return self._at(torch.arange(size) % len(self))
+
+    def _at(self, rows: Tensor) -> Examples:
+        return Examples(self.source, self.indices[rows], self.targets[rows])
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Some rows of examples, not read yet.
+
+    PyTorch's fetcher hands what ``__getitems__`` returns to ``collate_fn``. Any collate function may read
+    this as the list of samples it expects; ours takes the whole batch in one indexing operation instead.
+    """
+
+    def __init__(self, examples: Examples, rows: list[int]) -> None:
+        self.examples = examples
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return Rows(self.examples, self.rows[position])
+        return self.examples[self.rows[position]]
+
+    def collated(self) -> dict[str, Tensor]:
+        return self.examples.batch(self.rows)
+
+
+def split(data: Data, *, validation: float | int, seed: int) -> tuple[Examples, Examples, Examples]:
+    """Train, validation and test examples.
+
+    Validation is a stratified part of ``data.train``, for choosing epochs and settings, so that the test
+    rows are seen once, at the end. It shows rows without random transforms.
+
+    Args:
+        data: From :func:`luce.data.load` or :func:`luce.data.from_datasets`.
+        validation: Share of the training rows in (0, 1), or their number.
+        seed: Of the choice, in ``0 .. 2**32 - 1``.
+
+    Raises:
+        UserError: If ``validation`` is out of range or too small or large to hold every class.
+
+    Example:
+        >>> from luce import data
+        >>> parts = split(data.load("sklearn:iris"), validation=12, seed=0)
+        >>> [len(part) for part in parts]
+        [100, 12, 38]
+    """
+    if isinstance(validation, float) and not 0 < validation < 1:
+        raise UserError(
+            f"expected `validation` to be a share in (0, 1) or a number of rows, got {validation}"
+        )
+    source, test = as_source(data.train), as_source(data.test)
+    kept, held_out = stratified(source.targets, validation, checked_seed(seed))
+    return (
+        Examples(source, kept),
+        Examples(source, held_out).plain,
+        Examples(test, torch.arange(len(test))),
+    )
+
+
+def keep_labels(examples: Examples, per_class: int, seed: int) -> Examples:
+    """The same rows with ``per_class`` labels of each class kept and all others :data:`UNLABELLED`.
+
+    Raises:
+        UserError: If a class has fewer labels.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> pairs = TensorDataset(torch.rand(10, 2), torch.arange(10) % 2)
+        >>> few = keep_labels(Examples(pairs, range(10)), per_class=2, seed=0)
+        >>> len(few), few.labelled.targets.bincount().tolist()
+        (10, [2, 2])
+    """
+    if per_class < 1:
+        raise UserError(f"expected `per_class` to be at least 1, got {per_class}")
+    random = np.random.default_rng(checked_seed(seed))
+    targets = torch.full_like(examples.targets, UNLABELLED)
+    for label in torch.unique(examples.labelled.targets).tolist():
+        rows = (examples.targets == label).nonzero().squeeze(1)
+        if len(rows) < per_class:
+            raise UserError(
+                f"expected at least {per_class} labels of each class, class {label} has {len(rows)}"
+            )
+        targets[rows[torch.from_numpy(random.permutation(len(rows))[:per_class])]] = label
+    return Examples(examples.source, examples.indices, targets)
+
+
+def checked_seed(seed: int) -> int:
+    """The seed, if it is one that every generator used here takes."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"expected `seed` to be an integer in 0 .. 2**32 - 1, got {seed}")
+    return seed

@@ -1,0 +1,145 @@
+"""Data sets read with Hugging Face ``datasets``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luce.data.dataset import Data, describe
+from luce.data.sources import InMemory, LazyImages, Source
+from luce.data.transforms import evaluation_view, training_view
+from luce.errors import UserError, import_optional, unknown_name
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def load_hub(
+    name: str,
+    root: Path | None,
+    *,
+    config: str | None = None,
+    input_column: str | None = None,
+    label_column: str | None = None,
+    test_split: str | None = None,
+    image_size: int | None = None,
+) -> Data:
+    """Images or lists of numbers, by their name on the hub or in a folder that ``datasets`` can read.
+
+    Args:
+        name: As for ``datasets.load_dataset``.
+        root: Cache folder; None for that of ``datasets``.
+        config: Which of several data sets under this name.
+        input_column: Column to learn from; None if only one holds images or lists of numbers.
+        label_column: Column of labels; None if only one is declared as class labels.
+        test_split: None for ``test`` or, without it, ``validation``.
+        image_size: Images of any size are read when needed and cropped to this many pixels, as by
+            ``imagefolder:``; None decodes images of one size into memory.
+
+    Raises:
+        UserError: If the data cannot be had, or a column or split cannot be told.
+    """
+    datasets = import_optional("datasets", "text")
+    try:
+        splits = datasets.load_dataset(name, config, cache_dir=None if root is None else str(root))
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"`datasets` could not load `{name}`: {reason}") from error
+    test_split = test_split or next((s for s in ("test", "validation") if s in splits), "test")
+    for split in ("train", test_split):
+        if split not in splits:
+            raise UserError(
+                f"expected a split `{split}` in `{name}`, found {', '.join(splits)}; see `test_split`"
+            )
+
+    features = splits["train"].features
+    pictures = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
+    numbers = [c for c, feature in features.items() if _is_numbers(feature)]
+    labels = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    input_column = _choose("input_column", input_column, features, pictures + numbers)
+    label_column = _choose("label_column", label_column, features, labels)
+
+    def source(split: str, views: list[Callable[..., Tensor]]) -> Source:
+        rows = splits[split]
+        targets = _labels(rows, label_column)
+        if input_column not in pictures:
+            return InMemory(_numbers(rows, input_column), targets)
+        if image_size is None:
+            return InMemory(_decoded(rows, input_column), targets)
+        transforms = [partial(view, size=image_size) for view in views]
+        return LazyImages(partial(_open_cell, rows, input_column), targets, *transforms)
+
+    return describe(
+        f"hf:{name}",
+        source("train", [training_view, evaluation_view]),
+        source(test_split, [evaluation_view]),
+        classes=getattr(features[label_column], "names", None),
+        licence=splits["train"].info.license or "unknown",
+    )
+
+
+def _choose(option: str, column: str | None, columns: Iterable[str], candidates: list[str]) -> str:
+    if column is None:
+        if len(candidates) == 1:
+            return candidates[0]
+        found = (
+            f"{len(candidates)} columns would do" if candidates else "no column is of a type that would do"
+        )
+        raise UserError(f"expected `{option}`: {found}; name one of {', '.join(candidates or columns)}")
+    if column not in columns:
+        raise unknown_name(f"`{option}`", column, columns)
+    return column
+
+
+def _is_numbers(feature: Any) -> bool:
+    """Whether a column's type is a list or an array, however deep, of numbers."""
+    is_list = hasattr(feature, "feature")
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return (is_list or hasattr(feature, "shape")) and feature.dtype.startswith(("int", "uint", "float"))
+
+
+def _labels(rows: Any, column: str) -> Tensor:
+    values = _column(rows, column)
+    if values.dtype.kind not in "iu":
+        raise UserError(
+            f"expected class indices in column `{column}`, got {values.dtype}; "
+            "let `class_encode_column` of `datasets` number the classes"
+        )
+    return torch.tensor(values)
+
+
+def _numbers(rows: Any, column: str) -> Tensor:
+    values = _column(rows, column)
+    if values.dtype == object:
+        raise UserError(f"expected lists of one length in column `{column}`, got several lengths")
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _decoded(rows: Any, column: str) -> Tensor:
+    images: list[np.ndarray] = []
+    for row in rows.select_columns([column]):
+        mode = "L" if row[column].mode in ("1", "L") else "RGB"
+        images.append(np.atleast_3d(np.asarray(row[column].convert(mode))))
+        if images[-1].shape != images[0].shape:
+            raise UserError(
+                f"expected images of one size (H, W, C), got {images[0].shape} and {images[-1].shape}; "
+                "set `image_size` to crop them"
+            )
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _open_cell(rows: Any, column: str, index: int) -> Image.Image:
+    image: Image.Image = rows[index][column]
+    return image.convert("RGB")
+
+
+def _column(rows: Any, column: str) -> np.ndarray:
+    values: np.ndarray = rows.select_columns([column]).with_format("numpy")[:][column]
+    return values

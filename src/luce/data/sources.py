@@ -1,0 +1,188 @@
+"""Where rows come from: tensors in memory, images read one by one, or somebody's own dataset."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from luce.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Source(Dataset[tuple[Tensor, int]]):
+    """A map-style dataset of ``(input, label)`` that knows its labels without reading its inputs.
+
+    Attributes:
+        targets: Class of every row, int64, shape ``(N,)``.
+    """
+
+    targets: Tensor
+
+    @abstractmethod
+    def read(self, index: int) -> Tensor:
+        """The input of one row, without a batch dimension."""
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """The inputs of several rows, shape ``(len(indices), ...)``."""
+        return torch.stack([self.read(i) for i in indices.tolist()])
+
+    @property
+    def plain(self) -> Source:
+        """The same rows without random transforms: what validation and stored teachers should see."""
+        return self
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.read(index), int(self.targets[index])
+
+
+class InMemory(Source):
+    """Rows held as one tensor, so that a batch is one indexing operation.
+
+    Bytes stay bytes (a quarter of the memory) and become float32 in [0, 1] as they are read; float64 is
+    stored as float32; other dtypes, such as token ids, are handed out as they are.
+
+    Args:
+        inputs: Shape ``(N, ...)``.
+        targets: Class of every row, shape ``(N,)``.
+
+    Example:
+        >>> image, label = InMemory(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), torch.tensor([3]))[0]
+        >>> image.tolist(), label
+        ([[[0.0, 1.0]]], 3)
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        if len(inputs) != len(targets):
+            raise UserError(
+                f"expected one label per input, got {len(inputs)} inputs and {len(targets)} labels"
+            )
+        self.inputs = inputs.float() if inputs.dtype == torch.float64 else inputs
+        self.targets = _class_indices(targets)
+
+    def read(self, index: int) -> Tensor:
+        return as_input(self.inputs[index])
+
+    def batch(self, indices: Tensor) -> Tensor:
+        return as_input(self.inputs.index_select(0, indices))
+
+
+class LazyImages(Source):
+    """Images opened when they are asked for.
+
+    Args:
+        open_image: From a row to its RGB image.
+        targets: Class of every row, shape ``(N,)``.
+        transform: From an image to the tensor a row shows; may be random.
+        plain_transform: The one without randomness, if ``transform`` has any.
+    """
+
+    def __init__(
+        self,
+        open_image: Callable[[int], Image.Image],
+        targets: Tensor,
+        transform: Callable[[Image.Image], Tensor],
+        plain_transform: Callable[[Image.Image], Tensor] | None = None,
+    ) -> None:
+        self.open_image = open_image
+        self.targets = targets
+        self.transform = transform
+        self.plain_transform = plain_transform
+
+    def read(self, index: int) -> Tensor:
+        return self.transform(self.open_image(index))
+
+    @property
+    def plain(self) -> Source:
+        if self.plain_transform is None:
+            return self
+        return LazyImages(self.open_image, self.targets, self.plain_transform)
+
+
+class Wrapped(Source):
+    """Somebody's map-style dataset, whose items are ``(input, label)`` or dicts of ``input`` and ``target``.
+
+    Labels come from the dataset's ``targets`` where it has them; otherwise every item is read once.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+        labels = getattr(dataset, "targets", None)
+        # A `target_transform` (torchvision's habit) makes `targets` differ from the labels the items carry.
+        if labels is None or getattr(dataset, "target_transform", None) is not None:
+            labels = [int(self._item(i)[1]) for i in range(len(dataset))]  # type: ignore[arg-type]
+        self.targets = _class_indices(torch.as_tensor(labels))
+
+    def read(self, index: int) -> Tensor:
+        value = self._item(index)[0]
+        if not isinstance(value, Tensor | np.ndarray):
+            raise UserError(
+                f"expected the input of item {index} to be a tensor or an array, got {type(value).__name__}; "
+                "let the dataset's transform make it a tensor"
+            )
+        return as_input(torch.as_tensor(value))
+
+    def _item(self, index: int) -> tuple[Any, Any]:
+        item = self.dataset[index]
+        if isinstance(item, Mapping) and {"input", "target"} <= item.keys():
+            return item["input"], item["target"]
+        if isinstance(item, tuple | list) and len(item) == 2:
+            return item[0], item[1]
+        raise UserError(
+            f"expected item {index} of the dataset to be (input, label) or a dict with `input` and `target`, "
+            f"got {type(item).__name__}"
+        )
+
+
+class Part(Source):
+    """Some rows of another source, numbered anew."""
+
+    def __init__(self, source: Source, indices: Tensor) -> None:
+        self.source = source
+        self.indices = indices
+        self.targets = source.targets[indices]
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(int(self.indices[index]))
+
+    def batch(self, indices: Tensor) -> Tensor:
+        return self.source.batch(self.indices[indices])
+
+    @property
+    def plain(self) -> Source:
+        return Part(self.source.plain, self.indices)
+
+
+def as_source(dataset: Dataset[Any]) -> Source:
+    """A source of any map-style dataset: itself, a ``TensorDataset`` of two in memory, others wrapped."""
+    if isinstance(dataset, Source):
+        return dataset
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        return InMemory(*dataset.tensors)
+    return Wrapped(dataset)
+
+
+def as_input(values: Tensor) -> Tensor:
+    """What a network reads: bytes as float32 in [0, 1], float64 as float32, all else untouched."""
+    if values.dtype == torch.uint8:
+        return values.float().div_(255)
+    return values.float() if values.dtype == torch.float64 else values
+
+
+def _class_indices(targets: Tensor) -> Tensor:
+    if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
+        raise UserError(
+            "expected labels to be class indices of shape (N,), "
+            f"got {targets.dtype} of shape {tuple(targets.shape)}"
+        )
+    return targets.long()

@@ -1,0 +1,120 @@
+"""The only code that words argument errors of the losses."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_positive(**values: float) -> None:
+    """Each value must be a finite number above zero."""
+    for name, value in values.items():
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"expected `{name}` to be a finite number above 0, got {value!r}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Each value must be a finite number, zero or above."""
+    for name, value in values.items():
+        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+            raise ValueError(f"expected `{name}` to be a finite number of at least 0, got {value!r}")
+
+
+def check_between(low: float, high: float, **values: float) -> None:
+    """Each value must lie strictly between the bounds."""
+    for name, value in values.items():
+        if not (isinstance(value, int | float) and low < value < high):
+            raise ValueError(f"expected `{name}` strictly between {low} and {high}, got {value!r}")
+
+
+def check_top_k(top_k: int | None) -> None:
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        raise ValueError(f"expected `top_k` to be None or an integer of at least 1, got {top_k!r}")
+
+
+def check_power_of_two(classes: int, dtype: torch.dtype) -> None:
+    """``2**(classes - 1)`` must be a number of this dtype."""
+    _, limit = math.frexp(torch.finfo(dtype).max)
+    if classes > limit:
+        raise ValueError(
+            f"expected at most {limit} classes with `normalize=False`, got {classes}: the unscaled weights "
+            f"2**(C - k) - 1 overflow {dtype}; use `normalize=True`"
+        )
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"expected `reduction` to be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}"
+        )
+
+
+def check_logits(name: str, logits: Tensor, like: Tensor | None = None) -> None:
+    """Floating tensor with a class dimension, of the shape and on the device of `like`."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(logits).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(
+            f"expected `{name}` of a floating dtype, got {logits.dtype}; pass raw logits, not class indices"
+        )
+    if logits.ndim == 0:
+        raise ValueError(f"expected `{name}` with a class dimension, got a scalar")
+    if like is None:
+        return
+    if logits.shape != like.shape:
+        raise ValueError(
+            f"expected `{name}` of shape {tuple(like.shape)} like `student_logits`, got {tuple(logits.shape)}"
+        )
+    if logits.device != like.device:
+        raise ValueError(
+            f"expected `{name}` on {like.device} like `student_logits`, got {logits.device}; "
+            f"move it with .to({str(like.device)!r})"
+        )
+
+
+def class_axis(logits: Tensor, class_dim: int) -> int:
+    """The class axis as a non-negative index; a single row of shape ``(C,)`` has only one."""
+    if logits.ndim == 1:
+        return 0
+    if not -logits.ndim <= class_dim < logits.ndim:
+        raise ValueError(
+            f"expected `class_dim` between {-logits.ndim} and {logits.ndim - 1} "
+            f"for logits of shape {tuple(logits.shape)}, got {class_dim}"
+        )
+    axis = class_dim % logits.ndim
+    if logits.shape[axis] == 0:
+        raise ValueError(
+            f"expected at least one class along dimension {class_dim}, got {tuple(logits.shape)}"
+        )
+    return axis
+
+
+def check_per_row(name: str, values: Tensor, rows: torch.Size, logits: Tensor) -> None:
+    """One value per row: the shape of the logits without their class dimension."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(values).__name__}")
+    if values.shape != rows:
+        raise ValueError(
+            f"expected `{name}` of shape {tuple(rows)} (the logits' {tuple(logits.shape)} without the class "
+            f"dimension), got {tuple(values.shape)}"
+        )
+    if values.device != logits.device:
+        raise ValueError(f"expected `{name}` on {logits.device} like `student_logits`, got {values.device}")
+
+
+def check_target(target: Tensor, rows: torch.Size, logits: Tensor) -> None:
+    """Class indices, one per row."""
+    check_per_row("target", target, rows, logits)
+    if target.is_floating_point() or target.dtype == torch.bool or target.is_complex():
+        raise TypeError(f"expected `target` of an integer dtype (class indices), got {target.dtype}")
+
+
+def wrong_label(label: int, classes: int) -> ValueError:
+    return ValueError(
+        f"expected labels in [0, {classes}) that name a class which exists, got {label}; "
+        f"mark rows that should not count with `ignore_index`"
+    )

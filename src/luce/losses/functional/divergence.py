@@ -1,0 +1,293 @@
+"""Losses that compare distributions: cross-entropy, KD and its relatives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ops.dkd import dkd
+from ...ops.kd import forward_kl, jsd, reverse_kl
+from .. import _check
+from .._reduce import UNLABELLED, Reduction, Rows
+
+
+def cross_entropy_loss(
+    student_logits: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    unlabelled_index: int = UNLABELLED,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Cross-entropy with the labels, the task's own loss.
+
+    .. math:: (1 - \epsilon)\,(-\log q_y) + \frac{\epsilon}{C} \sum_i (-\log q_i)
+
+    Rows without a label (`unlabelled_index`) do not count, so a batch may mix labelled and unlabelled rows.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        target: Class indices, the shape of the logits without their class dimension.
+        label_smoothing: Probability spread evenly over all classes, in [0, 1). Classes at ``-inf`` do not
+            exist and get no share.
+        ignore_index: Rows with this label do not count.
+        unlabelled_index: Rows with this label have none.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
+    Returns:
+        Nats, float32 for 16-bit logits.
+    Raises:
+        ValueError: On a wrong shape or value, and on a label outside [0, C). Where that check would stall
+            the device (CUDA, ``torch.compile``), the row's loss is NaN instead.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> cross_entropy_loss(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([2]))
+        tensor(0.3754)
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"expected `label_smoothing` in [0, 1), got {label_smoothing!r}")
+    rows = Rows.of(
+        student_logits,
+        None,
+        target,
+        row_weight,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+        needs_label=True,
+    )
+    nll = -rows.student.log_softmax(-1)
+    values = nll.gather(-1, rows.labels().clamp(min=0)[:, None])[:, 0]
+    if label_smoothing:
+        present = rows.present()
+        evenly = torch.where(present, nll, 0).sum(-1) / present.sum(-1)
+        values = (1 - label_smoothing) * values + label_smoothing * evenly
+    return rows.reduce(values, reduction)
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Classic knowledge distillation: the KL divergence from the teacher's softened distribution.
+
+    .. math:: T^2 \sum_i p_i (\log p_i - \log q_i), \quad p = \mathrm{softmax}(t/T),
+        \ q = \mathrm{softmax}(s/T)
+
+    This is the distillation term alone; add cross-entropy in the open with `luce.WeightedSum`.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices, used only to drop rows labelled `ignore_index`.
+        temperature: Positive, no unit; 1 leaves the logits as they are.
+        scale_by_temperature: Multiply by ``temperature**2``, so that gradients keep their size as the
+            temperature changes.
+        ignore_index: Rows with this label do not count.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row (PyTorch's ``batchmean``),
+            ``"sum"``.
+    Returns:
+        Nats times ``temperature**2``, float32 for 16-bit logits. A class at ``-inf`` in both networks does
+        not exist; at ``-inf`` in the student alone it makes the loss ``+inf``.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
+        >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
+        >>> kd_loss(student_logits, teacher_logits, temperature=4.0)
+        tensor(1.4214)
+
+    References:
+        Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
+    """
+    _check.check_positive(temperature=temperature)
+    rows = Rows.of(
+        student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
+    )
+    values = forward_kl(rows.student, rows.teacher, temperature)
+    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
+
+
+def reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""KL divergence from the student to the teacher, which lets a small student leave out minor modes.
+
+    .. math:: T^2 \sum_i q_i (\log q_i - \log p_i)
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices, used only to drop rows labelled `ignore_index`.
+        temperature: Positive, no unit.
+        scale_by_temperature: Multiply by ``temperature**2``.
+        ignore_index: Rows with this label do not count.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Nats times ``temperature**2``. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
+        the teacher alone it makes the loss ``+inf``.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0]])
+        >>> reverse_kl_loss(logits, logits + 3.0)
+        tensor(0.)
+
+    References:
+        Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, arXiv 2306.08543.
+    """
+    _check.check_positive(temperature=temperature)
+    rows = Rows.of(
+        student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
+    )
+    values = reverse_kl(rows.student, rows.teacher, temperature)
+    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
+
+
+def jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Generalized Jensen-Shannon divergence, bounded even where one network rules a class out.
+
+    .. math:: T^2 \left[\beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m)\right],
+        \quad m = \beta p + (1 - \beta) q
+
+    Divided by `beta` it tends to the forward KL as `beta` falls to 0; divided by ``1 - beta``, to the
+    reverse KL as `beta` rises to 1.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices, used only to drop rows labelled `ignore_index`.
+        beta: The teacher's share of the mixture, strictly between 0 and 1; 0.5 is the symmetric form.
+        temperature: Positive, no unit.
+        scale_by_temperature: Multiply by ``temperature**2``.
+        ignore_index: Rows with this label do not count.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Nats times ``temperature**2``; at most ``log(2)`` of them for ``beta=0.5``.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> jsd_loss(torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]]))  # log 2: nothing in common
+        tensor(0.6931)
+
+    References:
+        Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649.
+    """
+    _check.check_positive(temperature=temperature)
+    _check.check_between(0, 1, beta=beta)
+    rows = Rows.of(
+        student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
+    )
+    values = jsd(rows.student, rows.teacher, beta, temperature)
+    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    unlabelled_index: int = UNLABELLED,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Decoupled KD: the target against the rest, and the rest among themselves, each with its own weight.
+
+    .. math:: T^2 \left[\alpha\,\mathrm{KL}\big((p_y, 1-p_y) \,\|\, (q_y, 1-q_y)\big)
+        + \beta\,\mathrm{KL}(\hat p \,\|\, \hat q)\right]
+
+    where the hats are softmaxes over the classes other than the label. KD itself is the case ``alpha=1``
+    and, row by row, ``beta = 1 - p_y``. With two classes the second term is 0.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices. Rows without a label do not count: they have no target to split off.
+        alpha: Weight of the target term, at least 0.
+        beta: Weight of the other term, at least 0. The paper tunes it per pair, from 0.5 to 8.
+        temperature: Positive, no unit.
+        scale_by_temperature: Multiply by ``temperature**2``.
+        ignore_index: Rows with this label do not count.
+        unlabelled_index: Rows with this label have none.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Nats times ``temperature**2``.
+    Raises:
+        ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
+        >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
+        >>> both = dkd_loss(student_logits, teacher_logits, torch.tensor([2]), beta=0.5)
+        >>> target_only = dkd_loss(student_logits, teacher_logits, torch.tensor([2]), beta=0.0)
+        >>> bool(both > target_only)
+        True
+
+    References:
+        Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, arXiv 2203.08679.
+    """
+    _check.check_positive(temperature=temperature)
+    _check.check_not_negative(alpha=alpha, beta=beta)
+    rows = Rows.of(
+        student_logits,
+        teacher_logits,
+        target,
+        row_weight,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+        needs_label=True,
+    )
+    of_target, of_rest = dkd(rows.student, rows.teacher, rows.labels(), temperature)
+    values = alpha * of_target + beta * of_rest
+    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)

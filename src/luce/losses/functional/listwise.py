@@ -1,0 +1,251 @@
+"""Losses that see the teacher's logits as a ranking: PLD and the classical list-wise losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ops.pld import label_first, pld, ranking_nll, teacher_order
+from .. import _check
+from .._reduce import UNLABELLED, Reduction, Rows
+
+
+def pld_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    teacher_temperature: float = 1.0,
+    top_k: int | None = None,
+    ignore_index: int = -100,
+    unlabelled_index: int = UNLABELLED,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Plackett-Luce Distillation: choose the label first, then the other classes as the teacher ranks them.
+
+    .. math:: \sum_{k=1}^{C} \alpha_k \Big(\log \sum_{l \ge k} e^{s_{\pi_l}} - s_{\pi_k}\Big)
+
+    where :math:`\pi` is the label followed by the other classes by falling teacher logit, and
+    :math:`\alpha_k` the teacher's probability of the class in place *k*. Convex in the student's logits,
+    blind to a constant added to a row, and cross-entropy itself when the teacher is sure of the label.
+    Use it alone: the first place already holds its share of cross-entropy, and there is no factor for the
+    temperature.
+
+    A row without a label (`target` None, or `unlabelled_index` in it) takes the teacher's own order, its
+    top class in the label's place: our extension for unlabelled transfer data. Equal teacher logits rank
+    the lower class index first.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices, the shape of the logits without their class dimension.
+        teacher_temperature: Positive, no unit; softens the weights only. Neither the ranking nor the
+            student's logits change with it.
+        top_k: Count only the first places. Every suffix keeps all its classes, so that the result is at
+            most ``epsilon * (log(C - top_k) + range)`` below the full loss, `epsilon` being the teacher's
+            probability outside the first `top_k` places and `range` the spread of the student's logits
+            there; gradients differ by at most ``2 * epsilon`` in the sum of absolute values.
+        ignore_index: Rows with this label do not count.
+        unlabelled_index: Rows with this label have none.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
+    Returns:
+        Nats, float32 for 16-bit logits. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
+        the student alone it makes the loss ``+inf``, in the teacher alone it only ranks last.
+    Raises:
+        ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
+        >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
+        >>> pld_loss(student_logits, teacher_logits, torch.tensor([2]))
+        tensor(0.8530)
+        >>> pld_loss(student_logits, teacher_logits)  # no label: the teacher's own order
+        tensor(1.9659)
+
+    References:
+        Bassam, Zhu and Bian, PLD: A Choice-Theoretic List-Wise Knowledge Distillation, arXiv 2506.12542.
+    """
+    _check.check_positive(teacher_temperature=teacher_temperature)
+    _check.check_top_k(top_k)
+    rows = Rows.of(
+        student_logits,
+        teacher_logits,
+        target,
+        row_weight,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+    )
+    values = pld(
+        rows.student, rows.teacher, rows.labels(), teacher_temperature=teacher_temperature, top_k=top_k
+    )
+    return rows.reduce(values, reduction)
+
+
+def listmle_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    unlabelled_index: int = UNLABELLED,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""ListMLE: the negative log-likelihood of the teacher's ranking under the student's Plackett-Luce model.
+
+    .. math:: \sum_{k=1}^{C} \Big(\log \sum_{l \ge k} e^{s_{\pi_l}} - s_{\pi_k}\Big)
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; only their order counts, the lower class index first among equals.
+        target: Class indices that take the first place; None for the teacher's own order, as ListMLE was
+            published.
+        ignore_index: Rows with this label do not count.
+        unlabelled_index: Rows with this label have none.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Nats per list. A class at ``-inf`` in both networks does not exist and does not count.
+    Raises:
+        ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> listmle_loss(torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]]))  # log(1 + e**0.2)
+        tensor(0.7981)
+
+    References:
+        Xia et al., Listwise Approach to Learning to Rank: Theory and Algorithm, ICML 2008.
+    """
+    rows = Rows.of(
+        student_logits,
+        teacher_logits,
+        target,
+        row_weight,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+    )
+    order = label_first(teacher_order(rows.teacher), rows.labels())
+    places = rows.present().gather(-1, order).to(rows.student.dtype)
+    return rows.reduce(ranking_nll(rows.student.gather(-1, order), places), reduction)
+
+
+def p_listmle_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    normalize: bool = True,
+    ignore_index: int = -100,
+    unlabelled_index: int = UNLABELLED,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Position-aware ListMLE: the first places of the ranking weigh most.
+
+    .. math:: \sum_{k=1}^{C} a_k \Big(\log \sum_{l \ge k} e^{s_{\pi_l}} - s_{\pi_k}\Big),
+        \quad a_k = 2^{C-k} - 1
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; only their order counts, the lower class index first among equals.
+        target: Class indices that take the first place; None for the teacher's own order.
+        normalize: Scale the weights of a row to sum to 1. Unscaled they are the paper's, and leave the
+            range of float32 at 129 classes.
+        ignore_index: Rows with this label do not count.
+        unlabelled_index: Rows with this label have none.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Weighted nats per list. A class at ``-inf`` in both networks does not exist and does not count.
+    Raises:
+        ValueError: On a wrong shape or value, on a label outside [0, C) (see `cross_entropy_loss`), and
+            where ``normalize=False`` would overflow.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> p_listmle_loss(torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]]))  # weights 1 and 0
+        tensor(0.7981)
+
+    References:
+        Lan et al., Position-Aware ListMLE: A Sequential Learning Process for Ranking, UAI 2014.
+    """
+    rows = Rows.of(
+        student_logits,
+        teacher_logits,
+        target,
+        row_weight,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+    )
+    dtype = rows.student.dtype
+    if not normalize:
+        _check.check_power_of_two(rows.student.shape[-1], dtype)
+    order = label_first(teacher_order(rows.teacher), rows.labels())
+    places = rows.present().gather(-1, order)
+    length = places.sum(-1, keepdim=True).to(dtype)  # classes that exist; the others stand behind them
+    k = places.cumsum(-1).to(dtype)
+    if normalize:  # scaled by 2**-C before the sum, so that no class count overflows
+        weights = torch.where(places, torch.exp2(-k) - torch.exp2(-length), 0)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(total == 0, 1, total)
+    else:
+        weights = torch.where(places, torch.exp2(length - k) - 1, 0)
+    return rows.reduce(ranking_nll(rows.student.gather(-1, order), weights), reduction)
+
+
+def listnet_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""ListNet: cross-entropy between the top-one probabilities of teacher and student.
+
+    .. math:: -\sum_i p_i \log q_i, \quad p = \mathrm{softmax}(t/T),\ q = \mathrm{softmax}(s/T)
+
+    It is KD without ``temperature**2``, plus the entropy of the teacher, which no student can change.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices, used only to drop rows labelled `ignore_index`.
+        temperature: Positive, no unit.
+        ignore_index: Rows with this label do not count.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Nats per list. A class at ``-inf`` in both networks does not exist; at ``-inf`` in the student alone
+        it makes the loss ``+inf``.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> listnet_loss(torch.zeros(1, 4), torch.zeros(1, 4))  # log 4
+        tensor(1.3863)
+
+    References:
+        Cao et al., Learning to Rank: From Pairwise Approach to Listwise Approach, ICML 2007.
+    """
+    _check.check_positive(temperature=temperature)
+    rows = Rows.of(
+        student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
+    )
+    p = (rows.teacher / temperature).softmax(-1)
+    log_q = (rows.student / temperature).log_softmax(-1)
+    return rows.reduce(-(p * torch.where(p == 0, 0, log_q)).sum(-1), reduction)

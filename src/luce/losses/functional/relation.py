@@ -1,0 +1,87 @@
+"""Losses that match relations between classes and between rows, not the values themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from .._reduce import Reduction, Rows
+
+
+def _correlation(a: Tensor, b: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """Pearson correlation along `dim`, entries counted by their weight; 0 where one side is constant."""
+    count = weight.sum(dim, keepdim=True)
+    count = torch.where(count == 0, 1, count)
+    a = a - (weight * a).sum(dim, keepdim=True) / count
+    b = b - (weight * b).sum(dim, keepdim=True) / count
+    covariance = (weight * a * b).sum(dim)
+    square = (weight * a * a).sum(dim) * (weight * b * b).sum(dim)
+    # As in the authors' code; it also keeps the gradient of a constant row or column finite.
+    norm = torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
+    return covariance / (norm + 1e-8)
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    beta: float = 2.0,
+    gamma: float = 2.0,
+    temperature: float = 4.0,
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""DIST: correlate the softened probabilities within each row and, for each class, across the rows.
+
+    .. math:: T^2 \left[\beta \Big(1 - \frac1N \sum_n \rho(q_{n\cdot}, p_{n\cdot})\Big)
+        + \gamma \Big(1 - \frac1C \sum_c \rho(q_{\cdot c}, p_{\cdot c})\Big)\right]
+
+    The second term couples the rows of a batch: it changes with the batch size and under gradient
+    accumulation, is 1 for a single row, and is shared out evenly over the rows under ``reduction="none"``.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices, used only to drop rows labelled `ignore_index`.
+        beta: Weight of the correlation within rows, at least 0.
+        gamma: Weight of the correlation across rows, at least 0.
+        temperature: Positive, no unit. The paper takes 4 on CIFAR-100 and 1 on ImageNet.
+        scale_by_temperature: Multiply by ``temperature**2``, as the authors' classification code does and
+            the paper's pseudo-code does not.
+        ignore_index: Rows with this label do not count, in either term.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; it weighs the rows in both terms.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Times ``temperature**2``, 0 for equal probabilities. A class at ``-inf`` in both networks does not
+        exist and does not count.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 3.0], [2.0, 1.0, -1.0]])
+        >>> bool(dist_loss(logits, logits) < 1e-4)
+        True
+
+    References:
+        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv 2205.10536.
+    """
+    _check.check_positive(temperature=temperature)
+    _check.check_not_negative(beta=beta, gamma=gamma)
+    rows = Rows.of(
+        student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
+    )
+    q = (rows.student / temperature).softmax(-1)
+    p = (rows.teacher / temperature).softmax(-1)
+    present = rows.present().to(q.dtype)
+    within = 1 - _correlation(q, p, present, dim=-1)
+    weight = rows.weight[:, None] * present
+    exists = (weight != 0).any(0)
+    across = torch.where(exists, 1 - _correlation(q, p, weight, dim=0), 0).sum() / exists.sum().clamp(min=1)
+    values = beta * within + gamma * across
+    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)

@@ -1,0 +1,77 @@
+"""Modules of the divergences; the functions of the same names say what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .._reduce import UNLABELLED
+from ..functional import divergence
+from .base import LogitLoss
+
+
+@dataclass(eq=False, repr=False)
+class CrossEntropyLoss(LogitLoss):
+    """Module of `luce.cross_entropy_loss`. Called like the others; the teacher's logits may be None.
+
+    Example:
+        >>> import torch
+        >>> CrossEntropyLoss()(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), None, torch.tensor([2]))
+        tensor(0.3754)
+    """
+
+    function = staticmethod(divergence.cross_entropy_loss)
+    takes_teacher = False
+    uses_unlabelled = False
+
+    label_smoothing: float = 0.0
+    unlabelled_index: int = UNLABELLED
+
+
+@dataclass(eq=False, repr=False)
+class KDLoss(LogitLoss):
+    """Module of `luce.kd_loss`: the KL divergence from the teacher's softened distribution.
+
+    Example:
+        >>> KDLoss(temperature=4.0)
+        KDLoss(temperature=4.0)
+    """
+
+    function = staticmethod(divergence.kd_loss)
+
+    temperature: float = 1.0
+    scale_by_temperature: bool = True
+
+
+@dataclass(eq=False, repr=False)
+class ReverseKLLoss(LogitLoss):
+    """Module of `luce.reverse_kl_loss`: the KL divergence from the student to the teacher."""
+
+    function = staticmethod(divergence.reverse_kl_loss)
+
+    temperature: float = 1.0
+    scale_by_temperature: bool = True
+
+
+@dataclass(eq=False, repr=False)
+class JSDLoss(LogitLoss):
+    """Module of `luce.jsd_loss`: the generalized Jensen-Shannon divergence."""
+
+    function = staticmethod(divergence.jsd_loss)
+
+    beta: float = 0.5
+    temperature: float = 1.0
+    scale_by_temperature: bool = True
+
+
+@dataclass(eq=False, repr=False)
+class DKDLoss(LogitLoss):
+    """Module of `luce.dkd_loss`: decoupled knowledge distillation."""
+
+    function = staticmethod(divergence.dkd_loss)
+    uses_unlabelled = False
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    temperature: float = 4.0
+    scale_by_temperature: bool = True
+    unlabelled_index: int = UNLABELLED

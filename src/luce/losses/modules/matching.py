@@ -1,0 +1,15 @@
+"""Module of the logit-matching loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..functional import matching
+from .base import LogitLoss
+
+
+@dataclass(eq=False, repr=False)
+class LogitMatchingLoss(LogitLoss):
+    """Module of `luce.logit_matching_loss`: mean squared difference of the logits."""
+
+    function = staticmethod(matching.logit_matching_loss)

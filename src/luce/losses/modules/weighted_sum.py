@@ -1,0 +1,61 @@
+"""Losses composed in the open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .. import _check
+from .base import LogitLoss
+
+
+class WeightedSum(nn.Module):
+    """A weighted sum of losses that keeps its terms apart.
+
+    Args:
+        terms: Name to ``(weight, loss)``; each loss is called as ``loss(student_logits, teacher_logits,
+            target)`` and returns a scalar. Weights are at least 0.
+    Raises:
+        ValueError: If there are no terms, a weight is negative, or a term is called ``"loss"``.
+    Example:
+        >>> import torch
+        >>> from luce import CrossEntropyLoss, KDLoss
+        >>> loss = WeightedSum({"task": (0.1, CrossEntropyLoss()), "kd": (0.9, KDLoss(temperature=4.0))})
+        >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
+        >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
+        >>> loss(student_logits, teacher_logits, torch.tensor([2]))
+        {'task': tensor(0.0375), 'kd': tensor(1.2792), 'loss': tensor(1.3168)}
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[float, nn.Module]]) -> None:
+        super().__init__()
+        if not terms or "loss" in terms:
+            raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
+        for name, (weight, _) in terms.items():
+            _check.check_not_negative(**{f"weight of {name}": weight})
+        self.weights = {name: float(weight) for name, (weight, _) in terms.items()}
+        self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        """Whether a row without a label can teach anything: True if it can in any term."""
+        return any(not isinstance(loss, LogitLoss) or loss.uses_unlabelled for loss in self.losses.values())
+
+    @property
+    def takes_teacher(self) -> bool:
+        """Whether any term looks at the teacher."""
+        return any(not isinstance(loss, LogitLoss) or loss.takes_teacher for loss in self.losses.values())
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted terms by name, and their sum as ``"loss"``."""
+        terms = {
+            name: self.weights[name] * loss(student_logits, teacher_logits, target)
+            for name, loss in self.losses.items()
+        }
+        return {**terms, "loss": sum(terms.values(), start=student_logits.new_zeros(()))}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())

@@ -1,0 +1,30 @@
+"""What a distillation method is to the training loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..signals import Signal
+
+
+class Method(nn.Module, ABC):
+    """What one training step does with the student, a batch and the teacher's signal.
+
+    Parameters of a method are trained beside the student's and stay out of the exported student.
+
+    Attributes:
+        needs_teacher: Whether a step looks at a signal.
+        uses_unlabelled: Whether a row without a label can teach anything.
+    """
+
+    needs_teacher: bool = True
+    uses_unlabelled: bool = True
+
+    @abstractmethod
+    def step(
+        self, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
+    ) -> dict[str, Tensor]:
+        """Named scalar terms of the batch's loss, among them ``"loss"``, the one to descend."""

@@ -1,0 +1,33 @@
+"""Distillation through the logits: any loss of `luce.losses`, or one of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..signals import Signal
+from .base import Method
+
+
+class LogitMethod(Method):
+    """One forward pass of the student and a loss on its logits.
+
+    Args:
+        loss: Called as ``loss(student_logits, teacher_logits, target)``; returns a scalar or a dict of
+            scalars with the key ``"loss"``, as `luce.WeightedSum` does. Without a teacher the second
+            argument is None.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+        self.needs_teacher = getattr(loss, "takes_teacher", True)
+        self.uses_unlabelled = getattr(loss, "uses_unlabelled", True)
+
+    def step(
+        self, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
+    ) -> dict[str, Tensor]:
+        teacher_logits = None if signal is None else signal.logits
+        value = self.loss(student(batch["input"]), teacher_logits, batch["target"])
+        return value if isinstance(value, dict) else {"loss": value}

@@ -1,0 +1,33 @@
+"""Networks by name: the small ones of the distillation literature, and doors to other libraries.
+
+>>> import torch
+>>> from luce import models
+>>> model = models.build("resnet20", classes=100)
+>>> models.logits_of(model(torch.zeros(2, 3, 32, 32))).shape
+torch.Size([2, 100])
+>>> models.count_parameters(model)
+278324
+
+Every native network is a :class:`~luce.models.network.Network` and has the same five parts, whatever its
+family. A feature method names its layers by these dotted paths:
+
+=============  ==========================================================================================
+``stem``       from the input to the first feature map
+``stages.0``   and ``stages.1`` and so on: the blocks between two changes of resolution
+``neck``       what the family puts behind its last stage; passes its input on where there is none
+``pool``       to the vector ``(N, D)`` that is classified
+``head``       the linear classifier, ``(N, D)`` to ``(N, classes)``
+=============  ==========================================================================================
+
+``stem``, the stages and ``pool`` are the list of features that the distillation literature counts from zero
+(for example `CRD <https://arxiv.org/abs/1910.10699>`_). No activation works in place, so what a hook has seen
+stays as it was.
+"""
+
+from __future__ import annotations
+
+from luce.models.classifier import Classifier
+from luce.models.network import count_parameters, logits_of
+from luce.models.registry import build, names
+
+__all__ = ["Classifier", "build", "count_parameters", "logits_of", "names"]

@@ -1,0 +1,51 @@
+"""A network together with the normalisation of its own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from luce.errors import UserError
+from luce.models.network import logits_of
+
+
+class Classifier(nn.Module):
+    """Raw inputs to logits: normalise, run the network, take its logits.
+
+    The data is handed out as it is, so that teacher and student can each have the normalisation they were
+    made for. The network itself stays plain under ``body``: its state dict knows nothing of this wrapper.
+
+    Args:
+        body: From normalised inputs to logits, or to an object that holds them as ``.logits``.
+        mean: Per channel (dimension 1 of a batch), or a single value for all.
+        std: As ``mean``; positive.
+
+    Example:
+        >>> Classifier(nn.Flatten(), mean=[0.5], std=[0.5])(torch.tensor([[[0.0, 1.0]]]))
+        tensor([[-1.,  1.]])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, body: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+    ) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise UserError(
+                f"expected `mean` and a positive `std` of the same length, got {list(mean)} and {list(std)}"
+            )
+        self.body = body
+        # Not persistent: they belong to the recipe, not to the weights.
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+        self.normalises = any(mean) or any(value != 1 for value in std)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.normalises:
+            along_channels = (-1, *[1] * (inputs.ndim - 2))
+            inputs = (inputs - self.mean.view(along_channels)) / self.std.view(along_channels)
+        return logits_of(self.body(inputs))

@@ -1,0 +1,106 @@
+"""All native networks under their names, and the one function that builds a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from luce.errors import UserError, unknown_name
+from luce.models import doors
+from luce.models.mobilenet import mobilenetv2
+from luce.models.network import positive_integers
+from luce.models.resnet import resnet, resnet50
+from luce.models.shufflenet import shufflenetv1, shufflenetv2
+from luce.models.small import cnn, conv_stride, mlp
+from luce.models.vgg import vgg
+from luce.models.wide_resnet import wide_resnet
+
+THIN = (16, 16, 32, 64)
+WIDE = (32, 64, 128, 256)
+
+# What a name fixes is bound by position, so that only the builder's own keywords remain as options.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "conv_stride": conv_stride,
+    "resnet8": partial(resnet, 8, THIN),
+    "resnet14": partial(resnet, 14, THIN),
+    "resnet20": partial(resnet, 20, THIN),
+    "resnet32": partial(resnet, 32, THIN),
+    "resnet44": partial(resnet, 44, THIN),
+    "resnet56": partial(resnet, 56, THIN),
+    "resnet110": partial(resnet, 110, THIN),
+    "resnet8x4": partial(resnet, 8, WIDE),
+    "resnet32x4": partial(resnet, 32, WIDE),
+    "resnet50": resnet50,
+    "wrn_16_1": partial(wide_resnet, 16, 1),
+    "wrn_16_2": partial(wide_resnet, 16, 2),
+    "wrn_40_1": partial(wide_resnet, 40, 1),
+    "wrn_40_2": partial(wide_resnet, 40, 2),
+    "vgg8": partial(vgg, (1, 1, 1, 1, 1)),
+    "vgg11": partial(vgg, (1, 1, 2, 2, 2)),
+    "vgg13": partial(vgg, (2, 2, 2, 2, 2)),
+    "vgg16": partial(vgg, (2, 2, 3, 3, 3)),
+    "vgg19": partial(vgg, (2, 2, 4, 4, 4)),
+    "mobilenetv2": mobilenetv2,
+    "shufflenetv1": shufflenetv1,
+    "shufflenetv2": shufflenetv2,
+}
+
+DOORS: dict[str, Callable[..., nn.Module]] = {
+    "timm": doors.from_timm,
+    "torchvision": doors.from_torchvision,
+    "hf": doors.from_hugging_face,
+    "python": doors.from_python,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names of the native networks."""
+    return tuple(NETWORKS)
+
+
+def build(name: str, *, classes: int, input_shape: Sequence[int] = (3, 32, 32), **options: Any) -> nn.Module:
+    """A classifier from ``(N, *input_shape)`` float tensors to ``(N, classes)`` logits.
+
+    Args:
+        name: One of :func:`names`, or where to find the model: ``timm:NAME``, ``torchvision:NAME``,
+            ``hf:NAME`` (a hub id or a local folder, for images or text as its config says; a head for another
+            number of classes starts afresh, with a warning), or ``python:package.module.attribute``, a
+            function or class that is called with ``classes`` and ``input_shape`` where it takes them.
+        classes: Number of classes, at least 1.
+        input_shape: Of one example, ``(channels, height, width)`` for images; text models ignore it.
+        options: Handed to the builder, for example ``hidden=(256, 256)`` for ``mlp``, ``widths`` for ``cnn``,
+            ``pretrained=True`` for timm, ``weights="DEFAULT"`` for torchvision.
+
+    Returns:
+        The model. What a Hugging Face model returns is an object, not a tensor:
+        :func:`~luce.models.logits_of` reads either.
+
+    Raises:
+        UserError: If the name or an option is unknown, a shape does not fit, or the result is no module.
+        MissingExtra: If the library behind a door is not installed.
+
+    Example:
+        >>> from torch import zeros
+        >>> build("mlp", classes=10, input_shape=(1, 8, 8), hidden=[64, 32])(zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+    if type(classes) is not int or classes < 1:
+        raise UserError(f"expected `classes` as a positive integer, got {classes!r}")
+    shape = positive_integers("input_shape", input_shape)
+    door, colon, rest = name.partition(":")
+    if colon:
+        if door not in DOORS:
+            raise unknown_name("source of models", door, DOORS)
+        model = DOORS[door](rest, options, classes=classes, input_shape=shape)
+    else:
+        if name not in NETWORKS:
+            raise unknown_name("model", name, NETWORKS)
+        model = doors.call(name, NETWORKS[name], options, classes=classes, input_shape=shape)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"expected `{name}` to return a torch.nn.Module, got {type(model).__name__}")
+    return model

@@ -1,0 +1,26 @@
+"""Plain PyTorch: the oracle, the baseline and the fallback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def suffix_logsumexp(x: Tensor) -> Tensor:
+    r"""Log-sum-exp of every suffix: :math:`\phi_k = \log \sum_{l \ge k} e^{x_l}` along the last dimension.
+
+    Safe for any spread of finite values: each sum carries its own scale, where one maximum for the whole
+    row would let every suffix far below it underflow to :math:`\log 0`. A suffix of nothing but ``-inf``
+    is ``-inf`` and has a zero gradient.
+
+    Args:
+        x: Shape ``(..., L)``, any floating dtype.
+    Returns:
+        Shape ``(..., L)``.
+    Example:
+        >>> suffix_logsumexp(torch.tensor([120.0, 0.0, 0.0]))
+        tensor([120.0000,   0.6931,   0.0000])
+    """
+    lowest = torch.finfo(x.dtype).min / 4  # finite: the gradient of logcumsumexp has no answer for -inf
+    phi = x.clamp(min=lowest).flip(-1).logcumsumexp(-1).flip(-1)
+    return phi.masked_fill(phi <= lowest / 2, -torch.inf)

@@ -1,0 +1,18 @@
+"""From run folders to an answer: statistics over seeds, a table, plots and one self-contained page."""
+
+from __future__ import annotations
+
+from luce.reports.html import write_html
+from luce.reports.runs import read_comparison, read_run
+from luce.reports.statistics import summarise, verdict
+from luce.reports.table import markdown_table, terminal_table
+
+__all__ = [
+    "markdown_table",
+    "read_comparison",
+    "read_run",
+    "summarise",
+    "terminal_table",
+    "verdict",
+    "write_html",
+]

@@ -1,0 +1,331 @@
+"""Run folders and comparison folders, read once into plain values.
+
+Nothing else in this package opens a result file: the statistics, the tables and the plots all start here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luce.errors import UserError, unknown_name
+
+SEED_FOLDER = re.compile(r"seed-(\d+)")
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bar of a reliability diagram: mean confidence and accuracy, in [0, 1], of ``count`` examples."""
+
+    confidence: float
+    accuracy: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a student did on the test set.
+
+    Rates are fractions in [0, 1], ``nll`` and ``kl`` are nats per example, ``kendall_tau`` lies in [-1, 1].
+    The last four compare with the teacher and are None without one.
+    """
+
+    accuracy: float
+    nll: float
+    calibration_error: float
+    reliability: tuple[Bin, ...]
+    agreement: float | None = None
+    kl: float | None = None
+    kendall_tau: float | None = None
+    topk_overlap: float | None = None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of ``metrics.jsonl``."""
+
+    number: int
+    step: int
+    seconds: float
+    lr: float
+    train: Mapping[str, float]
+    validation: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The student as it was after one epoch."""
+
+    epoch: int
+    validation: Mapping[str, float]
+    test: Figures
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model's name and its number of parameters; ``accuracy`` on the test set where it is a teacher."""
+
+    model: str
+    parameters: int
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished training run."""
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    epochs: tuple[Epoch, ...]
+    method: str
+    seed: int
+    seconds: float
+    selection: str
+    student: Network
+    teacher: Network | None
+    last: Moment
+    best: Moment
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One column of a comparison; ``description`` is a noun phrase that reads well after "With"."""
+
+    name: str
+    description: str
+
+    @property
+    def label(self) -> str:
+        """The description where there is one, else the name."""
+        return self.description or self.name
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several methods under several settings, each with one run per seed.
+
+    ``runs[setting][method]`` holds the finished runs in the order of their seeds, possibly none;
+    ``missing`` names the run folders that the full grid has and this folder lacks.
+    """
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    title: str
+    question: str
+    baseline: str
+    command: str
+    settings: tuple[Setting, ...]
+    methods: tuple[str, ...]
+    runs: Mapping[str, Mapping[str, tuple[Run, ...]]]
+    teacher: Run | None
+    missing: tuple[Path, ...]
+
+    def finished(self) -> tuple[Run, ...]:
+        """Every finished student run."""
+        return tuple(run for methods in self.runs.values() for runs in methods.values() for run in runs)
+
+    def teacher_accuracy(self, setting: str) -> float | None:
+        """The teacher's test accuracy as the students of a setting knew it, in [0, 1]."""
+        for runs in self.runs[setting].values():
+            for run in runs:
+                if run.teacher is not None:
+                    return run.teacher.accuracy
+        return None if self.teacher is None else self.teacher.last.test.accuracy
+
+
+def read_run(folder: Path | str) -> Run:
+    """Read a finished run.
+
+    Args:
+        folder: Holds ``recipe.yaml``, ``environment.json``, ``metrics.jsonl`` and ``result.json``.
+
+    Raises:
+        UserError: If a file is missing, cannot be read or lacks a field; names the file.
+    """
+    folder = Path(folder)
+    path = folder / "result.json"
+    if folder.is_dir() and not path.exists():
+        raise UserError(f"{path} does not exist: the run has not finished; finish it or name another folder")
+    result = _read_json(path)
+    with _fields_of(path):
+        teacher = result.get("teacher")
+        return Run(
+            folder=folder,
+            recipe=_read_yaml(folder / "recipe.yaml"),
+            environment=_read_json(folder / "environment.json"),
+            epochs=_read_epochs(folder / "metrics.jsonl"),
+            method=str(result["method"]),
+            seed=int(result["seed"]),
+            seconds=float(result["seconds"]),
+            selection=str(result["selection"]),
+            student=Network(str(result["student"]["model"]), int(result["student"]["parameters"])),
+            teacher=teacher
+            and Network(
+                str(teacher["model"]), int(teacher["parameters"]), float(teacher["test"]["accuracy"])
+            ),
+            last=_moment(result["last"]),
+            best=_moment(result["best"]),
+        )
+
+
+def read_comparison(folder: Path | str) -> Comparison:
+    """Read ``comparison.yaml`` and every finished run at ``SETTING/METHOD/seed-N``.
+
+    Settings and methods keep the order of ``comparison.yaml``, with the baseline first.
+
+    Raises:
+        UserError: If a file cannot be read, the baseline is none of the methods or no run has finished.
+    """
+    folder = Path(folder)
+    path = folder / "comparison.yaml"
+    recipe = _read_yaml(path)
+    with _fields_of(path):
+        baseline = str(recipe["baseline"])
+        settings = tuple(
+            Setting(str(name), str((options or {}).get("description") or "").strip().rstrip("."))
+            for name, options in recipe["settings"].items()
+        )
+
+    declared = recipe.get("methods")
+    names = [str(name) for name in declared] if isinstance(declared, (list, dict)) else []
+    names += sorted({method.name for setting in settings for method in _folders(folder / setting.name)})
+    if baseline not in names:
+        raise unknown_name(f"baseline in {path}:", baseline, names)
+    methods = tuple(dict.fromkeys([baseline, *names]))
+
+    grid = [(setting.name, method) for setting in settings for method in methods]
+    seeds = sorted({seed for cell in grid for seed in _seeds(folder.joinpath(*cell))})
+    missing = [
+        run
+        for cell in grid
+        for seed in seeds
+        if not ((run := folder.joinpath(*cell, f"seed-{seed}")) / "result.json").exists()
+    ]
+    runs: dict[str, dict[str, tuple[Run, ...]]] = {setting.name: {} for setting in settings}
+    for setting, method in grid:
+        places = [folder / setting / method / f"seed-{seed}" for seed in seeds]
+        runs[setting][method] = tuple(read_run(place) for place in places if place not in missing)
+    if not any(found for cell in runs.values() for found in cell.values()):
+        raise UserError(f"no finished run under {folder}: run the comparison first, then report on it")
+
+    teacher = folder / "teacher"
+    finished = (teacher / "result.json").exists()
+    if teacher.is_dir() and not finished:
+        missing.insert(0, teacher)
+    return Comparison(
+        folder=folder,
+        recipe=recipe,
+        title=str(recipe.get("title") or folder.resolve().name),
+        question=str(recipe.get("question") or ""),
+        baseline=baseline,
+        command=str(recipe.get("command") or ""),
+        settings=settings,
+        methods=methods,
+        runs=runs,
+        teacher=read_run(teacher) if finished else None,
+        missing=tuple(missing),
+    )
+
+
+def _folders(parent: Path) -> list[Path]:
+    if not parent.is_dir():
+        return []
+    return [path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _seeds(parent: Path) -> list[int]:
+    return [int(match[1]) for path in _folders(parent) if (match := SEED_FOLDER.fullmatch(path.name))]
+
+
+def _moment(fields: Mapping[str, Any]) -> Moment:
+    test = fields["test"]
+    optional = {name: test.get(name) for name in ("agreement", "kl", "kendall_tau", "topk_overlap")}
+    return Moment(
+        epoch=int(fields["epoch"]),
+        validation=dict(fields["validation"]),
+        test=Figures(
+            accuracy=float(test["accuracy"]),
+            nll=float(test["nll"]),
+            calibration_error=float(test["calibration_error"]),
+            reliability=tuple(
+                Bin(float(b["confidence"]), float(b["accuracy"]), int(b["count"]))
+                for b in test["reliability"]
+            ),
+            **{name: None if value is None else float(value) for name, value in optional.items()},
+        ),
+    )
+
+
+def _read_epochs(path: Path) -> tuple[Epoch, ...]:
+    epochs: dict[int, Epoch] = {}
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        with _fields_of(f"{path}, line {number}"):
+            fields = json.loads(line)
+            # A resumed run writes the interrupted epochs again; the later line is the one that counts.
+            epochs[int(fields["epoch"])] = Epoch(
+                number=int(fields["epoch"]),
+                step=int(fields["step"]),
+                seconds=float(fields["seconds"]),
+                lr=float(fields["lr"]),
+                train=dict(fields["train"]),
+                validation=dict(fields["validation"]),
+            )
+    return tuple(epochs[number] for number in sorted(epochs))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); name a folder that Luce wrote") from error
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    text = _read_text(path)
+    with _fields_of(path):
+        return _mapping(json.loads(text))
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    text = _read_text(path)
+    try:
+        return _mapping(yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError) as error:
+        raise UserError(f"{path} is not a YAML mapping ({error}); write it again") from error
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected a mapping, got {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def _fields_of(source: Path | str) -> Iterator[None]:
+    """Say which file it was when a field is missing or is not what it should be."""
+    try:
+        yield
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{source} has no field {error}; run it again with this version of Luce") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source} is not what Luce writes ({error}); restore it or run it again") from error
+
+
+def panels(source: Run | Comparison) -> Mapping[Setting, Mapping[str, Sequence[Run]]]:
+    """The runs of either kind of folder by setting and method: a single run is a grid of one."""
+    if isinstance(source, Run):
+        return {Setting("", ""): {source.method: (source,)}}
+    return {
+        setting: {method: runs for method, runs in source.runs[setting.name].items() if runs}
+        for setting in source.settings
+    }

@@ -1,0 +1,77 @@
+"""Where a teacher's signals come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .signal import DenseSignal, Signal
+
+Batch = Mapping[str, Tensor]
+
+
+class Teacher(ABC):
+    """Answers a batch with a signal. It is no module: nothing trains, saves or wraps it."""
+
+    @abstractmethod
+    def signal(self, batch: Batch) -> Signal:
+        """What the teacher says about the rows of a batch."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Work on this device from now on."""
+
+
+class LiveTeacher(Teacher):
+    """A network asked anew for every batch, as the student sees it, augmentation included.
+
+    Args:
+        model: From inputs to logits. Put into evaluation mode, where it stays; nothing else of it changes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval()
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+
+    @torch.no_grad()
+    def signal(self, batch: Batch) -> DenseSignal:
+        return DenseSignal(self.model(batch["input"]))
+
+
+class RememberedTeacher(Teacher):
+    """Logits computed once for a whole source and found again by the ``index`` of each row.
+
+    Right only where a row always looks the same: without augmentation.
+
+    Args:
+        logits: ``(rows of the source, C)``; NaN in rows nobody asked about.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def to(self, device: torch.device) -> None:
+        """The answers stay where they are: they may not fit elsewhere, and a batch of them moves quickly."""
+
+    @classmethod
+    def of(cls, teacher: Teacher, batches: Iterable[Batch], rows: int) -> RememberedTeacher:
+        """Ask a teacher about all batches of a source that has so many rows."""
+        logits: Tensor | None = None
+        for batch in batches:
+            answer = teacher.signal(batch).logits
+            if logits is None:
+                logits = torch.full((rows, answer.shape[-1]), torch.nan, dtype=answer.dtype)
+            logits[batch["index"].cpu()] = answer.cpu()
+        if logits is None:
+            raise UserError("expected at least one batch to ask the teacher about, got none")
+        return cls(logits)
+
+    def signal(self, batch: Batch) -> DenseSignal:
+        index = batch["index"]
+        return DenseSignal(self.logits[index.to(self.logits.device)].to(index.device))

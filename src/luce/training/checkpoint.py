@@ -1,0 +1,169 @@
+"""What is kept to resume from, and what is kept for good."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import models
+from ..errors import UserError
+from . import files
+
+State = dict[str, Any]
+
+
+def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> None:
+    """Write a checkpoint after an epoch and drop the one before; an interruption leaves one of them whole.
+
+    Args:
+        folder: Of the run.
+        accelerator: Knows the model, the optimizer and the random states of all processes.
+        epoch: The epoch that has just ended.
+        extra: What the accelerator does not know; tensors and plain values only.
+    """
+    aside, final = folder / ".checkpoint.part", folder / f"checkpoint-{epoch}"
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(aside))
+        if accelerator.is_main_process:
+            torch.save(extra, aside / "luce.pt")
+            older = _checkpoints(folder)
+            os.replace(aside, final)
+            for path in older:
+                shutil.rmtree(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write a checkpoint to {folder} ({error.strerror}); free some space"
+        ) from error
+    accelerator.wait_for_everyone()
+
+
+def restore(folder: Path, accelerator: Accelerator) -> State | None:
+    """Load the latest checkpoint into what the accelerator has prepared; None if there is none.
+
+    Raises:
+        UserError: If the checkpoint cannot be read or belongs to another network.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        return None
+    try:
+        accelerator.load_state(str(found[-1]))
+        return torch.load(found[-1] / "luce.pt", weights_only=True)
+    except Exception as error:  # damaged files fail in many ways, and all have the same remedy
+        raise UserError(
+            f"cannot resume from {found[-1]} ({_first_line(error)}); delete it to start again"
+        ) from error
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints of a finished run: its weights are kept as the exported student."""
+    for path in _checkpoints(folder):
+        shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def export(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write the student's weights alone, as safetensors under the plain names of its network."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    files.write(path, lambda aside: save_file(plain, aside))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a safetensors file or a PyTorch file; never executes what a file holds.
+
+    Wrappings of other tools are taken off: a ``state_dict`` or ``model`` entry, and ``module.`` prefixes.
+
+    Raises:
+        UserError: If the file cannot be read or holds anything but tensors by name.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read the checkpoint {path} ({_first_line(error)})") from error
+    except Exception as error:  # the unpickler's refusals have no class of their own
+        raise UserError(
+            f"{path} holds more than tensors, which Luce does not load; save its state_dict as safetensors"
+        ) from error
+    for wrapping in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
+            content = content[wrapping]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"expected {path} to hold tensors by name, as state_dict() gives them")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a checkpoint into a plain network, every name and shape agreeing.
+
+    Raises:
+        UserError: If the file cannot be read or its tensors are not those of the network.
+    """
+    try:
+        model.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(f"the checkpoint {path} does not fit the network: {'; '.join(lines[:3])}") from error
+
+
+def describe(
+    name: str,
+    options: Mapping[str, Any],
+    classes: tuple[str, ...],
+    input_shape: tuple[int, ...],
+    mean: list[float],
+    std: list[float],
+) -> dict[str, Any]:
+    """What it takes to build the network of an exported student again."""
+    return {
+        "model": name,
+        "options": dict(options),
+        "classes": list(classes),
+        "input_shape": list(input_shape),
+        "mean": mean,
+        "std": std,
+    }
+
+
+def load_student(folder: Path) -> tuple[models.Classifier, dict[str, Any]]:
+    """The exported student of a run folder, with its description.
+
+    Raises:
+        UserError: If the folder holds no exported student.
+    """
+    try:
+        description = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        body = models.build(
+            description["model"],
+            classes=len(description["classes"]),
+            input_shape=description["input_shape"],
+            **description["options"],
+        )
+        student = models.Classifier(body, description["mean"], description["std"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"expected {folder} to be a finished run with an exported student ({_first_line(error)})"
+        ) from error
+    load_weights(body, folder / "student.safetensors")
+    return student.eval(), description

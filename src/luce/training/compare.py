@@ -1,0 +1,129 @@
+"""Several methods, several seeds, several settings: one comparison folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from ..errors import UserError, unknown_name
+from .options import parse
+from .progress import Bar
+from .recipe import (
+    DataOptions,
+    ModelOptions,
+    Recipe,
+    TeacherOptions,
+    TrainingOptions,
+    build_loss,
+    merge,
+)
+from .run import Materials, claim, prepare, run
+
+
+@dataclass
+class ComparisonRecipe:
+    """One comparison: every method in every setting with every seed.
+
+    Attributes:
+        title: Of the report.
+        question: That the comparison answers, in a sentence.
+        baseline: The method that the others are compared with.
+        seeds: One run each; methods are paired by them.
+        data: Which data.
+        student: The network to train.
+        teacher: The network to learn from. Without a checkpoint it is trained first, on all labels.
+        teacher_training: How to train the teacher.
+        training: How to train the students.
+        settings: By name, what differs from the above; ``description`` is a noun phrase for the report.
+        methods: By name, the terms of the loss.
+    """
+
+    title: str = "Comparison"
+    question: str = "Which method trains the best student?"
+    baseline: str = "cross-entropy"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    data: DataOptions = field(default_factory=DataOptions)
+    student: ModelOptions = field(default_factory=ModelOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    teacher_training: TrainingOptions = field(default_factory=TrainingOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {"all": {}})
+    methods: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.methods:
+            raise unknown_name("baseline", self.baseline, self.methods)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"expected `seeds` as a list of different integers, got {self.seeds}")
+        for name in (*self.settings, *self.methods):
+            if not name or name.startswith(".") or "/" in name or "\\" in name:
+                raise UserError(
+                    f"expected names of settings and methods that can name a folder, got `{name}`"
+                )
+
+    def recipe(self, setting: str, method: str, seed: int) -> Recipe:
+        """The recipe of one run."""
+        base = {name: asdict(getattr(self, name)) for name in ("data", "student", "teacher", "training")}
+        changes = {key: value for key, value in self.settings[setting].items() if key != "description"}
+        content = merge(base, changes, {"training": {"seed": seed}, "method": method})
+        return parse(Recipe, {**content, "loss": self.methods[method]})
+
+    def teacher_recipe(self) -> Recipe:
+        """The recipe of the teacher, which learns from all labels by cross-entropy."""
+        return Recipe(
+            method="teacher",
+            data=dataclasses.replace(self.data, labels_per_class=None),
+            student=ModelOptions(
+                **{f.name: getattr(self.teacher, f.name) for f in dataclasses.fields(ModelOptions)}
+            ),
+            teacher=None,
+            loss={"task": {"loss": "CrossEntropyLoss"}},
+            training=self.teacher_training,
+        )
+
+
+def compare(
+    recipe: ComparisonRecipe, folder: Path, command: str = "", progress: Progress | None = None
+) -> tuple[int, int]:
+    """Train whatever of a comparison is not there yet, in ``folder/SETTING/METHOD/seed-N``.
+
+    Args:
+        recipe: What to compare.
+        folder: Holds nothing, or this very comparison.
+        command: How to run it again, for the report.
+        progress: Bars to show it on.
+    Returns:
+        How many runs there are, and how many of them were there before.
+    Raises:
+        UserError: As `luce.training.run.run` does; all recipes are checked before the first run.
+    """
+    grid = {
+        folder / setting / method / f"seed-{seed}": (setting, recipe.recipe(setting, method, seed))
+        for setting in recipe.settings
+        for seed in recipe.seeds
+        for method in recipe.methods
+    }
+    for terms in recipe.methods.values():
+        build_loss(terms)
+    claim(folder, "comparison.yaml", {**asdict(recipe), "command": command})
+    done = sum((place / "result.json").exists() for place in grid)
+    with Bar(progress, "runs", len(grid), done) as bar:
+        if done < len(grid) and recipe.teacher.checkpoint is None:
+            bar.note("teacher")
+            run(recipe.teacher_recipe(), folder / "teacher", progress=progress)
+        materials: dict[str, Materials] = {}
+        for place, (setting, one) in grid.items():
+            if (place / "result.json").exists():
+                continue
+            bar.note(f"{setting}, {one.method}, seed {one.training.seed}")
+            if one.teacher is not None and one.teacher.checkpoint is None:
+                one.teacher.checkpoint = str(folder / "teacher")
+            if setting not in materials:  # data and teacher do not depend on method or seed
+                materials = {setting: prepare(one)}
+            run(one, place, materials[setting], progress)
+            bar.advance()
+    return len(grid), done

@@ -1,0 +1,86 @@
+"""Distillation in one call, for networks and data of one's own."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from rich.progress import Progress
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..data import Examples
+from ..data.sources import as_source
+from ..losses.modules import PLDLoss
+from ..methods import LogitMethod
+from ..models import Classifier
+from ..signals import LiveTeacher
+from . import files
+from .engine import Fit, fit
+from .options import parse
+from .progress import progress_bars
+from .recipe import TrainingOptions
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    train_data: Dataset[Any],
+    val_data: Dataset[Any] | None = None,
+    *,
+    loss: nn.Module | None = None,
+    folder: Path | str | None = None,
+    show_progress: bool = True,
+    **options: Any,
+) -> Fit:
+    """Train a student on what a teacher says.
+
+    Args:
+        student: From inputs to logits ``(N, C)``; trained in place and left with the last epoch's weights.
+        teacher: From the same inputs to logits ``(N, C)``; put into evaluation mode and otherwise untouched.
+        train_data: Items are ``(input, label)``, or dicts with ``input`` and ``target``. A label of -1 marks
+            a row without one.
+        val_data: Likewise, to choose the best epoch by.
+        loss: Called as ``loss(student_logits, teacher_logits, target)``; PLD unless given.
+        folder: For metrics and checkpoints; a second call with the same folder goes on where the first
+            stopped. None keeps everything in memory.
+        show_progress: Show a bar.
+        options: Fields of `luce.training.TrainingOptions`, such as ``epochs`` and ``lr``.
+    Returns:
+        A record per epoch in ``lines``, and the best epoch with its weights.
+    Raises:
+        UserError: On an unknown option or data that cannot be read.
+    Example:
+        >>> import luce, torch
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(torch.randn(64, 8), torch.randint(4, (64,)))
+        >>> student, teacher = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
+        >>> fitted = luce.distill(student, teacher, data, epochs=2, show_progress=False)
+        >>> [line["epoch"] for line in fitted.lines]
+        [1, 2]
+    """
+    settings = parse(TrainingOptions, options)
+    train, validation = _examples(train_data), None if val_data is None else _examples(val_data)
+    place = None if folder is None else files.make_folder(Path(folder))
+    bars: AbstractContextManager[Progress | None] = progress_bars() if show_progress else nullcontext()
+    set_seed(settings.seed)
+    with bars as progress:
+        return fit(
+            Classifier(student),
+            LogitMethod(PLDLoss() if loss is None else loss),
+            train,
+            validation,
+            teacher=LiveTeacher(Classifier(teacher)),
+            options=settings,
+            folder=place,
+            progress=progress,
+        )
+
+
+def _examples(dataset: Dataset[Any]) -> Examples:
+    if isinstance(dataset, Examples):
+        return dataset
+    return Examples(dataset, torch.arange(len(as_source(dataset))))

@@ -1,0 +1,359 @@
+"""The training loop: one student, one method, one folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from .. import data
+from ..data import Examples
+from ..errors import UserError, import_optional, unknown_name
+from ..methods import Method
+from ..models import Classifier
+from ..signals import Teacher
+from . import checkpoint, files, metrics
+from .progress import Bar
+from .recipe import TrainingOptions
+
+TRACKERS = ("tensorboard", "wandb")
+FINITE_CHECK_STEPS = 50
+"""Steps between looks at the loss on an accelerator, each of which makes the host wait for it."""
+
+
+class TrainingError(UserError):
+    """A training that cannot go on."""
+
+
+@dataclass
+class Fit:
+    """What a training leaves behind.
+
+    Attributes:
+        student: With the weights after the last epoch (their average, if one is kept).
+        accelerator: That trained it; evaluates it on the same devices.
+        lines: One record per epoch, as in ``metrics.jsonl``.
+        best_epoch: With the highest validation accuracy, the first of equals; the last one without
+            validation rows.
+        best_weights: Of the student's body after that epoch.
+    """
+
+    student: Classifier
+    accelerator: Accelerator
+    lines: list[dict[str, Any]]
+    best_epoch: int
+    best_weights: dict[str, Tensor]
+
+
+def fit(
+    student: Classifier,
+    method: Method,
+    train: Examples,
+    validation: Examples | None = None,
+    *,
+    teacher: Teacher | None = None,
+    options: TrainingOptions,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    workers: int = 0,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Fit:
+    """Train a student.
+
+    With a folder, metrics and checkpoints go there, and a training that was interrupted goes on from its
+    last checkpoint to the same numbers, bit for bit on a CPU.
+
+    Args:
+        student: Trained in place.
+        method: What a step does. Its parameters, if it has any, are trained too.
+        train: Rows to learn from. Where the method cannot use rows without a label, the labelled ones are
+            repeated instead, so that every method takes as many steps.
+        validation: Rows to choose the best epoch by.
+        teacher: Answers the method's batches.
+        options: How to train.
+        augment: Applied to each training batch, before teacher and student see it.
+        workers: Processes that read.
+        folder: Of the run; None keeps everything in memory.
+        progress: Bars to add this training to.
+    Raises:
+        UserError: On settings that cannot work, before training starts.
+        TrainingError: If the loss stops being a number; names the term and keeps the last checkpoint.
+    """
+    if method.needs_teacher and teacher is None:
+        raise UserError("expected a teacher for a loss that compares with one; add `teacher` to the recipe")
+    if not method.uses_unlabelled:
+        train = train.labelled.repeat_to(len(train))
+
+    accelerator = new_accelerator(options, folder)
+    set_seed(options.seed, device_specific=True)
+    batches = data.loader(
+        train, batch_size=options.batch_size, seed=options.seed, augment=augment, workers=workers
+    )
+    session = Session(accelerator, student, method, teacher, batches, options)
+    if validation is not None:
+        validation_batches = accelerator.prepare(
+            data.loader(validation, batch_size=4 * options.batch_size, seed=None, workers=workers)
+        )
+
+    book, best_weights = Bookkeeping(), {}
+    if folder is not None and (saved := checkpoint.restore(folder, accelerator)) is not None:
+        book, best_weights = Bookkeeping(**saved["bookkeeping"]), saved["best_weights"]
+        session.load_state_dict(saved["session"])
+    log = MetricsLog(folder if accelerator.is_main_process else None, book.epoch)
+    if options.trackers:
+        accelerator.init_trackers("luce", config={"lr": options.lr, "batch_size": options.batch_size})
+
+    steps = len(session.batches)
+    with Bar(progress, "training", options.epochs * steps, book.epoch * steps) as bar:
+        while book.epoch < options.epochs and not book.exhausted(options.patience):
+            started = time.perf_counter()
+            book.epoch += 1
+            line: dict[str, Any] = {"epoch": book.epoch, "train": session.epoch(book.epoch, bar)}
+            line |= {"step": session.step, "lr": session.optimizer.param_groups[0]["lr"], "validation": {}}
+            if validation is not None:
+                logits, _, target = metrics.collect(session.evaluated, validation_batches, accelerator)
+                line["validation"] = metrics.brief(logits, target)
+                bar.note(f"validation {line['validation']['accuracy']:.1%}")
+            if book.is_best(line["validation"].get("accuracy")):
+                weights = session.evaluated.body.state_dict()
+                best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+            line["seconds"] = time.perf_counter() - started
+            log.append(line)
+            accelerator.log(flat(line), step=session.step)
+            if folder is not None and (
+                book.epoch % options.checkpoint_every == 0 or book.epoch == options.epochs
+            ):
+                extra = {
+                    "bookkeeping": vars(book),
+                    "session": session.state_dict(),
+                    "best_weights": best_weights,
+                }
+                checkpoint.save(folder, accelerator, book.epoch, extra)
+    accelerator.end_training()
+    return Fit(session.evaluated, accelerator, log.lines, book.best_epoch, best_weights)
+
+
+def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Accelerator:
+    """An accelerator for one training, whatever one before it in this process was set to."""
+    for tracker in options.trackers:
+        if tracker not in TRACKERS:
+            raise unknown_name("tracker", tracker, TRACKERS)
+        import_optional(tracker, "track")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        mixed_precision=options.precision,
+        gradient_accumulation_steps=options.accumulate,
+        cpu=options.cpu,
+        log_with=options.trackers or None,
+        project_dir=None if folder is None else str(folder),
+    )
+
+
+class Session:
+    """What moves while a student is trained: the student, the method's own parameters, and their optimizer.
+
+    Attributes:
+        evaluated: The student to validate and to export: itself, or the average of its weights.
+        batches: Prepared for this process.
+        step: Optimizer steps taken.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: Classifier,
+        method: Method,
+        teacher: Teacher | None,
+        batches: DataLoader[Any],
+        options: TrainingOptions,
+    ) -> None:
+        self.accelerator = accelerator
+        self.method = method.to(accelerator.device)
+        self.teacher = teacher if method.needs_teacher else None
+        if self.teacher is not None:
+            self.teacher.to(accelerator.device)
+        self.clip_norm = options.clip_norm
+        self.parameters = [*student.parameters(), *method.parameters()]
+        self.student, self.optimizer, self.batches = accelerator.prepare(
+            student, make_optimizer(options, self.parameters), batches
+        )
+        steps = math.ceil(len(self.batches) / options.accumulate)
+        self.schedule = LambdaLR(self.optimizer.optimizer, learning_rate(options, steps))
+        self.average: AveragedModel | None = None
+        self.evaluated: Classifier = student
+        if options.ema is not None:
+            self.average = AveragedModel(
+                student, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True
+            )
+            self.evaluated = cast(Classifier, self.average.module)
+        self.step = 0
+
+    def epoch(self, number: int, bar: Bar) -> dict[str, float]:
+        """Train for one epoch; the mean of each named term of the loss."""
+        accelerator, on_cpu = self.accelerator, self.accelerator.device.type == "cpu"
+        self.batches.set_epoch(number)
+        self.student.train()
+        self.method.train()
+        sums: dict[str, Tensor] = {}
+        for count, batch in enumerate(self.batches, start=1):
+            with accelerator.accumulate(self.student):
+                with accelerator.autocast():
+                    signal = None if self.teacher is None else self.teacher.signal(batch)
+                    terms = self.method.step(self.student, batch, signal)
+                if on_cpu or count % FINITE_CHECK_STEPS == 0:
+                    check_finite(terms, number)
+                accelerator.backward(terms["loss"])
+                if accelerator.sync_gradients and self.clip_norm is not None:
+                    accelerator.clip_grad_norm_(self.parameters, self.clip_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                self.step += 1
+                self.schedule.step()
+                if self.average is not None:
+                    self.average.update_parameters(accelerator.unwrap_model(self.student))
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            bar.advance()
+        check_finite(sums, number)
+        means = accelerator.reduce({name: total / count for name, total in sums.items()}, "mean")
+        return {name: mean.item() for name, mean in means.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the accelerator does not save by itself."""
+        return {
+            "step": self.step,
+            "schedule": self.schedule.last_epoch,
+            "method": self.method.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.schedule.last_epoch = state["schedule"]
+        self.method.load_state_dict(state["method"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+@dataclass
+class Bookkeeping:
+    """How far a training has come."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+
+    def is_best(self, accuracy: float | None) -> bool:
+        """Whether the epoch that has just ended is the best so far; without validation each one is."""
+        if accuracy is not None and accuracy <= self.best_accuracy:
+            return False
+        self.best_epoch = self.epoch
+        self.best_accuracy = self.best_accuracy if accuracy is None else accuracy
+        return True
+
+    def exhausted(self, patience: int | None) -> bool:
+        """Whether the best epoch lies further back than anyone is willing to wait."""
+        return patience is not None and self.epoch - self.best_epoch >= patience
+
+
+class MetricsLog:
+    """``metrics.jsonl``: a line per epoch; those after the resumed epoch are dropped, to be written again."""
+
+    def __init__(self, folder: Path | None, epoch: int) -> None:
+        self.path = None if folder is None else folder / "metrics.jsonl"
+        self.lines: list[dict[str, Any]] = []
+        if self.path is None:
+            return
+        if self.path.exists():
+            self.lines = [
+                json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()[:epoch]
+            ]
+        files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def append(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        if self.path is None:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}); free some space") from error
+
+
+def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if not parameters:
+        raise UserError("expected a student with parameters to train, got none")
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=options.lr,
+            momentum=options.momentum,
+            nesterov=options.momentum > 0,
+            weight_decay=options.weight_decay,
+        )
+    return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def learning_rate(options: TrainingOptions, steps_per_epoch: int) -> Callable[[int], float]:
+    """The factor on the peak learning rate, as a function of the optimizer step from 0.
+
+    Example:
+        >>> half_way = learning_rate(TrainingOptions(epochs=10, schedule="cosine"), steps_per_epoch=5)(25)
+        >>> round(half_way, 6)
+        0.5
+    """
+    warmup = round(options.warmup_epochs * steps_per_epoch)
+    total = options.epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if options.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        if options.schedule == "step":
+            return options.gamma ** sum(step >= epoch * steps_per_epoch for epoch in options.milestones)
+        return 1.0
+
+    return factor
+
+
+def check_finite(terms: Mapping[str, Tensor], epoch: int) -> None:
+    """Stop at a loss that is no number, and say which term it came from."""
+    if torch.isfinite(terms["loss"]):
+        return
+    bad = [f"`{name}` is {value.item()}" for name, value in terms.items() if not torch.isfinite(value)]
+    raise TrainingError(
+        f"the loss stopped being a number in epoch {epoch}: {', '.join(bad)}; the last checkpoint "
+        "is kept; look for NaN or infinite logits of the teacher, or lower the learning rate"
+    )
+
+
+def flat(line: Mapping[str, Any]) -> dict[str, float]:
+    """A metrics line as the trackers want it.
+
+    >>> flat({"epoch": 1, "train": {"loss": 0.5}})
+    {'epoch': 1, 'train/loss': 0.5}
+    """
+    result: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            result.update({f"{key}/{name}": inner for name, inner in value.items()})
+        else:
+            result[key] = value
+    return result

@@ -1,0 +1,48 @@
+"""Files that are whole or absent: written aside, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a file under a temporary name beside `path`, then give it its name."""
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        fill(aside)
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); free some space or choose another folder"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if need be, and proved to be writable before any work goes into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"expected a folder that can be written to, got {folder} ({error.strerror}); "
+            "choose another with --out"
+        ) from error
+    return folder

@@ -1,0 +1,103 @@
+"""Figures of a classifier, and of how far it follows its teacher."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..losses.functional import kd_loss
+from ..signals import Teacher
+
+BINS = 15
+"""Of the calibration error, as in Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599."""
+KENDALL_ROWS = 256
+"""Kendall's tau compares all pairs of classes and converges fast over rows: the first ones are enough."""
+
+
+@torch.no_grad()
+def collect(
+    student: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, teacher: Teacher | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Student logits, teacher logits and targets of all rows, in order, as float32 on the CPU."""
+    student.eval()
+    rows: list[tuple[Tensor, ...]] = []
+    for batch in loader:
+        with accelerator.autocast():
+            answers = [student(batch["input"])]
+            if teacher is not None:
+                answers.append(teacher.signal(batch).logits)
+        gathered = accelerator.gather_for_metrics((*answers, batch["target"]))
+        rows.append(tuple(part.cpu() for part in gathered))
+    *logits, target = (torch.cat(column) for column in zip(*rows, strict=True))
+    return logits[0].float(), logits[1].float() if teacher is not None else None, target
+
+
+def brief(student_logits: Tensor, target: Tensor) -> dict[str, float]:
+    """What is followed from epoch to epoch."""
+    return {
+        "accuracy": (student_logits.argmax(-1) == target).float().mean().item(),
+        "loss": F.cross_entropy(student_logits, target).item(),
+    }
+
+
+def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> dict[str, Any]:
+    """What is reported at the end.
+
+    Args:
+        student_logits: ``(N, C)``.
+        teacher_logits: ``(N, C)``, or None.
+        target: ``(N,)`` class indices.
+    Returns:
+        ``accuracy`` and ``calibration_error`` (expected, 15 bins) as fractions, ``nll`` in nats, bars of a
+        ``reliability`` diagram; and with a teacher ``agreement`` of the first choices, ``kl`` from teacher to
+        student in nats, mean ``kendall_tau`` of the rows' class orders, and ``topk_overlap``, the shared
+        fraction of both networks' first ``topk`` classes.
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+    from torchmetrics.functional.regression import kendall_rank_corrcoef
+
+    classes = student_logits.shape[-1]
+    probabilities = student_logits.softmax(-1)
+    scores = brief(student_logits, target)
+    result: dict[str, Any] = {
+        "accuracy": scores["accuracy"],
+        "nll": scores["loss"],
+        "calibration_error": multiclass_calibration_error(
+            probabilities, target, num_classes=max(classes, 2), n_bins=BINS
+        ).item(),
+        "reliability": _reliability(probabilities, target),
+    }
+    if teacher_logits is not None:
+        topk = max(1, min(5, classes // 2))
+        chosen = [
+            F.one_hot(logits.topk(topk).indices, classes).sum(1)
+            for logits in (student_logits, teacher_logits)
+        ]
+        result["agreement"] = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item()
+        result["kl"] = kd_loss(student_logits, teacher_logits).item()
+        student_columns, teacher_columns = student_logits[:KENDALL_ROWS].T, teacher_logits[:KENDALL_ROWS].T
+        tau = cast(Tensor, kendall_rank_corrcoef(student_columns, teacher_columns))
+        result["kendall_tau"] = tau.mean().item()
+        result["topk"] = topk
+        result["topk_overlap"] = ((chosen[0] * chosen[1]).sum(-1) / topk).mean().item()
+    return result
+
+
+def _reliability(probabilities: Tensor, target: Tensor) -> list[dict[str, float]]:
+    confidence, choice = probabilities.max(-1)
+    right = (choice == target).float()
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    return [
+        {
+            "confidence": confidence[inside].mean().item(),
+            "accuracy": right[inside].mean().item(),
+            "count": int(inside.sum()),
+        }
+        for inside in (bins == b for b in range(BINS))
+        if inside.any()
+    ]

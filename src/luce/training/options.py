@@ -1,0 +1,86 @@
+"""From nested mappings and ``--dotted.name value`` words to checked dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from ..errors import UserError, unknown_name
+
+T = TypeVar("T")
+
+
+def parser_of(cls: type[Any], **settings: Any) -> ArgumentParser:
+    """A parser whose options are the fields of a dataclass; its help is their documentation."""
+    parser = ArgumentParser(exit_on_error=False, **settings)
+    parser.add_class_arguments(cls, as_group=False)
+    return parser
+
+
+def parse(cls: type[T], content: Mapping[str, Any]) -> T:
+    """A dataclass from a nested mapping, each value checked against the type of its field.
+
+    Raises:
+        UserError: On an unknown key, with the nearest known ones, or a value of the wrong type.
+    Example:
+        >>> from luce.training.recipe import TrainingOptions
+        >>> parse(TrainingOptions, {"epochs": 3}).epochs
+        3
+        >>> parse(TrainingOptions, {"batch": 3})
+        Traceback (most recent call last):
+        ...
+        luce.errors.UserError: unknown recipe key `batch`; did you mean `batch_size`?
+    """
+    check_keys(cls, content)
+    parser = parser_of(cls)
+    try:
+        values = parser.instantiate(parser.parse_object(dict(content)))
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).replace("Parser key", "recipe key").split())) from error
+    return cls(**vars(values))
+
+
+def check_keys(cls: type[Any], content: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse keys that no field of the dataclass, or of a dataclass within it, is called."""
+    types: dict[str, Any] = typing.get_type_hints(cls)
+    for key, value in content.items():
+        if key not in types:
+            raise unknown_name("recipe key", f"{prefix}{key}", [prefix + name for name in types])
+        choices = (types[key], *typing.get_args(types[key]))
+        nested = next(filter(dataclasses.is_dataclass, choices), None)
+        if nested is None or (value is None and type(None) in choices):
+            continue
+        if not isinstance(value, Mapping):
+            raise UserError(f"expected recipe key `{prefix}{key}` to hold a mapping, got {value!r}")
+        check_keys(nested, value, prefix=f"{prefix}{key}.")
+
+
+def overrides(words: Sequence[str]) -> dict[str, Any]:
+    """``--a.b value`` and ``--a.b=value`` as nested mappings; values are read as YAML.
+
+    >>> overrides(["--training.epochs", "3", "--loss.kd.weight=0.5"])
+    {'training': {'epochs': 3}, 'loss': {'kd': {'weight': 0.5}}}
+    """
+    nested: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"expected an option such as --training.epochs 3, got `{word}`")
+        name, equals, text = word[2:].partition("=")
+        try:
+            value = yaml.safe_load(text if equals else next(rest))
+        except StopIteration:
+            raise UserError(f"expected a value after `{word}`") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"cannot read the value of --{name}: {' '.join(str(error).split())}") from error
+        *path, last = name.split(".")
+        inner = nested
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return nested

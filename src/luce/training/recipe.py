@@ -1,0 +1,222 @@
+"""Recipes: what a run is made of, as dataclasses. Their fields are the options of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .. import losses
+from ..errors import UserError, unknown_name
+from ..losses.modules import LogitLoss, WeightedSum
+
+Terms = dict[str, dict[str, Any]]
+
+
+@dataclass
+class DataOptions:
+    """Which data, and which part of it.
+
+    Attributes:
+        name: Such as ``sklearn:digits``, ``fashion-mnist``, ``torchvision:CIFAR100``, ``imagefolder:PATH``,
+            ``hf:NAME``, ``python:module.attr``.
+        root: Folder of data that is not installed.
+        options: Further options of the data source.
+        validation: Share of the training rows kept apart to choose epochs by.
+        split_seed: Of the validation split and of the choice of labels; compared runs share it.
+        labels_per_class: Keep only so many labels; the other rows stay as unlabelled ones. None keeps all.
+        augment: none, flip or crop_flip.
+        workers: Processes that read; 0 for data in memory.
+    """
+
+    name: str = "sklearn:digits"
+    root: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    validation: float = 0.1
+    split_seed: int = 0
+    labels_per_class: int | None = None
+    augment: str = "none"
+    workers: int = 0
+
+
+@dataclass
+class ModelOptions:
+    """A network.
+
+    Attributes:
+        name: Such as ``resnet20``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, ``python:module.attr``.
+        options: Further options of the model.
+        checkpoint: Weights to start from: a run folder of Luce, a safetensors file or a .pt file of tensors.
+        mean: Per channel, of the inputs it was made for; None takes the data's.
+        std: As mean.
+    """
+
+    name: str = "mlp"
+    options: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+@dataclass
+class TeacherOptions(ModelOptions):
+    """The network to learn from.
+
+    Attributes:
+        remember: Ask it once about every row instead of once per epoch; only without augmentation.
+    """
+
+    remember: bool = False
+
+
+@dataclass
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the training rows.
+        batch_size: Rows per step and process.
+        seed: Of the initial weights, the order of the rows and the augmentation.
+        optimizer: sgd (with Nesterov momentum) or adamw.
+        lr: Peak learning rate.
+        momentum: Of sgd.
+        weight_decay: Of either optimizer.
+        schedule: cosine, step or constant.
+        warmup_epochs: Epochs over which the learning rate rises from 0; may be a fraction.
+        milestones: Epochs after which the step schedule multiplies the learning rate.
+        gamma: By how much.
+        clip_norm: Largest norm of the gradient; None for no limit.
+        accumulate: Batches per optimizer step.
+        precision: no, bf16 or fp16.
+        ema: Decay of an average of the weights, which is then evaluated and exported; None for none.
+        patience: Stop after so many epochs without a better validation accuracy; None never stops early.
+        checkpoint_every: Epochs between checkpoints to resume from.
+        trackers: tensorboard, wandb.
+        cpu: Stay on the CPU even where there is a GPU.
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    seed: int = 0
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+    clip_norm: float | None = None
+    accumulate: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    ema: float | None = None
+    patience: int | None = None
+    checkpoint_every: int = 1
+    trackers: list[str] = field(default_factory=list)
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"expected `training.{name}` to be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise UserError(f"expected `training.lr` above 0, got {self.lr}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise UserError(
+                f"expected `training.warmup_epochs` in [0, {self.epochs}), fewer than the epochs, "
+                f"got {self.warmup_epochs}"
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"expected `training.ema` between 0 and 1, got {self.ema}")
+
+
+@dataclass
+class Recipe:
+    """One run.
+
+    Attributes:
+        method: What reports call it.
+        data: Which data.
+        student: The network to train.
+        teacher: The network to learn from; none for a plain training.
+        loss: The terms of the loss by name. Each has a ``loss``, such as PLDLoss, a ``weight`` (1 unless
+            given), and that loss's own options.
+        training: How to train.
+    """
+
+    method: str = "PLD"
+    data: DataOptions = field(default_factory=DataOptions)
+    student: ModelOptions = field(default_factory=ModelOptions)
+    teacher: TeacherOptions | None = None
+    loss: dict[str, dict[str, Any]] = field(default_factory=lambda: {"pld": {"loss": "PLDLoss"}})
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+
+def build_loss(terms: Terms) -> WeightedSum:
+    """The loss that a recipe describes.
+
+    Raises:
+        UserError: On an unknown loss or option, or a value that the loss refuses.
+    Example:
+        >>> build_loss({"kd": {"loss": "KDLoss", "weight": 0.9, "temperature": 4.0}})
+        WeightedSum(
+          kd: 0.9
+          (losses): ModuleDict(
+            (kd): KDLoss(temperature=4.0)
+          )
+        )
+    """
+    known = {name: getattr(losses.modules, name) for name in losses.modules.__all__}
+    known = {name: cls for name, cls in known.items() if cls is not LogitLoss and issubclass(cls, LogitLoss)}
+    built = {}
+    for term, description in terms.items():
+        options = dict(description)
+        name, weight = options.pop("loss", None), options.pop("weight", 1.0)
+        if name not in known:
+            raise unknown_name(f"loss in `loss.{term}`:", str(name), known)
+        for option in options:
+            if option not in (allowed := [f.name for f in dataclasses.fields(known[name])]):
+                raise unknown_name(f"option of {name} in `loss.{term}`:", option, allowed)
+        try:
+            built[term] = (weight, known[name](**options))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"`loss.{term}`: {error}") from error
+    try:
+        return WeightedSum(built)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"`loss`: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        UserError: If the file cannot be read or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path} ({error}); name a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"expected {path} to hold a YAML mapping, got {type(content).__name__}")
+    return content
+
+
+def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over one another, the last one on top; nothing is modified.
+
+    >>> merge({"training": {"epochs": 3, "lr": 0.1}}, {"training": {"epochs": 5}})
+    {'training': {'epochs': 5, 'lr': 0.1}}
+    """
+    merged = dict(base)
+    for override in overrides:
+        for key, value in override.items():
+            old = merged.get(key)
+            merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

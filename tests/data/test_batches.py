@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import Dataset, TensorDataset
+
+from luce.data import EpochSampler, Examples, InMemory, loader
+from luce.errors import UserError
+
+SIZE = 23
+
+
+@pytest.fixture
+def examples() -> Examples:
+    return Examples(TensorDataset(torch.arange(float(SIZE))[:, None], torch.arange(SIZE) % 2), range(SIZE))
+
+
+def order(batches) -> list[int]:
+    return torch.cat([batch["index"] for batch in batches]).tolist()
+
+
+def test_without_a_seed_rows_come_in_order(examples):
+    batches = list(loader(examples, batch_size=10, seed=None))
+    assert [len(batch["target"]) for batch in batches] == [10, 10, 3]
+    assert order(batches) == list(range(SIZE))
+    assert torch.cat([batch["input"] for batch in batches]).squeeze(1).tolist() == list(range(SIZE))
+    assert len(list(loader(examples, batch_size=10, seed=None, drop_last=True))) == 2
+
+
+def test_order_is_a_function_of_seed_and_epoch(examples):
+    def epoch(seed, number):
+        batches = loader(examples, batch_size=10, seed=seed)
+        batches.sampler.set_epoch(number)
+        torch.rand(3)  # the global generator has no say
+        return order(batches)
+
+    assert sorted(epoch(0, 0)) == list(range(SIZE))
+    assert epoch(5, 7) == epoch(5, 7)
+    assert len({tuple(epoch(seed, number)) for seed in range(3) for number in range(3)}) == 9
+
+
+def test_the_order_of_a_resumed_epoch_does_not_depend_on_earlier_ones():
+    resumed, running = EpochSampler(SIZE, seed=1), EpochSampler(SIZE, seed=1)
+    orders = []
+    for epoch in range(3):
+        running.set_epoch(epoch)
+        orders.append(list(running))
+    resumed.set_epoch(2)
+    assert list(resumed) == orders[2] != orders[1]
+
+
+def test_set_epoch_arrives_through_accelerate(examples):
+    plain = loader(examples, batch_size=10, seed=4)
+    prepared = Accelerator(cpu=True).prepare(loader(examples, batch_size=10, seed=4))
+    for epoch in (0, 3, 1):
+        plain.sampler.set_epoch(epoch)
+        prepared.set_epoch(epoch)
+        assert order(prepared) == order(plain)
+
+
+def test_processes_share_an_epoch(examples):
+    plain = loader(examples, batch_size=4, seed=4)
+    plain.sampler.set_epoch(2)
+    batches = [batch["index"].tolist() for batch in plain]
+    for rank in range(2):
+        shard = prepare_data_loader(
+            loader(examples, batch_size=4, seed=4), num_processes=2, process_index=rank, even_batches=False
+        )
+        shard.set_epoch(2)
+        assert [batch["index"].tolist() for batch in shard] == batches[rank::2]
+
+
+def test_augmentation_sees_whole_batches_and_follows_the_global_generator(examples):
+    shapes = []
+
+    def noise(inputs):
+        shapes.append(tuple(inputs.shape))
+        return inputs + torch.rand_like(inputs)
+
+    batches = loader(examples, batch_size=10, seed=0, augment=noise)
+    state = torch.get_rng_state()
+    first = [batch["input"] for batch in batches]
+    assert shapes == [(10, 1), (10, 1), (3, 1)]
+    torch.set_rng_state(state)
+    assert all(a.equal(b["input"]) for a, b in zip(first, batches, strict=True))
+    assert not all(a.equal(b["input"]) for a, b in zip(first, batches, strict=True))
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_evaluating_leaves_the_global_generator_alone(examples, prepare):
+    batches = loader(examples, batch_size=10, seed=None)
+    if prepare:
+        batches = Accelerator(cpu=True).prepare(batches)
+    state = torch.get_rng_state()
+    assert len(order(batches)) == SIZE
+    assert torch.get_rng_state().equal(state)
+
+
+def test_workers_give_the_same_batches(examples):
+    ours, theirs = (loader(examples, batch_size=10, seed=3, workers=workers) for workers in (0, 1))
+    assert order(ours) == order(theirs)
+
+
+def test_a_batch_in_memory_is_one_read():
+    class Counting(InMemory):
+        def read(self, index):
+            raise AssertionError("read row by row")
+
+    source = Counting(torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.arange(8))
+    batches = list(loader(Examples(source, range(8)), batch_size=4, seed=0))
+    assert [tuple(batch["input"].shape) for batch in batches] == [(4, 1, 2, 2)] * 2
+
+
+def test_rows_of_any_dataset_are_stacked():
+    class Rows(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return torch.full((2,), float(index)), 0
+
+    (batch,) = loader(Examples(Rows(), range(4)), batch_size=4, seed=None)
+    assert batch["input"].tolist() == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+
+
+def test_loader_refuses_sizes_that_give_no_batch(examples):
+    with pytest.raises(UserError, match="`batch_size` to be at least 1, got 0"):
+        loader(examples, batch_size=0, seed=None)
+    with pytest.raises(UserError, match="23 examples do not fill one batch of 24"):
+        loader(examples, batch_size=24, seed=0, drop_last=True)
+    with pytest.raises(UserError, match="`seed`"):
+        loader(examples, batch_size=4, seed=-1)

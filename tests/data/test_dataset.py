@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+from luce import data
+from luce.data.dataset import channel_statistics, stratified
+from luce.errors import UserError
+
+
+def pairs(*labels: int) -> TensorDataset:
+    return TensorDataset(torch.arange(float(len(labels)))[:, None], torch.tensor(labels))
+
+
+def test_channel_statistics_by_hand():
+    # Channel 0 holds the shares 0, 0.2, 0.4 and 1: mean 0.4, squares about it 0.16 + 0.04 + 0 + 0.36.
+    images = torch.tensor([[[[0, 51]], [[9, 9]]], [[[102, 255]], [[9, 9]]]], dtype=torch.uint8)
+    mean, std = channel_statistics(images)
+    assert mean == pytest.approx((0.4, 9 / 255))
+    assert std == pytest.approx((math.sqrt(0.56 / 4), 1.0))  # a constant channel can be divided by
+
+
+def test_channel_statistics_across_chunks_agree_with_numpy():
+    features = torch.randn(5000, 3, dtype=torch.float64) + torch.tensor([0.0, 1e4, -3.0])
+    mean, std = channel_statistics(features)
+    assert mean == pytest.approx(tuple(np.mean(features.numpy(), 0)), rel=1e-12, abs=1e-12)
+    assert std == pytest.approx(tuple(np.std(features.numpy(), 0)), rel=1e-9)
+
+
+def test_token_ids_have_no_statistics():
+    assert channel_statistics(torch.tensor([[5, 6]])) == ((0.0,), (1.0,))
+
+
+def test_stratified_keeps_the_shares_of_the_classes():
+    targets = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    kept, held_out = stratified(targets, 0.2, seed=3)
+    assert targets[held_out].bincount().tolist() == [12, 6, 2]
+    assert sorted(kept.tolist() + held_out.tolist()) == list(range(100))
+    again, other = stratified(targets, 20, seed=3)[1], stratified(targets, 20, seed=4)[1]
+    assert held_out.equal(again)
+    assert not held_out.equal(other)
+
+
+@pytest.mark.parametrize(
+    ("labels", "size"),
+    [([0, 0, 1, 1, 2, 2], 2), ([0, 0, 1, 1, 2, 2], 4), ([0, 0, 0, 1], 2), ([0] * 99 + [1] * 2, 3)],
+    ids=["fewer rows than classes", "too few left", "a class of one", "a rare class"],
+)
+def test_stratified_refuses_to_lose_a_class(labels, size):
+    with pytest.raises(UserError, match=f"cannot hold out {size} of {len(labels)} rows"):
+        stratified(torch.tensor(labels), size, seed=0)
+
+
+def test_from_datasets_describes_what_it_was_given():
+    it = data.from_datasets(pairs(0, 1, 2), pairs(2, 0))
+    assert (it.classes, it.input_shape, len(it.train), len(it.test)) == (("0", "1", "2"), (1,), 3, 2)
+    assert it.mean == (1.0,)
+    assert it.std == pytest.approx((math.sqrt(2 / 3),))
+
+
+def test_from_datasets_holds_out_a_quarter_where_there_is_no_test():
+    class Squares(Dataset):
+        classes = ("even", "odd")
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            return torch.tensor([float(index)]), index % 2
+
+    for train in (Squares(), TensorDataset(torch.arange(40.0)[:, None], torch.arange(40) % 2)):
+        it = data.from_datasets(train)
+        rows = [[int(x) for x, _ in part] for part in (it.train, it.test)]
+        assert [len(part) for part in rows] == [30, 10]
+        assert sorted(rows[0] + rows[1]) == list(range(40))
+        assert all(int(x) % 2 == label for x, label in it.test)
+        assert sum(label for _, label in it.test) == 5
+    assert data.from_datasets(Squares()).classes == ("even", "odd")
+    assert data.from_datasets(Squares()).std == (1.0,)
+
+
+def test_data_refuses_empty_parts_and_labels_that_no_class_has():
+    with pytest.raises(UserError, match="empty"):
+        data.from_datasets(TensorDataset(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)))
+    with pytest.raises(UserError, match="test part of `datasets` is empty"):
+        data.from_datasets(pairs(0, 1), TensorDataset(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)))
+    with pytest.raises(
+        UserError, match=r"labels 0 \.\. 1 for 2 classes in the test part of `datasets`, got 1 \.\. 2"
+    ):
+        data.from_datasets(pairs(0, 1), pairs(1, 2))
+    with pytest.raises(UserError, match=r"got -1 \.\. 1"):
+        data.from_datasets(pairs(-1, 1), pairs(0, 1))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from luce import data
+from luce.errors import UserError
+
+datasets = pytest.importorskip("datasets", reason="needs the extra [text]")
+Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+
+LABELS = datasets.ClassLabel(names=["no", "yes"])
+
+
+def grey(value, size=(4, 3)):
+    return Image.fromarray(np.full(size[::-1], value, np.uint8))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Puts splits where `load_dataset` finds them."""
+
+    def put(features, **splits):
+        made = datasets.DatasetDict(
+            {
+                split: datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+                for split, columns in splits.items()
+            }
+        )
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, config, cache_dir: made)
+
+    return put
+
+
+def test_lists_of_numbers(hub):
+    columns = {"x": [[1.0, 2.0], [3.0, 4.0]], "y": [1, 0], "note": ["a", "b"]}
+    features = {
+        "x": datasets.Sequence(datasets.Value("float64")),
+        "y": LABELS,
+        "note": datasets.Value("string"),
+    }
+    hub(features, train=columns, test=columns)
+    it = data.load("hf:some/numbers")
+    assert it.name == "hf:some/numbers"
+    assert it.classes == ("no", "yes")
+    assert it.input_shape == (2,)
+    assert it.train[1][0].tolist() == [3.0, 4.0]
+    assert it.train[1][0].dtype == torch.float32
+    assert it.train.targets.tolist() == [1, 0]
+    assert it.mean == (2.0, 3.0)
+    assert it.std == (1.0, 1.0)
+
+
+def test_images_of_one_size_are_held_in_memory(hub):
+    columns = {"image": [grey(0), grey(51)], "label": [0, 1]}
+    hub({"image": datasets.Image(), "label": LABELS}, train=columns, validation=columns)
+    it = data.load("hf:some/digits")
+    assert it.input_shape == (1, 3, 4)
+    assert it.train.inputs.dtype == torch.uint8
+    torch.testing.assert_close(it.test[1][0], torch.full((1, 3, 4), 0.2))
+
+
+def test_images_of_several_sizes_need_a_size(hub):
+    columns = {"image": [grey(0), grey(51, size=(9, 5))], "label": [0, 1]}
+    hub({"image": datasets.Image(), "label": LABELS}, train=columns, test=columns)
+    with pytest.raises(UserError, match=r"\(3, 4, 1\) and \(5, 9, 1\); set `image_size`"):
+        data.load("hf:some/photos")
+    it = data.load("hf:some/photos", image_size=8)
+    assert it.input_shape == (3, 8, 8)
+    torch.testing.assert_close(it.test[1][0], torch.full((3, 8, 8), 0.2))
+    torch.testing.assert_close(it.train[1][0], torch.full((3, 8, 8), 0.2))
+    assert it.train.plain is not it.train
+    assert it.test.plain is it.test
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    columns = {"image": [grey(0), grey(255)], "label": [0, 1]}
+    rows = datasets.Dataset.from_dict(
+        columns, features=datasets.Features({"image": datasets.Image(), "label": LABELS})
+    )
+    for split in ("train", "test"):
+        rows.to_parquet(str(tmp_path / "set" / f"{split}.parquet"))
+    it = data.load(f"hf:{tmp_path / 'set'}", root=tmp_path / "cache")
+    assert it.classes == ("no", "yes")
+    assert [int(image.mean()) for image, _ in (it.test[0], it.test[1])] == [0, 1]
+
+
+def test_columns_that_cannot_be_told(hub):
+    numbers = datasets.Sequence(datasets.Value("float32"))
+    columns = {"a": [[1.0]], "b": [[2.0]], "fine": [0], "coarse": [0], "text": ["x"]}
+    features = {
+        "a": numbers,
+        "b": numbers,
+        "fine": LABELS,
+        "coarse": LABELS,
+        "text": datasets.Value("string"),
+    }
+    hub(features, train=columns, test=columns)
+    with pytest.raises(UserError, match="`input_column`: 2 columns would do; name one of a, b"):
+        data.load("hf:some/set")
+    with pytest.raises(UserError, match="`label_column`: 2 columns would do; name one of fine, coarse"):
+        data.load("hf:some/set", input_column="b")
+    with pytest.raises(UserError, match="unknown `label_column` `fin`; did you mean `fine`"):
+        data.load("hf:some/set", input_column="b", label_column="fin")
+    with pytest.raises(UserError, match="class indices in column `text`"):
+        data.load("hf:some/set", input_column="b", label_column="text")
+    it = data.load("hf:some/set", input_column="b", label_column="coarse")
+    assert it.train[0][0].tolist() == [2.0]
+
+
+def test_text_alone_is_not_an_input(hub):
+    columns = {"text": ["x"], "label": [0]}
+    hub({"text": datasets.Value("string"), "label": LABELS}, train=columns, test=columns)
+    with pytest.raises(UserError, match="no column is of a type that would do; name one of text, label"):
+        data.load("hf:some/text")
+
+
+def test_lists_of_several_lengths_and_missing_splits(hub):
+    features = {"x": datasets.Sequence(datasets.Value("float32")), "y": LABELS}
+    ragged = {"x": [[1.0], [1.0, 2.0]], "y": [0, 1]}
+    hub(features, train=ragged, other=ragged)
+    with pytest.raises(UserError, match="expected a split `test` in `some/set`, found train, other"):
+        data.load("hf:some/set")
+    with pytest.raises(UserError, match="one length in column `x`"):
+        data.load("hf:some/set", test_split="other")
+
+
+def test_what_datasets_cannot_load(monkeypatch):
+    def refuse(name, config, cache_dir):
+        raise FileNotFoundError("no such data set\nand a long story")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"could not load `some/set`: no such data set$"):
+        data.load("hf:some/set")
