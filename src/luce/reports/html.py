@@ -115,7 +115,7 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
         ),
         Gallery(
             "Distance from the teacher",
-            "How often student and teacher choose differently, and the KL divergence between them. "
+            "How often student and teacher choose differently, and the KL divergence from teacher to student. "
             "Shorter is closer.",
             plots.fidelity(comparison),
         ),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -70,8 +70,9 @@ def restore(folder: Path, accelerator: Accelerator) -> State | None:
 
 def clear(folder: Path) -> None:
     """Remove the checkpoints of a finished run: its weights are kept as the exported student."""
-    for path in _checkpoints(folder):
-        shutil.rmtree(path)
+    if PartialState().is_main_process:
+        for path in _checkpoints(folder):
+            shutil.rmtree(path)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

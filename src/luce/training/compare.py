@@ -35,8 +35,9 @@ class ComparisonRecipe:
         seeds: One run each; methods are paired by them.
         data: Which data.
         student: The network to train.
-        teacher: The network to learn from. Without a checkpoint it is trained first, on all labels.
-        teacher_training: How to train the teacher.
+        teacher: The network to learn from.
+        teacher_training: How to train the teacher first, on all labels; None if its checkpoint or its
+            options bring weights already.
         training: How to train the students.
         settings: By name, what differs from the above; ``description`` is a noun phrase for the report.
         methods: By name, the terms of the loss.
@@ -49,7 +50,7 @@ class ComparisonRecipe:
     data: DataOptions = field(default_factory=DataOptions)
     student: ModelOptions = field(default_factory=ModelOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
-    teacher_training: TrainingOptions = field(default_factory=TrainingOptions)
+    teacher_training: TrainingOptions | None = None
     training: TrainingOptions = field(default_factory=TrainingOptions)
     settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {"all": {}})
     methods: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class ComparisonRecipe:
 
     def teacher_recipe(self) -> Recipe:
         """The recipe of the teacher, which learns from all labels by cross-entropy."""
+        assert self.teacher_training is not None
         return Recipe(
             method="teacher",
             data=dataclasses.replace(self.data, labels_per_class=None),
@@ -109,10 +111,10 @@ def compare(
     }
     for terms in recipe.methods.values():
         build_loss(terms)
-    claim(folder, "comparison.yaml", {**asdict(recipe), "command": command})
+    claim(folder, "comparison.yaml", asdict(recipe), command=command)
     done = sum((place / "result.json").exists() for place in grid)
     with Bar(progress, "runs", len(grid), done) as bar:
-        if done < len(grid) and recipe.teacher.checkpoint is None:
+        if done < len(grid) and recipe.teacher_training is not None:
             bar.note("teacher")
             run(recipe.teacher_recipe(), folder / "teacher", progress=progress)
         materials: dict[str, Materials] = {}
@@ -120,7 +122,7 @@ def compare(
             if (place / "result.json").exists():
                 continue
             bar.note(f"{setting}, {one.method}, seed {one.training.seed}")
-            if one.teacher is not None and one.teacher.checkpoint is None:
+            if one.teacher is not None and recipe.teacher_training is not None:
                 one.teacher.checkpoint = str(folder / "teacher")
             if setting not in materials:  # data and teacher do not depend on method or seed
                 materials = {setting: prepare(one)}

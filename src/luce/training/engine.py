@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.progress import Progress
@@ -153,7 +153,8 @@ def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Acc
         if tracker not in TRACKERS:
             raise unknown_name("tracker", tracker, TRACKERS)
         import_optional(tracker, "track")
-    AcceleratorState._reset_state(reset_partial_state=True)
+    # The device may change between trainings, the group of processes never does.
+    AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
     return Accelerator(
         mixed_precision=options.precision,
         gradient_accumulation_steps=options.accumulate,

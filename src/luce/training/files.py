@@ -8,11 +8,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from ..errors import UserError
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a file under a temporary name beside `path`, then give it its name."""
+    """Let `fill` write a file under a temporary name beside `path`, then give it its name.
+
+    Of several processes that train together only the main one writes.
+    """
+    if not PartialState().is_main_process:
+        return
     aside = path.with_name(f".{path.name}.part")
     try:
         fill(aside)

@@ -52,7 +52,7 @@ def check_keys(cls: type[Any], content: Mapping[str, Any], prefix: str = "") -> 
         if key not in types:
             raise unknown_name("recipe key", f"{prefix}{key}", [prefix + name for name in types])
         choices = (types[key], *typing.get_args(types[key]))
-        nested = next(filter(dataclasses.is_dataclass, choices), None)
+        nested: Any = next(filter(dataclasses.is_dataclass, choices), None)
         if nested is None or (value is None and type(None) in choices):
             continue
         if not isinstance(value, Mapping):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from rich.progress import Progress
 
@@ -20,7 +20,7 @@ from ..signals import LiveTeacher, RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
 from .engine import Fit, fit, new_accelerator
 from .environment import environment
-from .recipe import ModelOptions, Recipe, build_loss
+from .recipe import ModelOptions, Recipe, build_loss, read_yaml
 
 EVALUATION_BATCH = 256
 
@@ -98,6 +98,11 @@ def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifie
 def _know(recipe: Recipe, loaded: Data, train: Examples, test: Examples) -> KnownTeacher:
     options = recipe.teacher
     assert options is not None
+    if options.checkpoint is None and options.name in models.names():
+        raise UserError(
+            f"expected weights for the teacher, and a fresh `{options.name}` has none: "
+            "name a run folder or a file as `teacher.checkpoint`"
+        )
     network, description = build_network(options, loaded)
     accelerator = new_accelerator(recipe.training)
     live = LiveTeacher(network)
@@ -221,23 +226,31 @@ def _test(student: models.Classifier, accelerator: Accelerator, materials: Mater
     return metrics.full(*metrics.collect(student, accelerator.prepare(batches), accelerator, teacher))
 
 
-def claim(folder: Path, name: str, content: dict[str, Any]) -> None:
+def claim(folder: Path, name: str, recipe: dict[str, Any], **notes: str) -> None:
     """Make the folder and put the recipe into it, or see that it is the one that is there already.
 
+    Args:
+        folder: To be used for this recipe alone.
+        name: Of the file.
+        recipe: Plain values.
+        notes: Kept beside the recipe; they do not tell recipes apart.
     Raises:
         UserError: If the folder cannot be written or belongs to another recipe.
     """
     path = folder / name
-    if path.exists():
-        if yaml.safe_load(path.read_text(encoding="utf-8")) != content:
+    with PartialState().main_process_first():
+        if path.exists():
+            there = {key: value for key, value in read_yaml(path).items() if key not in notes}
+            if there != recipe:
+                raise UserError(
+                    f"{folder} already holds another recipe, {name}; choose another folder with --out, "
+                    "or delete it"
+                )
+            return
+        files.make_folder(folder)
+        if any(folder.iterdir()):
             raise UserError(
-                f"{folder} already holds another recipe, {path.name}; choose another folder with --out, "
-                "or delete it"
+                f"expected an empty folder or one that holds this recipe, got {folder}; "
+                "choose another with --out"
             )
-        return
-    files.make_folder(folder)
-    if any(folder.iterdir()):
-        raise UserError(
-            f"expected an empty folder or one that holds this recipe, got {folder}; choose another with --out"
-        )
-    files.write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        files.write_text(path, yaml.safe_dump({**recipe, **notes}, sort_keys=False, allow_unicode=True))
