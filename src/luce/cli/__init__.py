@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -50,11 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("luce: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has enough of it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
     except Exception as error:
         if debug:
             raise
         if isinstance(error, UserError):
-            print(f"luce {name}: {error}", file=sys.stderr)
+            print(f"luce {name}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         print(f"luce {name}: unexpected {reason}; --debug shows where, please report it", file=sys.stderr)

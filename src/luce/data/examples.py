@@ -13,9 +13,7 @@ from torch.utils.data import Dataset
 from luce.data.dataset import Data, stratified
 from luce.data.sources import as_source
 from luce.errors import UserError
-
-UNLABELLED = -1
-"""The target of a row whose label was taken away."""
+from luce.losses import UNLABELLED
 
 
 class Examples(Dataset[dict[str, Any]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,21 +14,21 @@ REDUCTIONS = ("none", "mean", "sum")
 def check_positive(**values: float) -> None:
     """Each value must be a finite number above zero."""
     for name, value in values.items():
-        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        if not (isinstance(value, Real) and 0 < value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number above 0, got {value!r}")
 
 
 def check_not_negative(**values: float) -> None:
     """Each value must be a finite number, zero or above."""
     for name, value in values.items():
-        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        if not (isinstance(value, Real) and 0 <= value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number of at least 0, got {value!r}")
 
 
 def check_between(low: float, high: float, **values: float) -> None:
     """Each value must lie strictly between the bounds."""
     for name, value in values.items():
-        if not (isinstance(value, int | float) and low < value < high):
+        if not (isinstance(value, Real) and low < value < high):
             raise ValueError(f"expected `{name}` strictly between {low} and {high}, got {value!r}")
 
 
@@ -79,7 +80,7 @@ def check_logits(name: str, logits: Tensor, like: Tensor | None = None) -> None:
 def class_axis(logits: Tensor, class_dim: int) -> int:
     """The class axis as a non-negative index; a single row of shape ``(C,)`` has only one."""
     if logits.ndim == 1:
-        return 0
+        class_dim = 0
     if not -logits.ndim <= class_dim < logits.ndim:
         raise ValueError(
             f"expected `class_dim` between {-logits.ndim} and {logits.ndim - 1} "
@@ -104,6 +105,12 @@ def check_per_row(name: str, values: Tensor, rows: torch.Size, logits: Tensor) -
         )
     if values.device != logits.device:
         raise ValueError(f"expected `{name}` on {logits.device} like `student_logits`, got {values.device}")
+
+
+def check_given(name: str, value: Tensor | None) -> None:
+    """A tensor that this loss cannot do without."""
+    if value is None:
+        raise TypeError(f"expected `{name}` to be a torch.Tensor, got NoneType; this loss needs it")
 
 
 def check_target(target: Tensor, rows: torch.Size, logits: Tensor) -> None:

@@ -20,15 +20,16 @@ UNLABELLED = -1
 
 
 def _spoil_wrong_labels(weight: Tensor, labels: Tensor, student: Tensor, teacher: Tensor | None) -> Tensor:
-    """Raise if a label names no class; where asking would stall the device, give its row the weight NaN.
+    """Raise if a row that counts has a label of no class; where asking would stall the device, spoil the row.
 
-    NaN because it is not overlooked: a label that matches no class would otherwise pass for a missing one.
+    Its weight becomes NaN, which is not overlooked: a label that matches no class could else pass for none.
     """
     classes = student.shape[-1]
-    wrong = (labels != UNLABELLED) & ((labels < 0) | (labels >= classes))
+    wrong = (labels < 0) | (labels >= classes)
     if teacher is not None:  # a class that both networks exclude does not exist
         named = labels.clamp(0, classes - 1)[:, None]
         wrong |= ((student.gather(-1, named) == -torch.inf) & (teacher.gather(-1, named) == -torch.inf))[:, 0]
+    wrong &= weight != 0
     if student.device.type != "cpu" or torch.compiler.is_compiling():
         return weight.masked_fill(wrong, torch.nan)
     if wrong.any():
@@ -66,6 +67,7 @@ class Rows:
         ignore_index: int,
         unlabelled_index: int | None = None,
         needs_label: bool = False,
+        needs_teacher: bool = True,
     ) -> Rows:
         """Check the arguments and lay the logits out as rows.
 
@@ -73,8 +75,13 @@ class Rows:
             unlabelled_index: The label of rows without one; None if the loss does not look at labels
                 beyond `ignore_index`, which then need not name a class.
             needs_label: Rows without a label do not count.
+            needs_teacher: False for a loss that never looks at a teacher.
         """
         _check.check_logits("student_logits", student_logits)
+        if needs_teacher:
+            _check.check_given("teacher_logits", teacher_logits)
+        if needs_label:
+            _check.check_given("target", target)
         if teacher_logits is not None:
             _check.check_logits("teacher_logits", teacher_logits, like=student_logits)
         axis = _check.class_axis(student_logits, class_dim)
@@ -89,7 +96,7 @@ class Rows:
             return logits.movedim(axis, -1).reshape(-1, logits.shape[axis]).to(dtype)
 
         student = as_matrix(student_logits)
-        teacher = student.detach() if teacher_logits is None else as_matrix(teacher_logits.detach())
+        teacher = None if teacher_logits is None else as_matrix(teacher_logits.detach())
         weight = student.new_ones(student.shape[:1])
         if row_weight is not None:
             _check.check_per_row("row_weight", row_weight, shape, student_logits)
@@ -101,13 +108,12 @@ class Rows:
             weight = weight.masked_fill(labels == ignore_index, 0)
             if unlabelled_index is not None:
                 unlabelled = (labels == unlabelled_index) | (labels == ignore_index)
+                labelled_weight = weight.masked_fill(unlabelled, 0)
+                checked = _spoil_wrong_labels(labelled_weight, labels, student, teacher)
+                weight = checked if needs_label else torch.where(unlabelled, weight, checked)
                 labels = labels.masked_fill(unlabelled, UNLABELLED)
-                weight = _spoil_wrong_labels(
-                    weight, labels, student, None if teacher_logits is None else teacher
-                )
-                if needs_label:
-                    weight = weight.masked_fill(unlabelled, 0)
 
+        teacher = student.detach() if teacher is None else teacher
         if target is not None or row_weight is not None:
             # What stands in a row that does not count must not matter, not even a NaN.
             idle = (weight == 0)[:, None]

@@ -1,6 +1,6 @@
 """Distillation methods: what one training step does."""
 
 from .base import Method
-from .logits import LogitMethod
+from .logits import LogitMethod, Loss
 
-__all__ = ["LogitMethod", "Method"]
+__all__ = ["LogitMethod", "Loss", "Method"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from ..signals import Signal
 from .base import Method
+
+Loss: TypeAlias = Callable[..., Tensor | dict[str, Tensor]]
 
 
 class LogitMethod(Method):
@@ -19,7 +22,7 @@ class LogitMethod(Method):
             argument is None.
     """
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: Loss) -> None:
         super().__init__()
         self.loss = loss
         self.needs_teacher = getattr(loss, "takes_teacher", True)

@@ -115,8 +115,8 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
         ),
         Gallery(
             "Distance from the teacher",
-            "How often student and teacher choose differently, and the KL divergence from teacher to student. "
-            "Shorter is closer.",
+            "How often student and teacher choose differently, and the KL divergence from the teacher to the "
+            "student. Shorter is closer.",
             plots.fidelity(comparison),
         ),
         *calibration,

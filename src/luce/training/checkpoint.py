@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import load
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,9 +44,10 @@ def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> No
             os.replace(aside, final)
             for path in older:
                 shutil.rmtree(path)
-    except OSError as error:
+    except files.FAILURES as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"cannot write a checkpoint to {folder} ({error.strerror}); free some space"
+            f"cannot write a checkpoint to {folder} ({files.reason(error)}); free some space"
         ) from error
     accelerator.wait_for_everyone()
 
@@ -61,10 +63,12 @@ def restore(folder: Path, accelerator: Accelerator) -> State | None:
         return None
     try:
         accelerator.load_state(str(found[-1]))
+        # The accelerator passes over random states that it cannot read.
+        load(str(found[-1] / f"random_states_{accelerator.process_index}.pkl"))
         return torch.load(found[-1] / "luce.pt", weights_only=True)
     except Exception as error:  # damaged files fail in many ways, and all have the same remedy
         raise UserError(
-            f"cannot resume from {found[-1]} ({_first_line(error)}); delete it to start again"
+            f"cannot resume from {found[-1]} ({files.reason(error)}); delete it to start again"
         ) from error
 
 
@@ -77,10 +81,6 @@ def clear(folder: Path) -> None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def export(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -102,15 +102,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read the checkpoint {path} ({_first_line(error)})") from error
+        raise UserError(f"cannot read the checkpoint {path} ({files.reason(error)})") from error
     except Exception as error:  # the unpickler's refusals have no class of their own
         raise UserError(
-            f"{path} holds more than tensors, which Luce does not load; save its state_dict as safetensors"
+            f"{path} is damaged, or holds more than tensors, which Luce does not load; "
+            "save its state_dict as safetensors"
         ) from error
     for wrapping in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
             content = content[wrapping]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise UserError(f"expected {path} to hold tensors by name, as state_dict() gives them")
     return {name.removeprefix("module."): value for name, value in content.items()}
 
@@ -162,9 +165,9 @@ def load_student(folder: Path) -> tuple[models.Classifier, dict[str, Any]]:
             **description["options"],
         )
         student = models.Classifier(body, description["mean"], description["std"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(
-            f"expected {folder} to be a finished run with an exported student ({_first_line(error)})"
+            f"expected {folder} to be a finished run with an exported student ({files.reason(error)})"
         ) from error
     load_weights(body, folder / "student.safetensors")
     return student.eval(), description

@@ -21,7 +21,7 @@ from .recipe import (
     build_loss,
     merge,
 )
-from .run import Materials, claim, prepare, run
+from .run import Materials, claim, holds, know_teacher, prepare_data, run
 
 
 @dataclass
@@ -60,11 +60,18 @@ class ComparisonRecipe:
             raise unknown_name("baseline", self.baseline, self.methods)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"expected `seeds` as a list of different integers, got {self.seeds}")
+        if not self.settings:
+            raise UserError("expected at least one entry in `settings`, got none")
         for name in (*self.settings, *self.methods):
-            if not name or name.startswith(".") or "/" in name or "\\" in name:
+            if not name or name.startswith(".") or "/" in name or "\\" in name or name == "teacher":
                 raise UserError(
-                    f"expected names of settings and methods that can name a folder, got `{name}`"
+                    "expected names of settings and methods that can name a folder beside that of the "
+                    f"teacher, got `{name}`"
                 )
+        for name, changes in self.settings.items():
+            for key in ("loss", "method"):
+                if key in changes:
+                    raise UserError(f"expected no `{key}` in setting `{name}`: all settings share `methods`")
 
     def recipe(self, setting: str, method: str, seed: int) -> Recipe:
         """The recipe of one run."""
@@ -111,21 +118,27 @@ def compare(
     }
     for terms in recipe.methods.values():
         build_loss(terms)
-    claim(folder, "comparison.yaml", asdict(recipe), command=command)
+    holds(folder, "comparison.yaml", asdict(recipe), command=command)
     done = sum((place / "result.json").exists() for place in grid)
+    if done == len(grid):
+        return len(grid), done
+    parts = {setting: prepare_data(one) for setting, one in dict(grid.values()).items()}
+    if recipe.teacher_training is not None:
+        prepare_data(recipe.teacher_recipe())
+    claim(folder, "comparison.yaml", asdict(recipe), command=command)
     with Bar(progress, "runs", len(grid), done) as bar:
-        if done < len(grid) and recipe.teacher_training is not None:
+        if recipe.teacher_training is not None:
             bar.note("teacher")
             run(recipe.teacher_recipe(), folder / "teacher", progress=progress)
-        materials: dict[str, Materials] = {}
+        known: dict[str, Materials] = {}
         for place, (setting, one) in grid.items():
             if (place / "result.json").exists():
                 continue
             bar.note(f"{setting}, {one.method}, seed {one.training.seed}")
             if one.teacher is not None and recipe.teacher_training is not None:
                 one.teacher.checkpoint = str(folder / "teacher")
-            if setting not in materials:  # data and teacher do not depend on method or seed
-                materials = {setting: prepare(one)}
-            run(one, place, materials[setting], progress)
+            if setting not in known:  # data and teacher do not depend on method or seed
+                known = {setting: know_teacher(parts[setting], one)}
+            run(one, place, known[setting], progress)
             bar.advance()
     return len(grid), done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from torch.utils.data import Dataset
 from ..data import Examples
 from ..data.sources import as_source
 from ..losses.modules import PLDLoss
-from ..methods import LogitMethod
+from ..methods import LogitMethod, Loss
 from ..models import Classifier
 from ..signals import LiveTeacher
-from . import files
 from .engine import Fit, fit
 from .options import parse
 from .progress import progress_bars
 from .recipe import TrainingOptions
+from .run import claim
 
 
 def distill(
@@ -31,7 +32,7 @@ def distill(
     train_data: Dataset[Any],
     val_data: Dataset[Any] | None = None,
     *,
-    loss: nn.Module | None = None,
+    loss: Loss | None = None,
     folder: Path | str | None = None,
     show_progress: bool = True,
     **options: Any,
@@ -44,15 +45,16 @@ def distill(
         train_data: Items are ``(input, label)``, or dicts with ``input`` and ``target``. A label of -1 marks
             a row without one.
         val_data: Likewise, to choose the best epoch by.
-        loss: Called as ``loss(student_logits, teacher_logits, target)``; PLD unless given.
-        folder: For metrics and checkpoints; a second call with the same folder goes on where the first
-            stopped. None keeps everything in memory.
+        loss: Called as ``loss(student_logits, teacher_logits, target)``; PLD unless given. The parameters of
+            a module are trained too.
+        folder: For metrics and checkpoints; a second call with the same folder and options goes on where the
+            first stopped. None keeps everything in memory.
         show_progress: Show a bar.
         options: Fields of `luce.training.TrainingOptions`, such as ``epochs`` and ``lr``.
     Returns:
         A record per epoch in ``lines``, and the best epoch with its weights.
     Raises:
-        UserError: On an unknown option or data that cannot be read.
+        UserError: On an unknown option, data that cannot be read, or a folder of another training.
     Example:
         >>> import luce, torch
         >>> from torch.utils.data import TensorDataset
@@ -64,7 +66,9 @@ def distill(
     """
     settings = parse(TrainingOptions, options)
     train, validation = _examples(train_data), None if val_data is None else _examples(val_data)
-    place = None if folder is None else files.make_folder(Path(folder))
+    place = None if folder is None else Path(folder)
+    if place is not None:
+        claim(place, "training.yaml", asdict(settings))
     bars: AbstractContextManager[Progress | None] = progress_bars() if show_progress else nullcontext()
     set_seed(settings.seed)
     with bars as progress:

@@ -47,8 +47,8 @@ class Fit:
         student: With the weights after the last epoch (their average, if one is kept).
         accelerator: That trained it; evaluates it on the same devices.
         lines: One record per epoch, as in ``metrics.jsonl``.
-        best_epoch: With the highest validation accuracy, the first of equals; the last one without
-            validation rows.
+        best_epoch: With the highest validation accuracy, of equals the one with the lowest loss; the last
+            one without validation rows.
         best_weights: Of the student's body after that epoch.
     """
 
@@ -95,6 +95,8 @@ def fit(
     """
     if method.needs_teacher and teacher is None:
         raise UserError("expected a teacher for a loss that compares with one; add `teacher` to the recipe")
+    if options.trackers and folder is None:
+        raise UserError("expected a folder to track the training in, got none; give one or no `trackers`")
     if not method.uses_unlabelled:
         train = train.labelled.repeat_to(len(train))
 
@@ -109,11 +111,12 @@ def fit(
             data.loader(validation, batch_size=4 * options.batch_size, seed=None, workers=workers)
         )
 
-    book, best_weights = Bookkeeping(), {}
+    book, lines, best_weights = Bookkeeping(), [], {}
     if folder is not None and (saved := checkpoint.restore(folder, accelerator)) is not None:
         book, best_weights = Bookkeeping(**saved["bookkeeping"]), saved["best_weights"]
+        lines = saved["lines"]
         session.load_state_dict(saved["session"])
-    log = MetricsLog(folder if accelerator.is_main_process else None, book.epoch)
+    log = MetricsLog(folder if accelerator.is_main_process else None, lines)
     if options.trackers:
         accelerator.init_trackers("luce", config={"lr": options.lr, "batch_size": options.batch_size})
 
@@ -128,7 +131,7 @@ def fit(
                 logits, _, target = metrics.collect(session.evaluated, validation_batches, accelerator)
                 line["validation"] = metrics.brief(logits, target)
                 bar.note(f"validation {line['validation']['accuracy']:.1%}")
-            if book.is_best(line["validation"].get("accuracy")):
+            if book.is_best(line["validation"]):
                 weights = session.evaluated.body.state_dict()
                 best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
             line["seconds"] = time.perf_counter() - started
@@ -139,6 +142,7 @@ def fit(
             ):
                 extra = {
                     "bookkeeping": vars(book),
+                    "lines": log.lines,
                     "session": session.state_dict(),
                     "best_weights": best_weights,
                 }
@@ -155,13 +159,16 @@ def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Acc
         import_optional(tracker, "track")
     # The device may change between trainings, the group of processes never does.
     AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=options.precision,
         gradient_accumulation_steps=options.accumulate,
         cpu=options.cpu,
-        log_with=options.trackers or None,
+        log_with=(options.trackers or None) if folder is not None else None,
         project_dir=None if folder is None else str(folder),
     )
+    if options.precision == "fp16" and accelerator.device.type == "cpu":  # passed over in silence otherwise
+        raise UserError("expected a GPU for `training.precision` fp16; on a CPU use bf16 or no")
+    return accelerator
 
 
 class Session:
@@ -188,6 +195,7 @@ class Session:
         if self.teacher is not None:
             self.teacher.to(accelerator.device)
         self.clip_norm = options.clip_norm
+        self.batch_size = options.batch_size
         self.parameters = [*student.parameters(), *method.parameters()]
         self.student, self.optimizer, self.batches = accelerator.prepare(
             student, make_optimizer(options, self.parameters), batches
@@ -210,6 +218,7 @@ class Session:
         self.student.train()
         self.method.train()
         sums: dict[str, Tensor] = {}
+        gathered = 0.0
         for count, batch in enumerate(self.batches, start=1):
             with accelerator.accumulate(self.student):
                 with accelerator.autocast():
@@ -217,9 +226,14 @@ class Session:
                     terms = self.method.step(self.student, batch, signal)
                 if on_cpu or count % FINITE_CHECK_STEPS == 0:
                     check_finite(terms, number)
-                accelerator.backward(terms["loss"])
-                if accelerator.sync_gradients and self.clip_norm is not None:
-                    accelerator.clip_grad_norm_(self.parameters, self.clip_norm)
+                share = len(batch["target"]) / self.batch_size
+                gathered += share
+                accelerator.backward(share * terms["loss"])
+                if accelerator.sync_gradients:
+                    self.scale_gradients(accelerator.gradient_accumulation_steps / gathered)
+                    gathered = 0.0
+                    if self.clip_norm is not None:
+                        accelerator.clip_grad_norm_(self.parameters, self.clip_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -233,6 +247,13 @@ class Session:
         check_finite(sums, number)
         means = accelerator.reduce({name: total / count for name, total in sums.items()}, "mean")
         return {name: mean.item() for name, mean in means.items()}
+
+    def scale_gradients(self, factor: float) -> None:
+        """Make a sum over micro-batches the mean over their rows, of which an epoch's last step has fewer."""
+        if factor != 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
 
     def state_dict(self) -> dict[str, Any]:
         """What the accelerator does not save by itself."""
@@ -257,14 +278,17 @@ class Bookkeeping:
 
     epoch: int = 0
     best_epoch: int = 0
-    best_accuracy: float = -1.0
+    best_accuracy: float = -math.inf
+    best_loss: float = math.inf
 
-    def is_best(self, accuracy: float | None) -> bool:
+    def is_best(self, validation: Mapping[str, float]) -> bool:
         """Whether the epoch that has just ended is the best so far; without validation each one is."""
-        if accuracy is not None and accuracy <= self.best_accuracy:
-            return False
+        if validation:
+            accuracy, loss = validation["accuracy"], validation["loss"]
+            if (accuracy, -loss) <= (self.best_accuracy, -self.best_loss):
+                return False
+            self.best_accuracy, self.best_loss = accuracy, loss
         self.best_epoch = self.epoch
-        self.best_accuracy = self.best_accuracy if accuracy is None else accuracy
         return True
 
     def exhausted(self, patience: int | None) -> bool:
@@ -273,18 +297,13 @@ class Bookkeeping:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: a line per epoch; those after the resumed epoch are dropped, to be written again."""
+    """``metrics.jsonl``: a line per epoch, from those of the checkpoint on."""
 
-    def __init__(self, folder: Path | None, epoch: int) -> None:
+    def __init__(self, folder: Path | None, lines: list[dict[str, Any]]) -> None:
         self.path = None if folder is None else folder / "metrics.jsonl"
-        self.lines: list[dict[str, Any]] = []
-        if self.path is None:
-            return
-        if self.path.exists():
-            self.lines = [
-                json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()[:epoch]
-            ]
-        files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.lines = lines
+        if self.path is not None:
+            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def append(self, line: dict[str, Any]) -> None:
         self.lines.append(line)

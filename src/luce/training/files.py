@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 
 from ..errors import UserError
+
+FAILURES = (OSError, RuntimeError, SafetensorError)
+"""What a full disk raises, by way of Python, of torch.save and of safetensors."""
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a few words."""
+    return getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -24,12 +34,13 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     try:
         fill(aside)
         os.replace(aside, path)
-    except OSError as error:
+    except FAILURES as error:
         raise UserError(
-            f"cannot write {path} ({error.strerror or error}); free some space or choose another folder"
+            f"cannot write {path} ({reason(error)}); free some space or choose another folder"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

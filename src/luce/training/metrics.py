@@ -82,7 +82,7 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
         result["kl"] = kd_loss(student_logits, teacher_logits).item()
         student_columns, teacher_columns = student_logits[:KENDALL_ROWS].T, teacher_logits[:KENDALL_ROWS].T
         tau = cast(Tensor, kendall_rank_corrcoef(student_columns, teacher_columns))
-        result["kendall_tau"] = tau.mean().item()
+        result["kendall_tau"] = tau.nanmean().item()  # a row whose classes all tie has no order
         result["topk"] = topk
         result["topk_overlap"] = ((chosen[0] * chosen[1]).sum(-1) / topk).mean().item()
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -41,8 +42,18 @@ def parse(cls: type[T], content: Mapping[str, Any]) -> T:
     try:
         values = parser.instantiate(parser.parse_object(dict(content)))
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).replace("Parser key", "recipe key").split())) from error
+        raise UserError(_plain(str(error))) from error
     return cls(**vars(values))
+
+
+def _plain(message: str) -> str:
+    """The parser's words without those of Python's types."""
+    words = " ".join(message.split()).replace("Parser key", "recipe key").replace("Expected a ", "expected ")
+    return (
+        re.sub(r"<class '(\w+)'>", r"\1", words)
+        .replace("typing.Literal", "one of ")
+        .replace(". Got value:", ", got")
+    )
 
 
 def check_keys(cls: type[Any], content: Mapping[str, Any], prefix: str = "") -> None:
@@ -82,5 +93,7 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
         inner = nested
         for key in path:
             inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"--{name} and another option both set `{key}`; give one of them")
         inner[last] = value
     return nested

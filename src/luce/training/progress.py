@@ -16,7 +16,11 @@ from rich.progress import (
 
 
 def progress_bars() -> Progress:
-    """Bars on the error stream, so that results can be piped; they vanish when their work is done."""
+    """Bars on the error stream, so that results can be piped; they vanish when their work is done.
+
+    Where that stream is no terminal there are none, so that a log holds messages only.
+    """
+    console = Console(stderr=True)
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -24,8 +28,9 @@ def progress_bars() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 

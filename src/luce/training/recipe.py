@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,15 @@ from ..errors import UserError, unknown_name
 from ..losses.modules import LogitLoss, WeightedSum
 
 Terms = dict[str, dict[str, Any]]
+
+
+def refuse_options(options: Mapping[str, Any], kind: str, settled: Sequence[str]) -> None:
+    """Refuse further options of data or a model that are settled elsewhere."""
+    for name in settled:
+        if name in options:
+            raise UserError(
+                f"expected no `{name}` among the `options` of the {kind}: it is settled elsewhere"
+            )
 
 
 @dataclass
@@ -42,6 +52,11 @@ class DataOptions:
     augment: str = "none"
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError(f"expected `data.workers` of at least 0, got {self.workers}")
+        refuse_options(self.options, "data", ("name", "root"))
+
 
 @dataclass
 class ModelOptions:
@@ -60,6 +75,9 @@ class ModelOptions:
     checkpoint: str | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        refuse_options(self.options, "model", ("name", "classes", "input_shape"))
 
 
 @dataclass
@@ -123,8 +141,14 @@ class TrainingOptions:
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"expected `training.{name}` to be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise UserError(f"expected `training.lr` above 0, got {self.lr}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"expected `training.seed` in 0 .. 2**32 - 1, got {self.seed}")
+        for name in ("lr", "gamma", "clip_norm", "patience"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UserError(f"expected `training.{name}` above 0, got {value}")
+        for name in ("momentum", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"expected `training.{name}` of at least 0, got {getattr(self, name)}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise UserError(
                 f"expected `training.warmup_epochs` in [0, {self.epochs}), fewer than the epochs, "

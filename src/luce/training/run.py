@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from rich.progress import Progress
+from torch import Tensor
 
 from .. import data, models
 from ..data import Data, Examples
@@ -57,15 +61,24 @@ def prepare(recipe: Recipe) -> Materials:
     Raises:
         UserError: On an unknown name, unreadable files, or parts that do not fit together.
     """
+    return know_teacher(prepare_data(recipe), recipe)
+
+
+def prepare_data(recipe: Recipe) -> Materials:
+    """The part of `prepare` that needs no teacher."""
     options = recipe.data
     loaded = data.load(options.name, root=options.root, **options.options)
     train, validation, test = data.split(loaded, validation=options.validation, seed=options.split_seed)
     if options.labels_per_class is not None:
         train = data.keep_labels(train, per_class=options.labels_per_class, seed=options.split_seed)
-    teacher = None
-    if recipe.teacher is not None:
-        teacher = _know(recipe, loaded, train, test)
-    return Materials(loaded, train, validation, test, teacher)
+    augmentation(recipe)
+    build_network(recipe.student, loaded)
+    return Materials(loaded, train, validation, test, teacher=None)
+
+
+def augmentation(recipe: Recipe) -> Callable[[Tensor], Tensor] | None:
+    """What the recipe does to training batches; None for nothing."""
+    return None if recipe.data.augment == "none" else data.augment(recipe.data.augment)
 
 
 def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifier, dict[str, Any]]:
@@ -82,6 +95,7 @@ def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifie
                 f"expected a network for the {len(loaded.classes)} classes of `{loaded.name}`, "
                 f"got one for {len(description['classes'])} from {source}"
             )
+        check_fit(network, loaded)
         return network, description
     body = models.build(
         options.name, classes=len(loaded.classes), input_shape=loaded.input_shape, **options.options
@@ -92,12 +106,42 @@ def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifie
     description = checkpoint.describe(
         options.name, options.options, loaded.classes, loaded.input_shape, mean, std
     )
-    return models.Classifier(body, mean, std), description
+    network = models.Classifier(body, mean, std)
+    check_fit(network, loaded)
+    return network, description
 
 
-def _know(recipe: Recipe, loaded: Data, train: Examples, test: Examples) -> KnownTeacher:
-    options = recipe.teacher
-    assert options is not None
+@torch.no_grad()
+def check_fit(network: models.Classifier, loaded: Data) -> None:
+    """Ask a network about one row of the data: it must answer with a logit for each class.
+
+    Raises:
+        UserError: If it does not.
+    """
+    row = Examples(loaded.train, [0]).plain[0]["input"].unsqueeze(0)
+    try:
+        answer = tuple(network.eval()(row).shape)
+    except Exception as error:  # networks fail in many ways at inputs they were not made for
+        raise UserError(
+            f"expected a network for the inputs of `{loaded.name}`, of shape {loaded.input_shape}, "
+            f"got one that fails at them ({files.reason(error)})"
+        ) from error
+    if answer != (1, len(loaded.classes)):
+        raise UserError(
+            f"expected a network for the {len(loaded.classes)} classes of `{loaded.name}`, got one that "
+            f"answers a row with logits of shape {answer}"
+        )
+
+
+def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
+    """The same materials with the recipe's teacher, if it has one.
+
+    Raises:
+        UserError: If the teacher cannot be loaded or does not fit the data.
+    """
+    options, loaded, test = recipe.teacher, materials.data, materials.test
+    if options is None:
+        return materials
     if options.checkpoint is None and options.name in models.names():
         raise UserError(
             f"expected weights for the teacher, and a fresh `{options.name}` has none: "
@@ -114,21 +158,12 @@ def _know(recipe: Recipe, loaded: Data, train: Examples, test: Examples) -> Know
                 f"`teacher.remember` keeps one answer per row, but `data.augment` is {recipe.data.augment}; "
                 "turn one of them off"
             )
-        ask_train = _remember(live, train, accelerator)
+        ask_train = _remember(live, materials.train, accelerator)
     ask_test = _remember(live, test, accelerator)
-    logits = ask_test.logits[test.indices]
-    if logits.shape[-1] != len(loaded.classes):
-        raise UserError(
-            f"expected a teacher for the {len(loaded.classes)} classes of `{loaded.name}`, got one for "
-            f"{logits.shape[-1]}"
-        )
-    accuracy = metrics.brief(logits, test.targets)["accuracy"]
+    accuracy = metrics.brief(ask_test.logits[test.indices], test.targets)["accuracy"]
     size = models.count_parameters(network)
-    return KnownTeacher(
-        ask_train,
-        ask_test,
-        {"model": description["model"], "parameters": size, "test": {"accuracy": accuracy}},
-    )
+    about = {"model": description["model"], "parameters": size, "test": {"accuracy": accuracy}}
+    return dataclasses.replace(materials, teacher=KnownTeacher(ask_train, ask_test, about))
 
 
 def _remember(live: LiveTeacher, examples: Examples, accelerator: Accelerator) -> RememberedTeacher:
@@ -152,17 +187,17 @@ def run(
     Raises:
         UserError: If the folder cannot be written or holds another recipe, and as `prepare` and `fit` do.
     """
-    claim(folder, "recipe.yaml", asdict(recipe))
     done = folder / "result.json"
-    if done.exists():
+    if holds(folder, "recipe.yaml", asdict(recipe)) and done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
     method = LogitMethod(build_loss(recipe.loss))
     materials = materials or prepare(recipe)
     teacher = materials.teacher
-    files.write_json(folder / "environment.json", environment())
+    claim(folder, "recipe.yaml", asdict(recipe))
 
     set_seed(recipe.training.seed)
     student, description = build_network(recipe.student, materials.data)
+    files.write_json(folder / "environment.json", environment())
     fitted = fit(
         student,
         method,
@@ -170,7 +205,7 @@ def run(
         materials.validation,
         teacher=None if teacher is None else teacher.train,
         options=recipe.training,
-        augment=None if recipe.data.augment == "none" else data.augment(recipe.data.augment),
+        augment=augmentation(recipe),
         workers=recipe.data.workers,
         folder=folder,
         progress=progress,
@@ -208,6 +243,7 @@ def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:
             f"expected data with the student's {len(description['classes'])} classes, "
             f"got `{materials.data.name}` with {len(materials.data.classes)}"
         )
+    check_fit(student, materials.data)
     accelerator = new_accelerator(recipe.training)
     return _test(accelerator.prepare(student), accelerator, materials)
 
@@ -226,8 +262,25 @@ def _test(student: models.Classifier, accelerator: Accelerator, materials: Mater
     return metrics.full(*metrics.collect(student, accelerator.prepare(batches), accelerator, teacher))
 
 
+def holds(folder: Path, name: str, recipe: dict[str, Any], **notes: str) -> bool:
+    """Whether a folder holds this recipe; False for one that is free, as after a run that trained nothing.
+
+    Raises:
+        UserError: If it holds another recipe, or anything else.
+    """
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if name in there and {**read_yaml(folder / name), **notes} == yaml.safe_load(
+        _as_yaml({**recipe, **notes})
+    ):
+        return True
+    if there and there != {name, "environment.json"}:
+        what = f"another recipe, {name}" if name in there else "other files"
+        raise UserError(f"{folder} already holds {what}; choose another folder (--out), or delete it")
+    return False
+
+
 def claim(folder: Path, name: str, recipe: dict[str, Any], **notes: str) -> None:
-    """Make the folder and put the recipe into it, or see that it is the one that is there already.
+    """Make the folder and put the recipe into it, unless it is there already.
 
     Args:
         folder: To be used for this recipe alone.
@@ -237,20 +290,11 @@ def claim(folder: Path, name: str, recipe: dict[str, Any], **notes: str) -> None
     Raises:
         UserError: If the folder cannot be written or belongs to another recipe.
     """
-    path = folder / name
     with PartialState().main_process_first():
-        if path.exists():
-            there = {key: value for key, value in read_yaml(path).items() if key not in notes}
-            if there != recipe:
-                raise UserError(
-                    f"{folder} already holds another recipe, {name}; choose another folder with --out, "
-                    "or delete it"
-                )
-            return
-        files.make_folder(folder)
-        if any(folder.iterdir()):
-            raise UserError(
-                f"expected an empty folder or one that holds this recipe, got {folder}; "
-                "choose another with --out"
-            )
-        files.write_text(path, yaml.safe_dump({**recipe, **notes}, sort_keys=False, allow_unicode=True))
+        if not holds(folder, name, recipe, **notes):
+            files.make_folder(folder)
+            files.write_text(folder / name, _as_yaml({**recipe, **notes}))
+
+
+def _as_yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)

@@ -59,9 +59,13 @@ def cross_entropy_loss(
         ignore_index=ignore_index,
         unlabelled_index=unlabelled_index,
         needs_label=True,
+        needs_teacher=False,
     )
     nll = -rows.student.log_softmax(-1)
-    values = nll.gather(-1, rows.labels().clamp(min=0)[:, None])[:, 0]
+    label = rows.labels().clamp(
+        0, nll.shape[-1] - 1
+    )  # rows with another one do not count, or are NaN already
+    values = nll.gather(-1, label[:, None])[:, 0]
     if label_smoothing:
         present = rows.present()
         evenly = torch.where(present, nll, 0).sum(-1) / present.sum(-1)
@@ -289,5 +293,6 @@ def dkd_loss(
         needs_label=True,
     )
     of_target, of_rest = dkd(rows.student, rows.teacher, rows.labels(), temperature)
-    values = alpha * of_target + beta * of_rest
+    # A term that is switched off is left out, for it may be infinite.
+    values = sum((w * v for w, v in ((alpha, of_target), (beta, of_rest)) if w), start=0 * rows.weight)
     return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)

@@ -86,6 +86,18 @@ def pld_loss(
     return rows.reduce(values, reduction)
 
 
+def _ranking(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Classes in the order of their places, and 1 for each place whose class exists, else 0.
+
+    NaN in rows without any class and where the teacher says NaN: a sort would hide it.
+    """
+    order = label_first(teacher_order(rows.teacher), rows.labels())
+    present = rows.present()
+    unknown = rows.teacher.isnan().any(-1) | ~present.any(-1)
+    places = present.gather(-1, order).to(rows.student.dtype)
+    return order, places.masked_fill(unknown[:, None], torch.nan)
+
+
 def listmle_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -132,8 +144,7 @@ def listmle_loss(
         ignore_index=ignore_index,
         unlabelled_index=unlabelled_index,
     )
-    order = label_first(teacher_order(rows.teacher), rows.labels())
-    places = rows.present().gather(-1, order).to(rows.student.dtype)
+    order, places = _ranking(rows)
     return rows.reduce(ranking_nll(rows.student.gather(-1, order), places), reduction)
 
 
@@ -187,19 +198,16 @@ def p_listmle_loss(
         ignore_index=ignore_index,
         unlabelled_index=unlabelled_index,
     )
-    dtype = rows.student.dtype
     if not normalize:
-        _check.check_power_of_two(rows.student.shape[-1], dtype)
-    order = label_first(teacher_order(rows.teacher), rows.labels())
-    places = rows.present().gather(-1, order)
-    length = places.sum(-1, keepdim=True).to(dtype)  # classes that exist; the others stand behind them
-    k = places.cumsum(-1).to(dtype)
-    if normalize:  # scaled by 2**-C before the sum, so that no class count overflows
-        weights = torch.where(places, torch.exp2(-k) - torch.exp2(-length), 0)
+        _check.check_power_of_two(rows.student.shape[-1], rows.student.dtype)
+    order, places = _ranking(rows)
+    k, length = places.cumsum(-1), places.sum(-1, keepdim=True)
+    if normalize:  # scaled by 2**-C before the sum, so that no number of classes overflows
+        weights = places * (torch.exp2(-k) - torch.exp2(-length))
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total == 0, 1, total)
     else:
-        weights = torch.where(places, torch.exp2(length - k) - 1, 0)
+        weights = places * (torch.exp2(length - k) - 1)
     return rows.reduce(ranking_nll(rows.student.gather(-1, order), weights), reduction)
 
 

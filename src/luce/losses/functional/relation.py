@@ -11,8 +11,8 @@ from .._reduce import Reduction, Rows
 
 def _correlation(a: Tensor, b: Tensor, weight: Tensor, dim: int) -> Tensor:
     """Pearson correlation along `dim`, entries counted by their weight; 0 where one side is constant."""
-    count = weight.sum(dim, keepdim=True)
-    count = torch.where(count == 0, 1, count)
+    count, total = (weight != 0).sum(dim, keepdim=True).clamp(min=1), weight.sum(dim, keepdim=True)
+    weight = weight * count / torch.where(total == 0, 1, total)  # their mean is 1: their unit must not matter
     a = a - (weight * a).sum(dim, keepdim=True) / count
     b = b - (weight * b).sum(dim, keepdim=True) / count
     covariance = (weight * a * b).sum(dim)

@@ -11,7 +11,7 @@ from .base import LogitLoss
 
 
 class WeightedSum(nn.Module):
-    """A weighted sum of losses that keeps its terms apart.
+    """A weighted sum of losses that keeps its terms apart; those of weight 0 are 0.
 
     Args:
         terms: Name to ``(weight, loss)``; each loss is called as ``loss(student_logits, teacher_logits,
@@ -35,7 +35,12 @@ class WeightedSum(nn.Module):
         for name, (weight, _) in terms.items():
             _check.check_not_negative(**{f"weight of {name}": weight})
         self.weights = {name: float(weight) for name, (weight, _) in terms.items()}
-        self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
+        try:
+            self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
+        except KeyError as error:
+            raise ValueError(
+                f"expected names of terms that can name a module, got {sorted(terms)}"
+            ) from error
 
     @property
     def uses_unlabelled(self) -> bool:
@@ -51,11 +56,13 @@ class WeightedSum(nn.Module):
         self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The weighted terms by name, and their sum as ``"loss"``."""
+        nothing = student_logits.new_zeros(())
         terms = {
-            name: self.weights[name] * loss(student_logits, teacher_logits, target)
-            for name, loss in self.losses.items()
+            # A term that is switched off may be infinite, and 0 * inf is not 0.
+            name: weight * self.losses[name](student_logits, teacher_logits, target) if weight else nothing
+            for name, weight in self.weights.items()
         }
-        return {**terms, "loss": sum(terms.values(), start=student_logits.new_zeros(()))}
+        return {**terms, "loss": sum(terms.values(), start=nothing)}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())

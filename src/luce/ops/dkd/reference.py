@@ -8,10 +8,10 @@ from torch import Tensor
 from ..kd.reference import forward_kl, relative_entropy
 
 
-def _target_or_rest(logits: Tensor, is_target: Tensor, rest: Tensor) -> Tensor:
+def _target_or_rest(log_probs: Tensor, is_target: Tensor, rest: Tensor) -> Tensor:
     """Log-probabilities of the target and of all others together, ``(N, 2)``, however sure the row is."""
-    target = torch.where(is_target, logits, 0).sum(-1)
-    return torch.stack([target, rest.logsumexp(-1)], dim=-1) - logits.logsumexp(-1, keepdim=True)
+    target = torch.where(is_target, log_probs, 0).sum(-1)
+    return torch.stack([target, rest.logsumexp(-1)], dim=-1)
 
 
 def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
     Returns:
         TCKD and NCKD, each ``(N,)`` nats, without ``temperature**2``.
     """
-    student, teacher = student / temperature, teacher / temperature
+    student, teacher = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
     is_target = torch.arange(student.shape[-1], device=student.device) == target[:, None]
     # Finite, unlike -inf: where the target is the only class, its rest is one impossible class, not none.
     lowest = torch.finfo(student.dtype).min / 4

@@ -52,19 +52,18 @@ def ranking_nll(u: Tensor, alpha: Tensor, top_k: int | None = None) -> Tensor:
     """
     classes = u.shape[-1]
     places = classes if top_k is None else min(top_k, classes)
-    # A common offset would cost float32 its digits. Measured at a class in the middle of the ranking, for the
-    # maximum may be an outlier that moves all the others out of the range where float32 is fine.
-    offset = u[:, classes // 2].detach()
-    u = u - torch.where(offset.isinf(), 0, offset)[:, None]
-    lowest = torch.finfo(u.dtype).min / 64
-    finite = u.clamp(min=lowest)  # a suffix of excluded classes must not give inf - inf
+    # In float64 where there is one: float32 cannot hold how far suffixes differ, and a scan adds up its errors.
+    wide = u.dtype if u.device.type == "mps" else torch.float64
+    u, alpha, narrow = u.to(wide), alpha[:, :places].to(wide), u.dtype
+    finite = u.clamp(min=torch.finfo(narrow).min)  # a suffix of excluded classes must not give inf - inf
     tail = finite[:, places:].logsumexp(-1, keepdim=True)
-    following = suffix_logsumexp(torch.cat([finite[:, 1:places], tail], dim=-1)).clamp(min=lowest)
+    following = suffix_logsumexp(torch.cat([finite[:, 1:places], tail], dim=-1)).clamp(
+        min=torch.finfo(wide).min
+    )
     # phi_k - u_k as log(1 + Z_{k+1} / w_k): nothing cancels where one class outweighs all that follow.
-    nll = F.softplus(following - u[:, :places], threshold=40)
-    alpha = alpha[:, :places]
+    nll = -F.logsigmoid(u[:, :places] - following)
     nll = nll.masked_fill((alpha == 0) & (nll == torch.inf), 0)  # 0 * inf: an excluded class nobody asks for
-    return (alpha * nll).sum(-1)
+    return (alpha * nll).sum(-1).to(narrow)
 
 
 def pld(

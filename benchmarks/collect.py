@@ -1,0 +1,44 @@
+"""Keep a finished comparison in benchmarks/results: its recipe, its table, and a line per run.
+
+    python benchmarks/collect.py runs/fashion-mnist benchmarks/results/fashion-mnist
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from luce import reports
+
+
+def collect(folder: Path, out: Path) -> None:
+    """Write ``comparison.yaml``, ``README.md`` and ``runs.jsonl`` to `out`."""
+    comparison = reports.read_comparison(folder)
+    environment = comparison.finished()[0].environment
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "comparison.yaml", out)
+    text = [
+        f"# {comparison.title}",
+        comparison.question,
+        *reports.verdict(reports.summarise(comparison)).values(),
+        reports.markdown_table(comparison),
+        f"`{comparison.command}`, commit {environment['commit']}, torch {environment['torch']}, "
+        f"Python {environment['python']}, {environment['processor']}, {environment['threads']} threads, "
+        f"{environment['started'][:10]}. A line per run is in `runs.jsonl`.",
+    ]
+    (out / "README.md").write_text("\n\n".join(part.strip() for part in text) + "\n", encoding="utf-8")
+    with (out / "runs.jsonl").open("w", encoding="utf-8") as lines:
+        for path in sorted(folder.glob("**/result.json")):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            for moment in ("last", "best"):
+                result[moment]["test"].pop("reliability")
+            run = path.parent.relative_to(folder).as_posix()
+            lines.write(json.dumps({"run": run, **result}) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    collect(Path(sys.argv[1]), Path(sys.argv[2]))

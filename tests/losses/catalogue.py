@@ -1,0 +1,158 @@
+"""Every loss with the options and properties that the battery holds it to. A new loss is one more entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import luce
+
+UNLABELLED = luce.UNLABELLED
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss function, its module and what is promised about it.
+
+    Attributes:
+        options: Sets of options; the battery runs every one of them.
+        bad_options: Option to a value that must be refused.
+        needs_label: Rows without a label do not count.
+        uses_label: The value depends on the label.
+        couples_rows: A row's value depends on the other rows.
+        shift_invariant: Blind to a constant added to a row, of either network.
+        zero_at_equality: 0 when the student has the teacher's logits.
+        ranks: Sees the teacher's logits as a ranking, so that a rounding may reorder near ties.
+    """
+
+    function: Callable[..., Tensor]
+    module: type[luce.LogitLoss]
+    options: tuple[dict[str, Any], ...] = ({},)
+    bad_options: tuple[tuple[str, Any], ...] = ()
+    needs_label: bool = False
+    uses_label: bool = False
+    couples_rows: bool = False
+    shift_invariant: bool = True
+    zero_at_equality: bool = False
+    ranks: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+TEMPERATURES = (("temperature", 0.0), ("temperature", -1.0), ("temperature", float("nan")))
+SOFTENED: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 4.0},
+    {"temperature": 2.5, "scale_by_temperature": False},
+)
+
+LOSSES = (
+    Loss(
+        luce.cross_entropy_loss,
+        luce.CrossEntropyLoss,
+        options=({}, {"label_smoothing": 0.1}),
+        bad_options=(("label_smoothing", 1.0), ("label_smoothing", -0.1)),
+        needs_label=True,
+        uses_label=True,
+    ),
+    Loss(luce.kd_loss, luce.KDLoss, SOFTENED, TEMPERATURES, zero_at_equality=True),
+    Loss(luce.reverse_kl_loss, luce.ReverseKLLoss, SOFTENED, TEMPERATURES, zero_at_equality=True),
+    Loss(
+        luce.jsd_loss,
+        luce.JSDLoss,
+        options=({}, {"beta": 0.1, "temperature": 2.0}, {"temperature": 3.0, "scale_by_temperature": False}),
+        bad_options=(*TEMPERATURES, ("beta", 0.0), ("beta", 1.0), ("beta", -0.5)),
+        zero_at_equality=True,
+    ),
+    Loss(
+        luce.dkd_loss,
+        luce.DKDLoss,
+        options=({}, {"alpha": 0.5, "beta": 2.0, "temperature": 1.0}, {"scale_by_temperature": False}),
+        bad_options=(*TEMPERATURES, ("alpha", -1.0), ("beta", -1.0)),
+        needs_label=True,
+        uses_label=True,
+        zero_at_equality=True,
+    ),
+    Loss(
+        luce.pld_loss,
+        luce.PLDLoss,
+        options=({}, {"teacher_temperature": 2.0}, {"top_k": 1}, {"top_k": 3}),
+        bad_options=(
+            ("teacher_temperature", 0.0),
+            ("teacher_temperature", -1.0),
+            ("teacher_temperature", float("nan")),
+            ("top_k", 0),
+            ("top_k", -1),
+            ("top_k", 1.5),
+            ("top_k", True),
+        ),
+        uses_label=True,
+        ranks=True,
+    ),
+    Loss(luce.listmle_loss, luce.ListMLELoss, uses_label=True, ranks=True),
+    Loss(
+        luce.p_listmle_loss,
+        luce.PListMLELoss,
+        options=({}, {"normalize": False}),
+        uses_label=True,
+        ranks=True,
+    ),
+    Loss(luce.listnet_loss, luce.ListNetLoss, ({}, {"temperature": 2.0}), TEMPERATURES),
+    Loss(luce.logit_matching_loss, luce.LogitMatchingLoss, shift_invariant=False, zero_at_equality=True),
+    Loss(
+        luce.dist_loss,
+        luce.DISTLoss,
+        options=(
+            {},
+            {"beta": 1.0, "gamma": 0.0, "temperature": 1.0},
+            {"gamma": 1.0, "scale_by_temperature": False},
+        ),
+        bad_options=(*TEMPERATURES, ("beta", -1.0), ("gamma", -1.0)),
+        couples_rows=True,
+        zero_at_equality=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss with one set of options, called alike whether or not it looks at the teacher."""
+
+    loss: Loss
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None, **more: Any) -> Tensor:
+        logits = (student, teacher) if self.loss.module.takes_teacher else (student,)
+        return self.loss.function(*logits, target, **{**self.options, **more})
+
+    def grad(self, student: Tensor, teacher: Tensor, target: Tensor | None = None, **more: Any) -> Tensor:
+        """Gradient of the value, summed if there are several, towards a copy of the student's logits."""
+        student = student.detach().clone().requires_grad_()
+        (grad,) = torch.autograd.grad(self(student, teacher, target, **more).sum(), student)
+        return grad
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.loss.name}[{options}]" if options else self.loss.name
+
+
+CASES = tuple(Case(loss, options) for loss in LOSSES for options in loss.options)
+DEFAULTS = tuple(Case(loss, loss.options[0]) for loss in LOSSES)
+BY_ROW = tuple(case for case in CASES if not case.loss.couples_rows)
+
+
+def batch(
+    *rows: int, classes: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 2.0
+):
+    """Random ``(student, teacher, target)``: logits ``(*rows, classes)`` and labels of the shape ``rows``."""
+    random = torch.Generator().manual_seed(seed)
+    student, teacher = scale * torch.randn(2, *rows, classes, generator=random, dtype=torch.float64)
+    target = torch.randint(classes, rows, generator=random)
+    return student.to(dtype), teacher.to(dtype), target

@@ -1,0 +1,45 @@
+"""The catalogue knows every loss there is, so that the battery leaves none out."""
+
+from __future__ import annotations
+
+import inspect
+
+import luce
+from luce.losses import functional
+
+from .catalogue import LOSSES
+
+
+def subclasses(cls: type) -> set[type]:
+    return {sub for child in cls.__subclasses__() for sub in {child} | subclasses(child)}
+
+
+def test_every_public_function_has_an_entry():
+    listed = {loss.name for loss in LOSSES}
+    for module in (luce, functional):
+        assert {name for name in module.__all__ if name.endswith("_loss")} == listed
+
+
+def test_every_module_has_an_entry():
+    here = {sub for sub in subclasses(luce.LogitLoss) if sub.__module__.startswith("luce.")}
+    assert here == {loss.module for loss in LOSSES}
+    assert {module.__name__ for module in here} <= set(luce.__all__)
+
+
+def test_every_option_of_a_function_is_one_of_its_module_with_the_same_default():
+    for loss in LOSSES:
+        keywords = inspect.signature(loss.function).parameters.values()
+        options = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY and p.name != "row_weight"}
+        assert loss.module().options() == options, loss.name
+
+
+def test_modules_say_what_they_do_with_rows_without_a_label():
+    for loss in LOSSES:
+        assert loss.module.uses_unlabelled is not loss.needs_label, loss.name
+
+
+def test_the_entries_try_each_option_of_the_loss_itself():
+    shared = {"ignore_index", "unlabelled_index", "class_dim", "reduction"}
+    for loss in LOSSES:
+        tried = {name for options in loss.options for name in options}
+        assert tried == set(loss.module().options()) - shared, loss.name
