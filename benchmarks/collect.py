@@ -1,6 +1,6 @@
 """Keep a finished comparison in benchmarks/results: its recipe, its table, and a line per run.
 
-    python benchmarks/collect.py runs/fashion-mnist benchmarks/results/fashion-mnist
+python benchmarks/collect.py runs/fashion-mnist benchmarks/results/fashion-mnist
 """
 
 from __future__ import annotations

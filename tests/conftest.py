@@ -15,7 +15,7 @@ def _one_thread_and_fixed_seed() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
-        no_gpu = pytest.mark.skip(reason="no CUDA device")
+        no_gpu = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(no_gpu)

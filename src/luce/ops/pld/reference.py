@@ -52,7 +52,7 @@ def ranking_nll(u: Tensor, alpha: Tensor, top_k: int | None = None) -> Tensor:
     """
     classes = u.shape[-1]
     places = classes if top_k is None else min(top_k, classes)
-    # In float64 where there is one: float32 cannot hold how far suffixes differ, and a scan adds up its errors.
+    # In float64 where there is one: float32 cannot hold how far suffixes differ, and a scan sums up errors.
     wide = u.dtype if u.device.type == "mps" else torch.float64
     u, alpha, narrow = u.to(wide), alpha[:, :places].to(wide), u.dtype
     finite = u.clamp(min=torch.finfo(narrow).min)  # a suffix of excluded classes must not give inf - inf

@@ -14,7 +14,7 @@ def suffix_logsumexp(x: Tensor) -> Tensor:
     is ``-inf`` and has a zero gradient.
 
     Args:
-        x: Shape ``(..., L)``; float32, float64 or bfloat16 (the range of float16 is too small to mark -inf in).
+        x: Shape ``(..., L)``, float32, float64 or bfloat16: float16 has too small a range.
     Returns:
         Shape ``(..., L)``.
     Example:

@@ -1,0 +1,108 @@
+"""Calling the command line, and small recipes for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from luce import data
+from luce.cli import main
+from luce.training.recipe import merge
+
+TEACHER: dict[str, Any] = {
+    "method": "teacher",
+    "data": {"name": "sklearn:iris", "validation": 0.2},
+    "student": {"name": "mlp", "options": {"hidden": [8]}},
+    "loss": {"task": {"loss": "CrossEntropyLoss"}},
+    "training": {"epochs": 2, "batch_size": 32, "lr": 0.05},
+}
+
+
+class NanTeacher(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs[:, :3] * torch.nan
+
+
+def rows(count: int = 40, classes: int = 3) -> TensorDataset:
+    return TensorDataset(torch.rand(count, 4), torch.arange(count) % classes)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, beside which a module `toy` can be named."""
+    toy = ModuleType("toy")
+    toy.nan = lambda: NanTeacher()  # type: ignore[attr-defined]
+    toy.five = lambda: nn.Linear(4, 5)  # type: ignore[attr-defined]
+    toy.five_classes = lambda: data.from_datasets(rows(classes=5))  # type: ignore[attr-defined]
+    toy.empty = lambda: data.from_datasets(rows(0))  # type: ignore[attr-defined]
+    toy.no_test = lambda: data.from_datasets(rows(), rows(0))  # type: ignore[attr-defined]
+    toy.label_5 = lambda: data.from_datasets(rows(), rows(classes=6))  # type: ignore[attr-defined]
+    toy.unlabelled = lambda: data.from_datasets(  # type: ignore[attr-defined]
+        rows(), TensorDataset(torch.rand(3, 4), torch.full((3,), -1))
+    )
+    monkeypatch.setitem(sys.modules, "toy", toy)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def write(place: Path) -> Callable[..., str]:
+    """Write a recipe and give its path."""
+
+    def write(name: str = "recipe.yaml", base: dict[str, Any] = TEACHER, **changes: Any) -> str:
+        (place / name).write_text(yaml.safe_dump(merge(base, changes)))
+        return name
+
+    return write
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def luce(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """The command line; also what other libraries print is part of the answer."""
+
+    def luce(*words: str) -> Answer:
+        capfd.readouterr()
+        status = main(words)
+        return Answer(status, *capfd.readouterr())
+
+    return luce
+
+
+@pytest.fixture
+def refuses(luce: Callable[..., Answer]) -> Callable[..., str]:
+    """A command that fails as it should: the status is 2 and the reason one line."""
+
+    def refuses(*words: str) -> str:
+        answer = luce(*words)
+        assert answer.status == 2, answer
+        assert len(answer.err.splitlines()) == 1, answer.err
+        assert answer.err.startswith(f"luce {words[0]}: ")
+        assert "Traceback" not in answer.err
+        assert len(answer.err) < 600
+        return answer.err
+
+    return refuses
+
+
+@pytest.fixture
+def teacher(write: Callable[..., str], luce: Callable[..., Answer], place: Path) -> Path:
+    """A finished run at runs/teacher."""
+    assert luce("train", write("teacher.yaml")).status == 0
+    return place / "runs" / "teacher"

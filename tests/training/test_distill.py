@@ -1,0 +1,222 @@
+"""`luce.distill` on networks and data of one's own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+import luce
+from luce.errors import UserError
+
+CLASSES, FEATURES = 3, 8
+
+
+def toy(rows: int = 240, unlabelled: int = 0) -> tuple[TensorDataset, nn.Module]:
+    """Rows labelled by a linear rule, and a teacher who knows that rule."""
+    generator = torch.Generator().manual_seed(0)
+    rule = nn.Linear(FEATURES, CLASSES)
+    with torch.no_grad():
+        rule.weight.copy_(torch.randn(CLASSES, FEATURES, generator=generator))
+        rule.bias.zero_()
+    inputs = torch.randn(rows, FEATURES, generator=generator)
+    targets = rule(inputs).argmax(-1)
+    targets[:unlabelled] = -1
+    return TensorDataset(inputs, targets), rule
+
+
+def accuracy(network: nn.Module, dataset: TensorDataset) -> float:
+    inputs, targets = dataset.tensors
+    return (network(inputs).argmax(-1) == targets).float().mean().item()
+
+
+def distill(*arguments: Any, **options: Any) -> Any:
+    return luce.distill(*arguments, **{"epochs": 4, "lr": 0.05, "show_progress": False, **options})
+
+
+def test_a_student_learns_what_its_teacher_knows() -> None:
+    dataset, teacher = toy()
+    student, fresh = nn.Linear(FEATURES, CLASSES), toy(rows=500)[0]
+    before = accuracy(student, fresh)
+    fitted = distill(student, teacher, dataset, fresh)
+    assert accuracy(student, fresh) > max(0.85, before + 0.2)
+    assert [line["epoch"] for line in fitted.lines] == [1, 2, 3, 4]
+    assert fitted.lines[-1]["validation"]["accuracy"] == pytest.approx(accuracy(student, fresh))
+    assert fitted.lines[-1]["train"]["loss"] < fitted.lines[0]["train"]["loss"]
+    assert fitted.student.body is student
+    assert 1 <= fitted.best_epoch <= 4
+    nn.Linear(FEATURES, CLASSES).load_state_dict(fitted.best_weights)
+
+
+def test_rows_without_labels_teach_through_the_teacher() -> None:
+    dataset, teacher = toy(unlabelled=240)
+    student = nn.Linear(FEATURES, CLASSES)
+    distill(student, teacher, dataset)
+    assert accuracy(student, toy()[0]) > 0.85
+
+
+def test_few_labels_among_many_rows() -> None:
+    dataset, teacher = toy(unlabelled=230)
+    with_rows, with_labels = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
+    steps = [
+        distill(student, teacher, dataset, loss=loss).lines[-1]["step"]
+        for student, loss in ((with_rows, None), (with_labels, luce.CrossEntropyLoss()))
+    ]
+    assert steps[0] == steps[1] == 4 * 4
+    assert accuracy(with_rows, toy()[0]) > accuracy(with_labels, toy()[0]) + 0.05
+
+
+def test_items_may_be_dicts() -> None:
+    class Rows(Dataset[dict[str, Any]]):
+        def __init__(self, pairs: TensorDataset) -> None:
+            self.pairs = pairs
+
+        def __len__(self) -> int:
+            return len(self.pairs)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            value, label = self.pairs[index]
+            return {"input": value, "target": int(label)}
+
+    dataset, teacher = toy(60)
+    students = []
+    for rows in (dataset, Rows(dataset)):
+        torch.manual_seed(1)
+        students.append(nn.Linear(FEATURES, CLASSES))
+        distill(students[-1], teacher, rows)
+    assert torch.equal(students[0].weight, students[1].weight)
+
+
+def test_a_loss_that_is_a_function() -> None:
+    dataset, teacher = toy()
+    student = nn.Linear(FEATURES, CLASSES)
+
+    def loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        assert not teacher_logits.requires_grad
+        assert set(target.tolist()) <= {0, 1, 2}
+        return (student_logits - teacher_logits).square().mean()
+
+    fitted = distill(student, teacher, dataset, loss=loss, epochs=40, lr=0.2)
+    torch.testing.assert_close(student.weight, teacher.weight, rtol=0, atol=0.02)
+    assert fitted.lines[-1]["train"].keys() == {"loss"}
+
+
+def test_the_parameters_of_a_loss_are_trained() -> None:
+    class Rescaled(nn.Module):
+        """The student's logits and three times the teacher's are to agree, up to a factor to be found."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Any:
+            loss = (self.factor * student_logits - 3 * teacher_logits).square().mean()
+            return {"fit": loss, "loss": loss}
+
+    dataset, teacher = toy()
+    student = nn.Linear(FEATURES, CLASSES)
+    student.load_state_dict(teacher.state_dict())
+    student.requires_grad_(False)
+    loss = Rescaled()
+    fitted = distill(student, teacher, dataset, loss=loss, epochs=60, lr=0.2, weight_decay=0.0)
+    assert loss.factor.item() == pytest.approx(3, abs=0.05)
+    assert fitted.lines[0]["train"].keys() == {"fit", "loss"}
+
+
+def test_the_teacher_is_left_as_it_was() -> None:
+    dataset, _ = toy()
+    teacher = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Dropout(0.5), nn.Linear(FEATURES, CLASSES))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distill(nn.Linear(FEATURES, CLASSES), teacher, dataset)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not teacher[0].training
+
+
+def test_a_folder_goes_on_where_the_first_call_stopped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, teacher = toy(64)
+
+    def call(folder: Any, **options: Any) -> Any:
+        torch.manual_seed(3)
+        student = nn.Sequential(nn.Dropout(0.2), nn.Linear(FEATURES, CLASSES))
+        return student, distill(student, teacher, dataset, folder=folder, **options)
+
+    class Impatient(luce.PLDLoss):
+        calls = 0
+
+        def forward(self, *arguments: Any) -> Tensor:
+            type(self).calls += 1
+            if type(self).calls == 4:  # one batch an epoch: within the fourth
+                raise KeyboardInterrupt
+            return super().forward(*arguments)
+
+    whole, fitted = call(tmp_path / "whole", loss=Impatient.__base__())
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path / "cut", loss=Impatient())
+    resumed, again = call(str(tmp_path / "cut"))
+    assert torch.equal(resumed[1].weight, whole[1].weight)
+    assert len(again.lines) == 4
+    third, finished = call(tmp_path / "cut")  # nothing is left to do
+    assert torch.equal(third[1].weight, whole[1].weight)
+    assert finished.lines == again.lines
+    written = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == again.lines
+    assert fitted.lines[-1]["train"] == again.lines[-1]["train"]
+
+
+def test_a_folder_is_not_taken_for_another_training(tmp_path) -> None:
+    dataset, teacher = toy(64)
+    distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, folder=tmp_path)
+    with pytest.raises(UserError, match="already holds another"):
+        distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, folder=tmp_path, lr=0.5)
+
+
+def test_calls_repeat_themselves_whatever_was_drawn_before() -> None:
+    dataset, teacher = toy(64)
+    weights = []
+    for _ in range(2):
+        student = nn.Sequential(nn.Dropout(0.5), nn.Linear(FEATURES, CLASSES))
+        nn.init.constant_(student[1].weight, 0.1)
+        nn.init.zeros_(student[1].bias)
+        distill(student, teacher, dataset)
+        weights.append(student[1].weight)
+    assert torch.equal(*weights)
+
+
+def test_an_unknown_option_names_the_nearest() -> None:
+    dataset, teacher = toy(8)
+    with pytest.raises(UserError, match=r"unknown .*`epoch`; did you mean `epochs`"):
+        distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, epoch=3)
+    with pytest.raises(UserError, match=r'"lr".*float.*fast'):
+        distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, lr="fast")
+
+
+def test_networks_with_different_classes() -> None:
+    dataset, _ = toy(8)
+    with pytest.raises(ValueError, match=r"expected `teacher_logits` of shape \(8, 3\).*, got \(8, 5\)"):
+        distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, 5), dataset)
+
+
+def test_labels_out_of_range() -> None:
+    inputs = torch.randn(8, FEATURES)
+    student, teacher = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
+    for label in (CLASSES, -2):
+        targets = torch.tensor([0, 1, 2, 0, 1, 2, 0, label])
+        with pytest.raises(ValueError, match=rf"expected labels in \[0, 3\) .*got {label}"):
+            distill(student, teacher, TensorDataset(inputs, targets))
+
+
+def test_an_empty_dataset() -> None:
+    empty = TensorDataset(torch.zeros(0, FEATURES), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(UserError, match="expected at least one example, got none"):
+        distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES), empty)
+
+
+def test_progress_bars_stay_off_the_output(capfd: pytest.CaptureFixture[str]) -> None:
+    dataset, teacher = toy(8)
+    distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, show_progress=True)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,311 @@
+"""Recipes: what they may say, and those in the repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luce import losses
+from luce.errors import UserError
+from luce.training import ComparisonRecipe, Recipe, TrainingOptions, compare, run
+from luce.training.options import overrides, parse
+from luce.training.recipe import build_loss, merge, read_yaml
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+# The recipes in the repository ------------------------------------------------------------------------------
+
+
+def is_comparison(content: dict[str, Any]) -> bool:
+    return "methods" in content
+
+
+def test_there_are_recipes() -> None:
+    assert {"demo", "digits", "digits-teacher"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_says_what_it_means(path: Path) -> None:
+    content = read_yaml(path)
+    if is_comparison(content):
+        comparison = parse(ComparisonRecipe, content)
+        assert comparison.title != "Comparison"
+        for setting in comparison.settings:
+            for method, terms in comparison.methods.items():
+                recipe = comparison.recipe(setting, method, seed=11)
+                assert (recipe.method, recipe.training.seed) == (method, 11)
+                assert recipe.loss == terms
+                assert set(build_loss(recipe.loss).losses) == set(terms)
+        if comparison.teacher_training is not None:
+            assert comparison.teacher_recipe().data.labels_per_class is None
+    else:
+        build_loss(parse(Recipe, content).loss)
+    assert len(path.read_text().splitlines()) <= 60  # a recipe fits on a screen
+
+
+def shortened(content: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with two epochs, and of its seeds, settings and methods as few as keep it whole."""
+    less = {"epochs": 2, "warmup_epochs": 0, "checkpoint_every": 1}
+    changes: dict[str, Any] = {"training": less}
+    if is_comparison(content):
+        changes |= {"teacher_training": less, "seeds": [0, 1]}
+    return merge(content, changes)
+
+
+def test_the_recipes_of_digits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    by_name = {path.stem: path for path in RECIPES}
+    teacher = parse(Recipe, shortened(read_yaml(by_name["digits-teacher"])))
+    student = parse(Recipe, shortened(read_yaml(by_name["digits"])))
+    assert student.teacher is not None
+    assert student.teacher.checkpoint is not None
+    run(teacher, Path(student.teacher.checkpoint))
+    result = run(student, Path("runs/digits"))
+    assert result["epochs"] == 2
+    assert result["teacher"]["model"] == teacher.student.name
+    assert 0 < result["best"]["test"]["accuracy"] <= 1
+
+
+def test_the_demo_runs(tmp_path: Path) -> None:
+    content = shortened(read_yaml(next(path for path in RECIPES if path.stem == "demo")))
+    recipe = parse(ComparisonRecipe, merge(content, {"seeds": [0]}))
+    runs, before = compare(recipe, tmp_path / "demo")
+    assert (runs, before) == (len(recipe.settings) * len(recipe.methods), 0)
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def test_values_are_checked_and_converted() -> None:
+    recipe = parse(
+        Recipe,
+        {
+            "training": {"lr": 1, "epochs": 3, "milestones": [1, 2]},
+            "data": {"validation": 0.3},
+            "teacher": {"name": "cnn", "mean": [0, 1]},
+        },
+    )
+    assert (recipe.training.lr, recipe.training.epochs, recipe.training.milestones) == (1.0, 3, [1, 2])
+    assert recipe.teacher is not None
+    assert recipe.teacher.mean == [0.0, 1.0]
+    assert recipe.teacher.remember is False
+    assert parse(Recipe, {}).teacher is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"trainig": {}}, r"unknown recipe key `trainig`; did you mean `training`"),
+        ({"training": {"epoch": 3}}, r"`training.epoch`; did you mean `training.epochs`"),
+        ({"data": {"label_per_class": 3}}, r"did you mean `data.labels_per_class`"),
+        ({"teacher": {"chekpoint": "x"}}, r"did you mean `teacher.checkpoint`"),
+        ({"student": {"remember": True}}, r"unknown recipe key `student.remember`"),
+        ({"training": {"epochs": "many"}}, r"training\.epochs.*int.*many"),
+        ({"training": {"epochs": 2.5}}, r"training\.epochs.*int.*2\.5"),
+        ({"training": {"epochs": [2]}}, r"training\.epochs"),
+        ({"training": {"cpu": "perhaps"}}, r"training\.cpu.*bool.*perhaps"),
+        ({"training": {"milestones": 3}}, r"training\.milestones.*list.*3"),
+        ({"training": {"optimizer": "lamb"}}, r"training\.optimizer.*'sgd', 'adamw'.*lamb"),
+        ({"training": {"schedule": "linear"}}, r"training\.schedule.*'cosine', 'step', 'constant'.*linear"),
+        ({"training": {"precision": "fp8"}}, r"training\.precision.*'no', 'bf16', 'fp16'.*fp8"),
+        ({"training": 3}, r"expected recipe key `training` to hold a mapping, got 3"),
+        ({"training": None}, r"expected recipe key `training` to hold a mapping, got None"),
+        ({"teacher": "cnn"}, r"expected recipe key `teacher` to hold a mapping, got 'cnn'"),
+        ({"loss": "PLDLoss"}, r'"loss".*dict.*PLDLoss'),
+        ({"loss": {"pld": "PLDLoss"}}, r"dict.*PLDLoss"),
+        ({"training": {"lr": -1}}, r"expected `training\.lr` above 0, got -1"),
+        ({"data": {"workers": -1}}, r"expected `data\.workers` of at least 0, got -1"),
+        ({"data": {"options": {"root": "x"}}}, r"expected no `root` among the `options` of the data"),
+        ({"student": {"options": {"classes": 3}}}, r"expected no `classes` among the `options` of the model"),
+        ({1: 2}, r"unknown recipe key `1`"),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_may_not_say(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse(Recipe, content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"baseline": "cross-entropi"}, r"unknown baseline `cross-entropi`; did you mean `cross-entropy`"),
+        ({"seeds": []}, r"expected `seeds` as a list of different integers, got \[\]"),
+        ({"seeds": [1, 2, 1]}, r"different integers, got \[1, 2, 1\]"),
+        ({"seeds": 3}, r"seeds.*list"),
+        ({"settings": {}}, r"expected at least one entry in `settings`"),
+        ({"settings": {"a/b": {}}}, r"can name a folder.*got `a/b`"),
+        ({"settings": {"..": {}}}, r"can name a folder.*got `\.\.`"),
+        ({"settings": {"teacher": {}}}, r"beside that of the teacher, got `teacher`"),
+        ({"settings": {"a": {"loss": {}}}}, r"expected no `loss` in setting `a`"),
+        ({"settings": {"a": {"method": "KD"}}}, r"expected no `method` in setting `a`"),
+        ({"settings": {"a": 3}}, r"settings.*dict"),
+        ({"methods": {"": {}}}, r"can name a folder"),
+    ],
+)
+def test_what_a_comparison_may_not_say(content: dict[str, Any], message: str) -> None:
+    methods = {"cross-entropy": {"task": {"loss": "CrossEntropyLoss"}}}
+    with pytest.raises(UserError, match=message):
+        parse(ComparisonRecipe, {"methods": {**methods, **content.pop("methods", {})}, **content})
+
+
+def test_settings_are_laid_over_the_recipe() -> None:
+    recipe = parse(
+        ComparisonRecipe,
+        {
+            "data": {"name": "sklearn:iris", "validation": 0.3},
+            "training": {"epochs": 5},
+            "settings": {"few": {"description": "few labels", "data": {"labels_per_class": 2}}, "all": {}},
+            "methods": {"cross-entropy": {"task": {"loss": "CrossEntropyLoss"}}},
+        },
+    )
+    few, every = (recipe.recipe(setting, "cross-entropy", 4) for setting in ("few", "all"))
+    assert (few.data.labels_per_class, every.data.labels_per_class) == (2, None)
+    assert few.data.name == every.data.name == "sklearn:iris"
+    assert few.data.validation == 0.3
+    assert few.training == every.training == TrainingOptions(epochs=5, seed=4)
+    with pytest.raises(UserError, match=r"unknown recipe key `dat`"):
+        parse(ComparisonRecipe, {
+            "settings": {"few": {"dat": {}}},
+            "methods": {"cross-entropy": {"task": {"loss": "CrossEntropyLoss"}}},
+        }).recipe("few", "cross-entropy", 0)  # fmt: skip
+
+
+# Losses -----------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_is_the_weighted_sum_of_its_terms() -> None:
+    loss = build_loss(
+        {
+            "task": {"loss": "CrossEntropyLoss", "weight": 0.25},
+            "kd": {"loss": "KDLoss", "weight": 3, "temperature": 2.0},
+        }
+    )
+    student, teacher, target = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4
+    found = loss(student, teacher, target)
+    task = torch.nn.functional.cross_entropy(student, target)
+    kd = 4 * torch.nn.functional.kl_div(
+        (student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="batchmean"
+    )
+    torch.testing.assert_close(found["task"], task / 4)
+    torch.testing.assert_close(found["kd"], 3 * kd)
+    torch.testing.assert_close(found["loss"], task / 4 + 3 * kd)
+
+
+@pytest.mark.parametrize("name", [n for n in losses.modules.__all__ if n not in ("LogitLoss", "WeightedSum")])
+def test_every_loss_can_stand_in_a_recipe(name: str) -> None:
+    found = build_loss({"term": {"loss": name}})(torch.randn(5, 4), torch.randn(5, 4), torch.arange(5) % 4)
+    assert found.keys() == {"term", "loss"}
+    assert torch.isfinite(found["loss"])
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"kd": {"loss": "KDLos"}}, r"unknown loss in `loss.kd`: `KDLos`; did you mean `KDLoss`"),
+        ({"kd": {}}, r"unknown loss in `loss.kd`: `None`"),
+        ({"kd": {"loss": 3}}, r"unknown loss in `loss.kd`: `3`"),
+        ({"kd": {"loss": "LogitLoss"}}, r"unknown loss in `loss.kd`: `LogitLoss`"),
+        ({"kd": {"loss": "WeightedSum"}}, r"unknown loss in `loss.kd`: `WeightedSum`"),
+        (
+            {"kd": {"loss": "KDLoss", "temprature": 3}},
+            r"unknown option of KDLoss .*did you mean `temperature`",
+        ),
+        ({"kd": {"loss": "KDLoss", "temperature": 0}}, r"`loss.kd`: .*`temperature`.*above 0, got 0"),
+        ({"kd": {"loss": "KDLoss", "temperature": "hot"}}, r"`loss.kd`: .*`temperature`.*'hot'"),
+        ({"kd": {"loss": "KDLoss", "reduction": "avg"}}, r"`loss.kd`: .*`reduction`.*'avg'"),
+        ({"kd": {"loss": "KDLoss", "weight": -1}}, r"weight of kd.*at least 0, got -1"),
+        ({"kd": {"loss": "KDLoss", "weight": "x"}}, r"weight of kd.*got 'x'"),
+        ({"loss": {"loss": "KDLoss"}}, r'none of them called "loss"'),
+        ({}, r"expected at least one term"),
+    ],
+)
+def test_what_a_loss_may_not_be(terms: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_loss(terms)
+
+
+# Files and options ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: [", "is no YAML"),
+        ("a: b: c", "is no YAML"),
+        ("", "to hold a YAML mapping, got NoneType"),
+        ("- 1", "to hold a YAML mapping, got list"),
+        ("\0", "is no YAML"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_yaml(tmp_path / "r.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "binary.yaml"):
+        with pytest.raises(UserError, match="cannot read the recipe"):
+            read_yaml(path)
+
+
+def test_yaml_makes_no_objects(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: !!python/object/apply:os.system ['touch made']")
+    with pytest.raises(UserError, match="is no YAML"):
+        read_yaml(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "nested"),
+    [
+        ([], {}),
+        (["--seeds", "[1, 2]"], {"seeds": [1, 2]}),
+        (["--training.lr=0.5", "--training.epochs", "3"], {"training": {"lr": 0.5, "epochs": 3}}),
+        (["--data.name=a=b"], {"data": {"name": "a=b"}}),
+        (["--loss.kd.temperature", "-1"], {"loss": {"kd": {"temperature": -1}}}),
+        (["--data.root", "null"], {"data": {"root": None}}),
+        (["--a", "1", "--a", "2"], {"a": 2}),
+    ],
+)
+def test_options(words: list[str], nested: dict[str, Any]) -> None:
+    assert overrides(words) == nested
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["epochs", "3"], "expected an option such as .*, got `epochs`"),
+        (["-e", "3"], "got `-e`"),
+        (["--", "3"], "got `--`"),
+        (["--training.epochs"], "expected a value after `--training.epochs`"),
+        (["--training.epochs", "[1"], "cannot read the value of --training.epochs"),
+        (
+            ["--training", "3", "--training.epochs", "2"],
+            "--training.epochs and another option both set `training`",
+        ),
+    ],
+)
+def test_options_that_cannot_be_read(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        overrides(words)
+
+
+def test_scientific_notation_is_a_number(make_recipe: Callable[..., Recipe]) -> None:
+    """YAML takes 1e-2 for a word."""
+    assert make_recipe(**overrides(["--training.lr", "1e-2"])).training.lr == 0.01
+
+
+def test_merging_changes_nothing() -> None:
+    base, top = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "e": {"f": 5}}
+    assert merge(base, top, {"a": {"c": None}}) == {"a": {"b": 4, "c": None}, "d": 3, "e": {"f": 5}}
+    assert merge(base, {"a": 7}) == {"a": 7, "d": 3}
+    assert base == {"a": {"b": 1, "c": 2}, "d": 3}
+    assert top == {"a": {"b": 4}, "e": {"f": 5}}
