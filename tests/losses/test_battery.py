@@ -288,9 +288,8 @@ def test_labels_matter_where_they_should(case):
     assert bool((values != others).all()) is case.loss.uses_label
 
 
+@pytest.mark.only(lambda case: case.loss.uses_label)
 def test_the_mark_of_unlabelled_rows_can_be_chosen(case):
-    if not case.loss.uses_label:
-        pytest.skip("has no such option")
     student, teacher, target = batch(4)
     target[1] = UNLABELLED
     expected = case(student, teacher, target)
@@ -299,9 +298,8 @@ def test_the_mark_of_unlabelled_rows_can_be_chosen(case):
         case(student, teacher, target, unlabelled_index=-5)
 
 
+@pytest.mark.only(lambda case: case.loss.needs_label)
 def test_a_loss_that_needs_labels_refuses_to_go_without(case):
-    if not case.loss.needs_label:
-        pytest.skip("works without labels")
     student, teacher, _ = batch(4)
     with pytest.raises(TypeError, match="target"):
         case(student, teacher, None)

@@ -25,13 +25,11 @@ def refuses(case, error, *words, student=None, teacher=None, target=None, **more
         assert word in str(caught.value)
 
 
-def needs_teacher(case):
-    if not case.loss.module.takes_teacher:
-        pytest.skip("has no teacher")
+with_teacher = pytest.mark.only(lambda case: case.loss.module.takes_teacher)
 
 
+@with_teacher
 def test_shapes_that_differ(default):
-    needs_teacher(default)
     refuses(default, ValueError, "`teacher_logits`", "(2, 5)", "(2, 4)", teacher=torch.zeros(2, 4))
     refuses(default, ValueError, "`teacher_logits`", "(2, 5)", "(5, 2)", teacher=torch.zeros(5, 2))
     # Shapes that would broadcast are no better.
@@ -44,8 +42,8 @@ def test_what_is_no_tensor(default):
     refuses(default, TypeError, "`row_weight`", "list", row_weight=[1.0, 1.0])
 
 
+@with_teacher
 def test_a_missing_teacher(default):
-    needs_teacher(default)
     student, _, target = batch(2)
     with pytest.raises(TypeError, match=r"`teacher_logits`.*NoneType"):
         default(student, None, target)
@@ -55,8 +53,8 @@ def test_a_missing_teacher(default):
 def test_logits_that_are_not_floating(default, dtype):
     wrong = torch.zeros(2, 5, dtype=dtype)
     refuses(default, TypeError, "`student_logits`", str(dtype), student=wrong)
-    needs_teacher(default)
-    refuses(default, TypeError, "`teacher_logits`", str(dtype), teacher=wrong)
+    if default.loss.module.takes_teacher:
+        refuses(default, TypeError, "`teacher_logits`", str(dtype), teacher=wrong)
 
 
 def test_logits_without_a_class_dimension(default):
@@ -99,10 +97,15 @@ def test_tensors_of_different_devices(default):
     elsewhere = torch.device("meta")
     for name, value in (("target", torch.zeros(2).long()), ("row_weight", torch.ones(2))):
         refuses(default, ValueError, f"`{name}`", "cpu", "meta", **{name: value.to(elsewhere)})
-    needs_teacher(default)
-    refuses(
-        default, ValueError, "`teacher_logits`", "cpu", "meta", teacher=torch.zeros(2, 5, device=elsewhere)
-    )
+    if default.loss.module.takes_teacher:
+        refuses(
+            default,
+            ValueError,
+            "`teacher_logits`",
+            "cpu",
+            "meta",
+            teacher=torch.zeros(2, 5, device=elsewhere),
+        )
 
 
 @pytest.mark.parametrize("label", [5, 99, -2, -101])
@@ -115,9 +118,8 @@ def test_a_label_that_names_no_class(default, label):
         assert default(student, teacher, target) == default(student, teacher)
 
 
+@pytest.mark.only(lambda case: case.loss.uses_label and case.loss.module.takes_teacher)
 def test_a_label_that_names_an_impossible_class(default):
-    if not (default.loss.uses_label and default.loss.module.takes_teacher):
-        pytest.skip("looks at one network, or not at labels")
     student, teacher, _ = batch(2)
     student[1, 3] = teacher[1, 3] = -inf
     options = {"student": student, "teacher": teacher}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -46,11 +47,14 @@ def read_request(command: str, words: Sequence[str], cls: type[Any]) -> Request 
     path, *rest = words
     if path.startswith("--"):
         raise UserError(f"expected a recipe before the options, got `{path}`")
-    options = overrides(rest)
-    out = options.pop("out", None)
-    recipe = parse(cls, merge(read_yaml(Path(path)), options))
-    folder = Path("runs") / Path(path).stem if out is None else Path(str(out))
-    return Request(recipe, folder, shlex.join(["luce", command, *words]))
+    folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    folders.add_argument("--out", type=Path, default=Path("runs") / Path(path).stem)
+    try:
+        request, rest = folders.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        raise UserError("expected a folder after `--out`") from error
+    recipe = parse(cls, merge(read_yaml(Path(path)), overrides(rest)))
+    return Request(recipe, request.out, shlex.join(["luce", command, *words]))
 
 
 def single_folder(command: str, words: Sequence[str], text: str) -> Path | None:
