@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from luce.methods import LogitMethod
 from luce.signals import LiveTeacher, RememberedTeacher
 from luce.training import Recipe, prepare, run
 from luce.training.options import parse
+from luce.training.recipe import TeacherOptions
 from luce.training.run import build_network, evaluate
 
 Make = Callable[..., Recipe]
@@ -275,8 +278,22 @@ def test_a_remembered_teacher_is_asked_once_about_every_row(
 
 
 def test_a_remembered_teacher_refuses_augmentation(make_recipe: Make) -> None:
-    with pytest.raises(UserError, match=r"`teacher.remember` keeps one answer per row, but .* is flip"):
+    with pytest.raises(UserError, match=r"always look the same for `teacher.remember`.*got `augment: flip`"):
         prepare(make_recipe(teacher={"remember": True}, data={"augment": "flip"}))
+
+
+def test_a_remembered_teacher_refuses_data_that_crops_at_random(make_recipe: Make, tmp_path: Path) -> None:
+    for part, shade in itertools.product(("train", "val"), (0, 255)):
+        folder = tmp_path / part / f"shade-{shade}"
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (12, 12), (shade, 0, number)).save(folder / f"{number}.png")
+    images = {"name": f"imagefolder:{tmp_path}", "options": {"image_size": 8}, "validation": 0.25}
+    recipe = make_recipe(teacher=None, data=images)
+    assert prepare(recipe).train.random
+    recipe.teacher = TeacherOptions(name="mlp", checkpoint="nowhere", remember=True)
+    with pytest.raises(UserError, match=r"`teacher.remember`.*got the random transforms of the data itself"):
+        prepare(recipe)
 
 
 # Folders ----------------------------------------------------------------------------------------------------

@@ -81,6 +81,11 @@ class Examples(Dataset[dict[str, Any]]):
         return Examples(self.source.plain, self.indices, self.targets)
 
     @property
+    def random(self) -> bool:
+        """Whether the source shows a row differently each time."""
+        return self.source.plain is not self.source
+
+    @property
     def labelled(self) -> Examples:
         """Only the rows that have a label."""
         return self._at((self.targets != UNLABELLED).nonzero().squeeze(1))

@@ -160,7 +160,8 @@ class Part(Source):
 
     @property
     def plain(self) -> Source:
-        return Part(self.source.plain, self.indices)
+        plain = self.source.plain
+        return self if plain is self.source else Part(plain, self.indices)
 
 
 def as_source(dataset: Dataset[Any]) -> Source:

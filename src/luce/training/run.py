@@ -147,17 +147,20 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
             f"expected weights for the teacher, and a fresh `{options.name}` has none: "
             "name a run folder or a file as `teacher.checkpoint`"
         )
+    if options.remember and (recipe.data.augment != "none" or materials.train.random):
+        what = f"`augment: {recipe.data.augment}`"
+        if materials.train.random:
+            what = "the random transforms of the data itself"
+        raise UserError(
+            "expected training rows that always look the same for `teacher.remember`, which keeps one "
+            f"answer for each, got {what}; leave out one of the two"
+        )
     network, description = build_network(options, loaded)
     accelerator = new_accelerator(recipe.training)
     live = LiveTeacher(network)
     live.to(accelerator.device)
     ask_train: Teacher = live
     if options.remember:
-        if recipe.data.augment != "none":
-            raise UserError(
-                f"`teacher.remember` keeps one answer per row, but `data.augment` is {recipe.data.augment}; "
-                "turn one of them off"
-            )
         ask_train = _remember(live, materials.train, accelerator)
     ask_test = _remember(live, test, accelerator)
     accuracy = metrics.brief(ask_test.logits[test.indices], test.targets)["accuracy"]
