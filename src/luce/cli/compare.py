@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 def main(words: Sequence[str]) -> None:
     from ..training import ComparisonRecipe, compare
+    from ..training.processes import processes
     from ..training.progress import progress_bars
     from ._arguments import read_request
     from .report import show
@@ -16,6 +17,6 @@ def main(words: Sequence[str]) -> None:
         return
     with progress_bars() as progress:
         runs, before = compare(request.recipe, request.folder, request.command, progress)
-    if before:
+    if before and processes().is_main_process:
         print(f"{before} of {runs} runs were there already; delete {request.folder} to train them again")
     show(request.folder)

@@ -9,6 +9,7 @@ from ..errors import UserError
 
 def main(words: Sequence[str], command: str = "distill") -> None:
     from ..training import Recipe, run
+    from ..training.processes import processes
     from ..training.progress import progress_bars
     from ._arguments import read_request
     from .report import show
@@ -23,4 +24,5 @@ def main(words: Sequence[str], command: str = "distill") -> None:
     with progress_bars() as progress:
         run(request.recipe, request.folder, progress=progress)
     show(request.folder)
-    print(f"student: {request.folder / 'student.safetensors'}")
+    if processes().is_main_process:
+        print(f"student: {request.folder / 'student.safetensors'}")

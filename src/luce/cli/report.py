@@ -18,13 +18,13 @@ def main(words: Sequence[str]) -> None:
 
 def show(folder: Path) -> None:
     """Print the table, where the report is, and for a comparison what it found."""
-    from accelerate import PartialState
     from rich.console import Console
 
     from .. import reports
+    from ..training.processes import processes
 
-    PartialState().wait_for_everyone()
-    if not PartialState().is_main_process:
+    processes().wait_for_everyone()
+    if not processes().is_main_process:
         return
     if not (folder / "comparison.yaml").exists():
         Console().print(reports.terminal_table(reports.read_run(folder)))

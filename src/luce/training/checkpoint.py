@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import load
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import models
 from ..errors import UserError
 from . import files
+from .processes import processes
 
 State = dict[str, Any]
 
@@ -74,7 +75,7 @@ def restore(folder: Path, accelerator: Accelerator) -> State | None:
 
 def clear(folder: Path) -> None:
     """Remove the checkpoints of a finished run: its weights are kept as the exported student."""
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         for path in _checkpoints(folder):
             shutil.rmtree(path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.progress import Progress
@@ -27,6 +27,7 @@ from ..methods import Method
 from ..models import Classifier
 from ..signals import Teacher
 from . import checkpoint, files, metrics
+from .processes import processes
 from .progress import Bar
 from .recipe import TrainingOptions
 
@@ -147,7 +148,8 @@ def fit(
                     "best_weights": best_weights,
                 }
                 checkpoint.save(folder, accelerator, book.epoch, extra)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not end_training(), which would part processes that go on together
+        tracker.finish()
     return Fit(session.evaluated, accelerator, log.lines, book.best_epoch, best_weights)
 
 
@@ -158,11 +160,13 @@ def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Acc
             raise unknown_name("tracker", tracker, TRACKERS)
         import_optional(tracker, "track")
     # The device may change between trainings, the group of processes never does.
-    AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+    group = processes(options.cpu)
+    alone, on_cpu = group.num_processes == 1, group.device.type == "cpu"
+    AcceleratorState._reset_state(reset_partial_state=alone)
     accelerator = Accelerator(
         mixed_precision=options.precision,
         gradient_accumulation_steps=options.accumulate,
-        cpu=options.cpu,
+        cpu=options.cpu or (on_cpu and not alone),
         log_with=(options.trackers or None) if folder is not None else None,
         project_dir=None if folder is None else str(folder),
     )

@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from safetensors import SafetensorError
 
 from ..errors import UserError
+from .processes import processes
 
 FAILURES = (OSError, RuntimeError, SafetensorError)
 """What a full disk raises, by way of Python, of torch.save and of safetensors."""
@@ -28,7 +28,7 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
 
     Of several processes that train together only the main one writes.
     """
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     aside = path.with_name(f".{path.name}.part")
     try:

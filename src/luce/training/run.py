@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.progress import Progress
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..signals import LiveTeacher, RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
 from .engine import Fit, fit, new_accelerator
 from .environment import environment
+from .processes import processes
 from .recipe import ModelOptions, Recipe, build_loss, read_yaml
 
 EVALUATION_BATCH = 256
@@ -230,6 +231,7 @@ def run(
     files.write_json(folder / "student.json", description)
     files.write_json(done, result)
     checkpoint.clear(folder)
+    processes().wait_for_everyone()  # the next run may read what the main process has just written
     return result
 
 
@@ -293,7 +295,8 @@ def claim(folder: Path, name: str, recipe: dict[str, Any], **notes: str) -> None
     Raises:
         UserError: If the folder cannot be written or belongs to another recipe.
     """
-    with PartialState().main_process_first():
+    processes().wait_for_everyone()  # until all have seen the folder as it was
+    with processes().main_process_first():
         if not holds(folder, name, recipe, **notes):
             files.make_folder(folder)
             files.write_text(folder / name, _as_yaml({**recipe, **notes}))
