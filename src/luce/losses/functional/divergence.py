@@ -62,9 +62,7 @@ def cross_entropy_loss(
         needs_teacher=False,
     )
     nll = -rows.student.log_softmax(-1)
-    label = rows.labels().clamp(
-        0, nll.shape[-1] - 1
-    )  # rows with another one do not count, or are NaN already
+    label = rows.labels().clamp(0, nll.shape[-1] - 1)  # others do not count, or are NaN already
     values = nll.gather(-1, label[:, None])[:, 0]
     if label_smoothing:
         present = rows.present()
