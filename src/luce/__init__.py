@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .losses import UNLABELLED
+from .losses import UNLABELLED, pld_error_bound, teacher_order
 from .losses.functional import (
     cross_entropy_loss,
     dist_loss,
@@ -67,8 +67,10 @@ __all__ = [
     "listnet_loss",
     "logit_matching_loss",
     "p_listmle_loss",
+    "pld_error_bound",
     "pld_loss",
     "reverse_kl_loss",
+    "teacher_order",
 ]
 
 

@@ -83,7 +83,15 @@ LOSSES = (
     Loss(
         luce.pld_loss,
         luce.PLDLoss,
-        options=({}, {"teacher_temperature": 2.0}, {"top_k": 1}, {"top_k": 3}),
+        options=(
+            {},
+            {"teacher_temperature": 2.0},
+            {"top_k": 1},
+            {"top_k": 3},
+            {"epsilon": 0.05},
+            {"ties": "average"},
+            {"tolerance": 0.0, "backend": "reference"},
+        ),
         bad_options=(
             ("teacher_temperature", 0.0),
             ("teacher_temperature", -1.0),
@@ -92,6 +100,11 @@ LOSSES = (
             ("top_k", -1),
             ("top_k", 1.5),
             ("top_k", True),
+            ("epsilon", 0.0),
+            ("epsilon", 1.0),
+            ("tolerance", -1.0),
+            ("ties", "first"),
+            ("backend", "fast"),
         ),
         uses_label=True,
         ranks=True,

@@ -26,10 +26,14 @@ def test_every_module_has_an_entry():
     assert {module.__name__ for module in here} <= set(luce.__all__)
 
 
+PER_BATCH = ("row_weight", "teacher_order")
+
+
 def test_every_option_of_a_function_is_one_of_its_module_with_the_same_default():
     for loss in LOSSES:
         keywords = inspect.signature(loss.function).parameters.values()
-        options = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY and p.name != "row_weight"}
+        keyword_only = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
+        options = {name: default for name, default in keyword_only.items() if name not in PER_BATCH}
         assert loss.module().options() == options, loss.name
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from luce.ops.pld import label_first, pld, ranking_nll, teacher_order
+from luce.ops.pld import PldOptions, label_first, pld, ranking_nll, teacher_order
 
 inf = math.inf
 
@@ -145,4 +145,4 @@ def test_the_temperature_softens_the_weights_and_nothing_else():
     target = torch.tensor([0, 5, -1, 3])
     order = label_first(teacher_order(teacher), target)
     expected = ranking_nll(student.gather(-1, order), (teacher / 3).softmax(-1).gather(-1, order))
-    assert_close(pld(student, teacher, target, teacher_temperature=3.0), expected)
+    assert_close(pld(student, teacher, target, options=PldOptions(teacher_temperature=3.0)), expected)

@@ -2,5 +2,6 @@
 
 from . import functional, modules
 from ._reduce import UNLABELLED
+from .functional.listwise import pld_error_bound, teacher_order
 
-__all__ = ["UNLABELLED", "functional", "modules"]
+__all__ = ["UNLABELLED", "functional", "modules", "pld_error_bound", "teacher_order"]

@@ -37,6 +37,26 @@ def check_top_k(top_k: int | None) -> None:
         raise ValueError(f"expected `top_k` to be None or an integer of at least 1, got {top_k!r}")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_order(order: Tensor, logits: Tensor) -> None:
+    """A ranking of the classes of every row, laid out like the logits."""
+    if not isinstance(order, Tensor):
+        raise TypeError(f"expected `teacher_order` to be a torch.Tensor, got {type(order).__name__}")
+    if order.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"expected `teacher_order` of int64 or int32, got {order.dtype}; see `luce.teacher_order`"
+        )
+    if order.shape != logits.shape:
+        raise ValueError(
+            f"expected `teacher_order` of shape {tuple(logits.shape)} like `teacher_logits`, "
+            f"got {tuple(order.shape)}"
+        )
+
+
 def check_power_of_two(classes: int, dtype: torch.dtype) -> None:
     """``2**(classes - 1)`` must be a number of this dtype."""
     _, limit = math.frexp(torch.finfo(dtype).max)
@@ -48,10 +68,7 @@ def check_power_of_two(classes: int, dtype: torch.dtype) -> None:
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"expected `reduction` to be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}"
-        )
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_logits(name: str, logits: Tensor, like: Tensor | None = None) -> None:

@@ -1,17 +1,20 @@
 """The only code that knows rows, masks, weights and reductions.
 
-A loss sees `Rows`: a matrix of student logits and one of teacher logits, one row per decision. It returns
-one value per row, and `Rows.reduce` does the rest.
+A fused operator sees `Blocks`: the logits as they came, with one weight per row that already holds the
+reduction. Every other loss sees `Rows`: a matrix of student logits and one of teacher logits, one row per
+decision. Either way a loss finds one value per row, and the rest is done here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..ops._rows import as_matrix, wide_dtype
 from . import _check
 
 Reduction = Literal["none", "mean", "sum"]
@@ -19,22 +22,162 @@ UNLABELLED = -1
 """The label of a row that has none: the place of a class that no label names."""
 
 
-def _spoil_wrong_labels(weight: Tensor, labels: Tensor, student: Tensor, teacher: Tensor | None) -> Tensor:
-    """Raise if a row that counts has a label of no class; where asking would stall the device, spoil the row.
+@dataclass(frozen=True)
+class Blocks:
+    """Logits with their classes second, in their own dtypes and strides, and what is known of each row.
 
-    Its weight becomes NaN, which is not overlooked: a label that matches no class could else pass for none.
+    Attributes:
+        student: ``(N, C)`` or ``(N, C, M)``.
+        teacher: Same shape, detached; None where a loss has no teacher.
+        target: ``(N,)`` or ``(N, M)``, int64, `UNLABELLED` in rows without a label; None if not given.
+        weight: Same shape, 0 in rows that do not count; None if all rows count alike.
+        labels_matter: Whether a label must name a class, beyond marking rows that do not count.
+        axis: The caller's dimension of the classes.
+        shape: The shape of one value per row, as the caller counts rows.
     """
-    classes = student.shape[-1]
-    wrong = (labels < 0) | (labels >= classes)
-    if teacher is not None:  # a class that both networks exclude does not exist
-        named = labels.clamp(0, classes - 1)[:, None]
-        wrong |= ((student.gather(-1, named) == -torch.inf) & (teacher.gather(-1, named) == -torch.inf))[:, 0]
-    wrong &= weight != 0
-    if student.device.type != "cpu" or torch.compiler.is_compiling():
-        return weight.masked_fill(wrong, torch.nan)
-    if wrong.any():
-        raise _check.wrong_label(int(labels[wrong][0]), classes)
-    return weight
+
+    student: Tensor
+    teacher: Tensor | None
+    target: Tensor | None
+    weight: Tensor | None
+    labels_matter: bool
+    axis: int
+    shape: torch.Size
+
+    @classmethod
+    def of(
+        cls,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        target: Tensor | None,
+        row_weight: Tensor | None,
+        *,
+        class_dim: int,
+        ignore_index: int,
+        unlabelled_index: int | None = None,
+        needs_label: bool = False,
+        needs_teacher: bool = True,
+    ) -> Blocks:
+        """Check the arguments and find the rows.
+
+        Args:
+            unlabelled_index: The label of rows without one; None if the loss does not look at labels
+                beyond `ignore_index`, which then need not name a class.
+            needs_label: Rows without a label do not count.
+            needs_teacher: False for a loss that never looks at a teacher.
+        """
+        _check.check_logits("student_logits", student_logits)
+        if needs_teacher:
+            _check.check_given("teacher_logits", teacher_logits)
+        if needs_label:
+            _check.check_given("target", target)
+        if teacher_logits is not None:
+            _check.check_logits("teacher_logits", teacher_logits, like=student_logits)
+        axis = _check.class_axis(student_logits, class_dim)
+        shape = student_logits.shape[:axis] + student_logits.shape[axis + 1 :]
+        student = _as_block(student_logits, axis)
+        teacher = None if teacher_logits is None else _as_block(teacher_logits.detach(), axis)
+        rows = student.shape[:1] + student.shape[2:]
+
+        weight = None
+        if row_weight is not None:
+            _check.check_per_row("row_weight", row_weight, shape, student_logits)
+            weight = row_weight.reshape(rows).to(wide_dtype(student, teacher))
+        if target is not None:
+            _check.check_target(target, shape, student_logits)
+            target = target.reshape(rows).long()
+            counts = target != ignore_index
+            if unlabelled_index is not None:
+                unlabelled = target == unlabelled_index
+                if needs_label:
+                    counts &= ~unlabelled
+                if unlabelled_index != UNLABELLED:
+                    no_class = (target == UNLABELLED) & counts
+                    if _can_ask(target) and bool(no_class.any()):
+                        raise _check.wrong_label(UNLABELLED, student.shape[1])
+                    target = target.masked_fill(no_class, -2).masked_fill(unlabelled, UNLABELLED)
+            if weight is None:
+                weight = counts.to(wide_dtype(student, teacher))
+            else:
+                weight = weight.masked_fill(~counts, 0)
+        return cls(student, teacher, target, weight, unlabelled_index is not None, axis, shape)
+
+    def laid_out(self, per_class: Tensor) -> Tensor:
+        """Something of the logits' shape, as a block like theirs."""
+        return _as_block(per_class, self.axis)
+
+    def reduce(
+        self, rows: Callable[[Tensor | None], Tensor], reduction: Reduction, factor: float = 1.0
+    ) -> Tensor:
+        """One value per row, to the caller's shape or to a scalar; the mean is over the weight.
+
+        An empty selection sums to a differentiable zero, and so does its mean.
+
+        Args:
+            rows: Takes a weight per row (None for 1 everywhere), returns each row's value times its weight,
+                and 0 for rows of weight 0, whatever stands in them.
+            factor: Multiplies every value.
+        Raises:
+            ValueError: If a row that counts has a label of no class. Where asking would stall the device or
+                the compiler, that row's value is NaN and stays so.
+        """
+        _check.check_reduction(reduction)
+        share = self._share(reduction, factor)
+        if share is not None and share.requires_grad:  # an operator takes its weights as they are
+            values = share * rows((share != 0).to(share.dtype))
+        else:
+            values = rows(share)
+        result = values.reshape(self.shape) if reduction == "none" else values.sum()
+        if self.target is not None and self.labels_matter and _can_ask(result) and bool(result.isnan().any()):
+            self._check_labels()
+        return result
+
+    def _share(self, reduction: Reduction, factor: float) -> Tensor | None:
+        """What each row's value is to be multiplied by before all are added; None for 1 everywhere."""
+        if self.weight is None:
+            rows = self.student.shape[:1] + self.student.shape[2:]
+            if reduction == "mean":
+                factor /= max(rows.numel(), 1)
+            if factor == 1:
+                return None
+            return self.student.new_full(rows, factor, dtype=wide_dtype(self.student, self.teacher))
+        if reduction != "mean":
+            return self.weight if factor == 1 else self.weight * factor
+        total = self.weight.sum()
+        return self.weight * (factor / torch.where(total == 0, 1, total))
+
+    def _check_labels(self) -> None:
+        wrong = self._wrong_labels()
+        if bool(wrong.any()):
+            assert self.target is not None
+            raise _check.wrong_label(int(self.target[wrong][0]), self.student.shape[1])
+
+    def _wrong_labels(self) -> Tensor:
+        """True in rows that count and whose label names no class, or one that both networks exclude."""
+        assert self.target is not None
+        assert self.weight is not None
+        classes = self.student.shape[1]
+        wrong = (self.target < UNLABELLED) | (self.target >= classes)
+        if self.teacher is not None:
+            named = self.target.clamp(0, classes - 1).unsqueeze(1)
+            excluded = [
+                block.gather(1, named).squeeze(1) == -torch.inf for block in (self.student, self.teacher)
+            ]
+            wrong = wrong | (excluded[0] & excluded[1] & (self.target != UNLABELLED))
+        return wrong & (self.weight != 0)
+
+
+def _as_block(logits: Tensor, axis: int) -> Tensor:
+    """``(N, C)`` where the classes come last, else ``(N, C, M)``; a view wherever strides allow."""
+    if logits.ndim == 2 and axis == 1:
+        return logits
+    before, after = logits.shape[:axis].numel(), logits.shape[axis + 1 :].numel()
+    last = axis == logits.ndim - 1
+    return logits.reshape((before, logits.shape[axis]) if last else (before, logits.shape[axis], after))
+
+
+def _can_ask(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True)
@@ -69,56 +212,37 @@ class Rows:
         needs_label: bool = False,
         needs_teacher: bool = True,
     ) -> Rows:
-        """Check the arguments and lay the logits out as rows.
-
-        Args:
-            unlabelled_index: The label of rows without one; None if the loss does not look at labels
-                beyond `ignore_index`, which then need not name a class.
-            needs_label: Rows without a label do not count.
-            needs_teacher: False for a loss that never looks at a teacher.
-        """
-        _check.check_logits("student_logits", student_logits)
-        if needs_teacher:
-            _check.check_given("teacher_logits", teacher_logits)
-        if needs_label:
-            _check.check_given("target", target)
-        if teacher_logits is not None:
-            _check.check_logits("teacher_logits", teacher_logits, like=student_logits)
-        axis = _check.class_axis(student_logits, class_dim)
-        shape = torch.Size(n for d, n in enumerate(student_logits.shape) if d != axis)
-
-        # Sixteen-bit logits are data; their differences and exponentials need at least float32.
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        if teacher_logits is not None:
-            dtype = torch.promote_types(dtype, teacher_logits.dtype)
-
-        def as_matrix(logits: Tensor) -> Tensor:
-            return logits.movedim(axis, -1).reshape(-1, logits.shape[axis]).to(dtype)
-
-        student = as_matrix(student_logits)
-        teacher = None if teacher_logits is None else as_matrix(teacher_logits.detach())
-        weight = student.new_ones(student.shape[:1])
-        if row_weight is not None:
-            _check.check_per_row("row_weight", row_weight, shape, student_logits)
-            weight = row_weight.reshape(-1).to(dtype)
-        labels = None
-        if target is not None:
-            _check.check_target(target, shape, student_logits)
-            labels = target.reshape(-1).long()
-            weight = weight.masked_fill(labels == ignore_index, 0)
-            if unlabelled_index is not None:
-                unlabelled = (labels == unlabelled_index) | (labels == ignore_index)
-                labelled_weight = weight.masked_fill(unlabelled, 0)
-                checked = _spoil_wrong_labels(labelled_weight, labels, student, teacher)
-                weight = checked if needs_label else torch.where(unlabelled, weight, checked)
-                labels = labels.masked_fill(unlabelled, UNLABELLED)
-
-        teacher = student.detach() if teacher is None else teacher
-        if target is not None or row_weight is not None:
-            # What stands in a row that does not count must not matter, not even a NaN.
-            idle = (weight == 0)[:, None]
-            student, teacher = student.masked_fill(idle, 0), teacher.masked_fill(idle, 0)
-        return cls(student, teacher, labels, weight, shape)
+        """As `Blocks.of`, laid out as rows."""
+        blocks = Blocks.of(
+            student_logits,
+            teacher_logits,
+            target,
+            row_weight,
+            class_dim=class_dim,
+            ignore_index=ignore_index,
+            unlabelled_index=unlabelled_index,
+            needs_label=needs_label,
+            needs_teacher=needs_teacher,
+        )
+        dtype = wide_dtype(blocks.student, blocks.teacher)
+        student = as_matrix(blocks.student).to(dtype)
+        teacher = student.detach() if blocks.teacher is None else as_matrix(blocks.teacher).to(dtype)
+        if blocks.weight is None:
+            return cls(student, teacher, None, student.new_ones(student.shape[:1]), blocks.shape)
+        weight = blocks.weight.reshape(-1)
+        # What stands in a row that does not count must not matter, not even a NaN.
+        idle = (weight == 0)[:, None]
+        student, teacher = student.masked_fill(idle, 0), teacher.masked_fill(idle, 0)
+        if blocks.target is None:
+            return cls(student, teacher, None, weight, blocks.shape)
+        labels = blocks.target.reshape(-1)
+        if blocks.labels_matter:
+            if _can_ask(weight):
+                blocks._check_labels()
+            else:  # spoil the row: a label that matches no class could else pass for none
+                weight = weight.masked_fill(blocks._wrong_labels().reshape(-1), torch.nan)
+            labels = labels.masked_fill(weight == 0, UNLABELLED)
+        return cls(student, teacher, labels, weight, blocks.shape)
 
     def labels(self) -> Tensor:
         """``(N,)`` class indices, `UNLABELLED` everywhere if the caller gave none."""

@@ -5,9 +5,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.pld import label_first, pld, ranking_nll, teacher_order
+from ...ops import pld as ops
+from ...ops._library import Backend
+from ...ops.pld import PldOptions, default_tolerance, label_first, pld, pld_with_bound, ranking_nll
+from ...ops.pld.options import Ties
 from .. import _check
-from .._reduce import UNLABELLED, Reduction, Rows
+from .._reduce import UNLABELLED, Blocks, Reduction, Rows
+
+
+def teacher_order(teacher_logits: Tensor, *, class_dim: int = 1) -> Tensor:
+    """The classes by falling teacher logit, the lower class index first among equals.
+
+    Computed once and given to `pld_loss`, it saves the sort in every later step with the same teacher logits.
+
+    Args:
+        teacher_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        class_dim: Dimension of the classes.
+    Returns:
+        Class indices, int64, of the same shape; ``.int()`` halves what they take.
+    Example:
+        >>> teacher_order(torch.tensor([[0.5, 2.0, 0.5]]))
+        tensor([[1, 0, 2]])
+    """
+    _check.check_logits("teacher_logits", teacher_logits)
+    axis = _check.class_axis(teacher_logits, class_dim)
+    return teacher_logits.sort(dim=axis, descending=True, stable=True).indices
+
+
+def _pld_options(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    teacher_temperature: float,
+    top_k: int | None,
+    epsilon: float | None,
+    tolerance: float | None,
+    ties: Ties,
+) -> PldOptions:
+    _check.check_positive(teacher_temperature=teacher_temperature)
+    _check.check_top_k(top_k)
+    _check.check_choice("ties", ties, ("stable", "average"))
+    if epsilon is not None:
+        _check.check_between(0, 1, epsilon=epsilon)
+    if ties == "average" and (top_k is not None or epsilon is not None):
+        raise ValueError(
+            "expected ties='stable' with `top_k` or `epsilon`: they may cut a group of equals in two"
+        )
+    if tolerance is None:
+        tolerance = default_tolerance(student_logits, teacher_logits)
+    _check.check_not_negative(tolerance=tolerance)
+    return PldOptions(teacher_temperature, top_k, epsilon, tolerance, ties)
 
 
 def pld_loss(
@@ -17,11 +63,16 @@ def pld_loss(
     *,
     teacher_temperature: float = 1.0,
     top_k: int | None = None,
+    epsilon: float | None = None,
+    tolerance: float | None = None,
+    ties: Ties = "stable",
+    teacher_order: Tensor | None = None,
     ignore_index: int = -100,
     unlabelled_index: int = UNLABELLED,
     class_dim: int = 1,
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Plackett-Luce Distillation: choose the label first, then the other classes as the teacher ranks them.
 
@@ -34,8 +85,7 @@ def pld_loss(
     temperature.
 
     A row without a label (`target` None, or `unlabelled_index` in it) takes the teacher's own order, its
-    top class in the label's place: our extension for unlabelled transfer data. Equal teacher logits rank
-    the lower class index first.
+    top class in the label's place: our extension for unlabelled transfer data.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
@@ -47,17 +97,31 @@ def pld_loss(
             most ``epsilon * (log(C - top_k) + range)`` below the full loss, `epsilon` being the teacher's
             probability outside the first `top_k` places and `range` the spread of the student's logits
             there; gradients differ by at most ``2 * epsilon`` in the sum of absolute values.
+        epsilon: Count, in each row, only as many first places as leave less than this of the teacher's
+            probability; the bounds of `top_k` hold with it.
+        tolerance: Lets a row of more than 1024 classes leave classes unsorted that hardly differ, as long as
+            the loss, in nats, and the gradient, in the sum of absolute values, provably change by no more
+            than this. None takes 0 in float64, 1e-5 in float32 and 1e-3 if either network is in 16 bits; 0
+            sorts everything. `pld_error_bound` tells what was really given away.
+        ties: Equal teacher logits rank the lower class index first (``"stable"``), or share their places so
+            that the numbering of classes does not matter (``"average"``, Efron's rule): with 16-bit teachers
+            ties are everywhere.
+        teacher_order: What `luce.teacher_order` gave for these teacher logits, int64 or int32: nothing needs
+            sorting then.
         ignore_index: Rows with this label do not count.
         unlabelled_index: Rows with this label have none.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
+        backend: ``"auto"`` takes the native kernels where they can run and plain PyTorch elsewhere;
+            ``"cpu"`` and ``"reference"`` insist on one of them.
     Returns:
         Nats, float32 for 16-bit logits. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
         the student alone it makes the loss ``+inf``, in the teacher alone it only ranks last.
     Raises:
         ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
         TypeError: On a wrong dtype.
+        RuntimeError: If the named backend cannot run here, or a row of `teacher_order` is no ranking.
     Example:
         >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
         >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
@@ -69,9 +133,7 @@ def pld_loss(
     References:
         Bassam, Zhu and Bian, PLD: A Choice-Theoretic List-Wise Knowledge Distillation, arXiv 2506.12542.
     """
-    _check.check_positive(teacher_temperature=teacher_temperature)
-    _check.check_top_k(top_k)
-    rows = Rows.of(
+    blocks = Blocks.of(
         student_logits,
         teacher_logits,
         target,
@@ -80,10 +142,83 @@ def pld_loss(
         ignore_index=ignore_index,
         unlabelled_index=unlabelled_index,
     )
-    values = pld(
-        rows.student, rows.teacher, rows.labels(), teacher_temperature=teacher_temperature, top_k=top_k
+    teacher = blocks.teacher
+    assert teacher is not None
+    options = _pld_options(
+        student_logits, teacher_logits, teacher_temperature, top_k, epsilon, tolerance, ties
     )
-    return rows.reduce(values, reduction)
+    if teacher_order is not None:
+        _check.check_order(teacher_order, teacher_logits)
+        teacher_order = blocks.laid_out(teacher_order)
+
+    def rows(weight: Tensor | None) -> Tensor:
+        return pld(
+            blocks.student,
+            teacher,
+            blocks.target,
+            weight=weight,
+            order=teacher_order,
+            options=options,
+            backend=backend,
+        )
+
+    return blocks.reduce(rows, reduction)
+
+
+def pld_error_bound(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    teacher_temperature: float = 1.0,
+    top_k: int | None = None,
+    epsilon: float | None = None,
+    tolerance: float | None = None,
+    ties: Ties = "stable",
+    ignore_index: int = -100,
+    unlabelled_index: int = UNLABELLED,
+    class_dim: int = 1,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """How far `pld_loss` with the same options can be from the full loss with every class sorted, row by row.
+
+    Args:
+        student_logits: As for `pld_loss`, and so are all other arguments.
+    Returns:
+        Two tensors of the rows' shape: the largest possible difference of the loss, in nats, and of its
+        gradient, in the sum of absolute values. Rounding comes on top. 0 in rows that do not count.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
+        >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
+        >>> pld_error_bound(student_logits, teacher_logits, torch.tensor([2]), top_k=2)
+        (tensor([0.5312]), tensor([0.5330]))
+    """
+    blocks = Blocks.of(
+        student_logits,
+        teacher_logits,
+        target,
+        None,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+    )
+    assert blocks.teacher is not None
+    options = _pld_options(
+        student_logits, teacher_logits, teacher_temperature, top_k, epsilon, tolerance, ties
+    )
+    _, bound = pld_with_bound(
+        blocks.student.detach(),
+        blocks.teacher,
+        blocks.target,
+        weight=blocks.weight,
+        options=options,
+        backend=backend,
+    )
+    of_loss, of_gradient = bound.reshape(*blocks.shape, 2).unbind(-1)
+    return of_loss, of_gradient
 
 
 def _ranking(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -91,7 +226,7 @@ def _ranking(rows: Rows) -> tuple[Tensor, Tensor]:
 
     NaN in rows without any class and where the teacher says NaN: a sort would hide it.
     """
-    order = label_first(teacher_order(rows.teacher), rows.labels())
+    order = label_first(ops.teacher_order(rows.teacher), rows.labels())
     present = rows.present()
     unknown = rows.teacher.isnan().any(-1) | ~present.any(-1)
     places = present.gather(-1, order).to(rows.student.dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...ops._library import Backend
+from ...ops.pld.options import Ties
 from .._reduce import UNLABELLED
 from ..functional import listwise
 from .base import LogitLoss
@@ -25,7 +27,11 @@ class PLDLoss(LogitLoss):
 
     teacher_temperature: float = 1.0
     top_k: int | None = None
+    epsilon: float | None = None
+    tolerance: float | None = None
+    ties: Ties = "stable"
     unlabelled_index: int = UNLABELLED
+    backend: Backend = "auto"
 
 
 @dataclass(eq=False, repr=False)

@@ -1,0 +1,126 @@
+// Plackett-Luce Distillation: order, loss and gradient of a row in one visit.
+//
+// Notation of the paper (arXiv 2506.12542): places k = 1..n of a ranking, w the student's exponentials, alpha the
+// teacher's probabilities, Z_k the sum of w from place k on, B_k the sum of alpha/Z up to place k. The loss is the sum of
+// alpha_k log(Z_k / w_k), its gradient at place k is w_k B_{k-1} - alpha_k Z_{k+1} / Z_k.
+//
+// Four ways lead there. `narrow` is the usual one: vectors, in the row's own precision with sums in double. `wide` takes
+// over where the exponentials of a row do not fit into that precision, and for tied groups. `binned` leaves classes
+// unsorted where that provably changes nothing beyond a tolerance, `truncated` where only the first places count.
+
+#include <cmath>
+
+#include "../pld.h"
+#include "order.h"
+#include "pld_binned.h"
+#include "pld_narrow.h"
+#include "pld_row.h"
+#include "pld_truncated.h"
+#include "pld_wide.h"
+
+namespace luce::LUCE_ISA {
+namespace {
+
+// The ranking that the caller gave, the label moved to the first place. False if it is no permutation.
+template <class T>
+bool given_order(const Rows& given, int64_t index, const PldRow<T>& row, uint32_t* order) {
+  uint8_t* seen = scratch().get<uint8_t>(CANDIDATES, row.n);
+  std::fill(seen, seen + row.n, uint8_t(0));
+  int64_t next = 0, different = 0;
+  if (row.label >= 0) order[next++] = static_cast<uint32_t>(row.label);
+  const auto take = [&](const auto* place) {
+    place += given.offset(index);
+    for (int64_t k = 0; k < row.n; ++k) {
+      const int64_t i = place[k * given.class_stride];
+      if (i < 0 || i >= row.n) return false;
+      different += !seen[i];
+      seen[i] = 1;
+      order[next] = static_cast<uint32_t>(i);
+      next += i != row.label && next < row.n;
+    }
+    return different == row.n;
+  };
+  return given.type == Type::int64 ? take(static_cast<const int64_t*>(given.data))
+                                   : take(static_cast<const int32_t*>(given.data));
+}
+
+// How many first places leave less than `epsilon` of the teacher's probability.
+template <class T>
+int64_t places_within(const PldRow<T>& row, const uint32_t* order, double epsilon) {
+  double all = 0;
+  for (int64_t i = 0; i < row.n; ++i) all += row.alpha(i);
+  double left = all;
+  int64_t k = 0;
+  while (k < row.n && !(left < epsilon * all)) left -= row.alpha(order[k++]);
+  return std::max<int64_t>(k, 1);
+}
+
+template <class T>
+PldResult pld_row(const PldArguments& arguments, const PldRow<T>& row, int64_t index) {
+  PldResult result;
+  int64_t places = std::min(arguments.top_k, row.n);
+  const bool partial = places < row.n || arguments.epsilon > 0, long_row = row.n > NETWORK_MAX;
+  if (long_row && !arguments.order && !arguments.average_ties) {
+    if (partial && pld_truncated(row, places, arguments.epsilon, result)) return result;
+    if (!partial && arguments.tolerance > 0 && PldBins<T>(row).run(arguments.tolerance, result)) return result;
+  }
+  uint32_t* order = scratch().get<uint32_t>(ORDER, row.n + 1);
+  if (!arguments.order) {
+    const bool labelled = row.label >= 0;
+    if (labelled) order[0] = static_cast<uint32_t>(row.label);
+    order_row(row.t, row.n, row.label, row.top_t, row.span(), order + labelled);
+  } else if (!given_order(arguments.order, index, row, order)) {
+    *arguments.bad_order = true;
+    return result;
+  }
+  if (arguments.epsilon > 0) places = std::min(places, places_within(row, order, arguments.epsilon));
+  const Ranking ranking{order, row.n, places, 0, 0};
+  if (arguments.average_ties || !pld_narrow(row, ranking, result)) {
+    pld_wide(row, ranking, arguments.average_ties, result);
+  }
+  return result;
+}
+
+template <class T>
+void pld_rows(const PldArguments& arguments, int64_t begin, int64_t end) {
+  constexpr T NONE = std::numeric_limits<T>::quiet_NaN();
+  const auto weight = [&](int64_t index) {
+    return arguments.weight ? static_cast<const T*>(arguments.weight)[index] : T(1);
+  };
+  const auto skip = [&](int64_t index) { return weight(index) == 0; };
+  each_row<T>(arguments.student, arguments.teacher, arguments.gradient, begin, end, skip,
+              [&](int64_t index, const T* s, const T* t, T* g) {
+                const int64_t n = arguments.student.classes;
+                PldResult result;
+                if (!s) {
+                  if (g) std::fill(g, g + n, T(0));
+                } else {
+                  PldRow<T> row{s, t, n, arguments.target ? arguments.target[index] : -1,
+                                static_cast<T>(1 / arguments.teacher_temperature), g, weight(index)};
+                  row.describe();
+                  if (row.defined) {
+                    result = pld_row(arguments, row, index);
+                  } else {
+                    result = {NONE, NONE, NONE};
+                    if (g) std::fill(g, g + n, NONE);
+                  }
+                }
+                const double size = std::fabs(weight(index));
+                static_cast<T*>(arguments.loss)[index] = static_cast<T>(s ? result.loss * weight(index) : 0);
+                T* bound = static_cast<T*>(arguments.bound) + 2 * index;
+                bound[0] = static_cast<T>(result.loss_bound * size);
+                bound[1] = static_cast<T>(result.gradient_bound * size);
+              });
+}
+
+}  // namespace
+
+void pld(const PldArguments& arguments, int64_t begin, int64_t end) {
+  if (arguments.wide) {
+    pld_rows<double>(arguments, begin, end);
+  } else {
+    pld_rows<float>(arguments, begin, end);
+  }
+}
+
+}  // namespace luce::LUCE_ISA

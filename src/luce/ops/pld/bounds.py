@@ -1,0 +1,48 @@
+"""How far a truncated PLD is from the full one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._rows import as_matrix, wide_dtype
+from .options import PldOptions
+from .reference import label_first, places_within, teacher_order
+
+
+def truncation_bound(
+    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, options: PldOptions
+) -> Tensor:
+    r"""The certificate of the first *K* places.
+
+    With the teacher's probability :math:`\epsilon` and the student's range of logits *R* outside them, the
+    full loss is larger by at most :math:`\epsilon (\log(C - K) + R)`, and the gradients differ by at most
+    :math:`2 \epsilon` in the L1 norm.
+
+    Args:
+        student: ``(N, C)`` or ``(N, C, M)``.
+        teacher: Same shape.
+        target: ``(N,)`` or ``(N, M)``, or None.
+        weight: Same shape, or None.
+        options: Holds `top_k`, `epsilon` or both.
+    Returns:
+        ``(rows, 2)``: the bounds of loss and gradient.
+    """
+    dtype = wide_dtype(student, teacher)
+    s, t = as_matrix(student).to(dtype), as_matrix(teacher).to(dtype)
+    labels = torch.full(s.shape[:1], -1, device=s.device) if target is None else target.reshape(-1)
+    order = label_first(teacher_order(t), labels)
+    alpha = (t / options.teacher_temperature).softmax(-1).gather(-1, order)
+    places = torch.full_like(labels[:, None], min(options.top_k or s.shape[-1], s.shape[-1]))
+    if options.epsilon is not None:
+        places = torch.minimum(places, places_within(alpha, options.epsilon))
+    outside = torch.arange(s.shape[-1], device=s.device) >= places
+    left = torch.where(outside, alpha, 0).sum(-1)
+    u = s.gather(-1, order)
+    # A class that the teacher excludes has no term of its own: it can only be chosen instead of another.
+    highest = u.masked_fill(~outside, -torch.inf).amax(-1)
+    lowest = u.masked_fill(~outside | (alpha == 0), torch.inf).amin(-1)
+    spread = (highest - lowest).clamp(min=0)
+    of_loss = torch.where(left == 0, 0, left * (outside.sum(-1).clamp(min=1).log() + spread))
+    bound = torch.stack([of_loss, 2 * left], dim=-1)
+    return bound if weight is None else bound * weight.reshape(-1, 1).abs()
