@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Tests that run side by side; each uses one thread.
 WORKERS ?= 2
 
-.PHONY: setup native demo demo-short test check format vision-test bench-fashion bench clean
+.PHONY: setup native sanitize demo demo-short test check format vision-test bench-fashion bench clean
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/* 
 # The native kernels alone, after a change in csrc/.
 native:
 	$(BIN)/python hatch_build.py
+
+# The kernels' tests under the address and undefined-behaviour sanitizers, on every instruction set.
+CXX ?= g++
+sanitize: setup
+	$(BIN)/python hatch_build.py --sanitize
+	for set in x86-64-v2 x86-64-v3 best; do \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 LUCE_INSTRUCTION_SET=$$set LUCE_NATIVE_LIBRARY=build/sanitized/luce_native.so \
+	  $(BIN)/python -m pytest -n $(WORKERS) tests/ops || exit 1; \
+	done
 
 demo: setup
 	$(BIN)/luce compare recipes/demo.yaml --out runs/demo

@@ -30,6 +30,15 @@ inline Type type_of(const Tensor& tensor, const char* name) {
   }
 }
 
+inline int32_t dtype_of(Type type) {
+  switch (type) {
+    case Type::float64: return aoti_torch_dtype_float64();
+    case Type::bfloat16: return aoti_torch_dtype_bfloat16();
+    case Type::float16: return aoti_torch_dtype_float16();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
 // (N, C) or (N, C, M) of any strides.
 inline Rows rows_of(const Tensor& tensor, const char* name) {
   const auto size = tensor.sizes(), stride = tensor.strides();
@@ -66,8 +75,22 @@ inline Type wide_type(const Rows& a, const Rows& b) {
   return a.type == Type::float64 || b.type == Type::float64 ? Type::float64 : Type::float32;
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, Type type) {
-  return torch::stable::new_empty(like, size, type == Type::float64 ? ScalarType::Double : ScalarType::Float);
+// A contiguous tensor on the CPU, without the detour through the dispatcher that torch::stable::empty takes.
+inline Tensor empty(const std::vector<int64_t>& size, Type type) {
+  std::vector<int64_t> stride(size.size());
+  int64_t step = 1;
+  for (size_t d = size.size(); d-- > 0; step *= size[d]) stride[d] = step;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
+                                                         dtype_of(type), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The student's shape, dtype and, where it is dense, strides.
+inline Tensor empty_like(const Tensor& student, const Rows& rows) {
+  if (!student.is_contiguous()) return torch::stable::empty_like(student);
+  if (student.dim() == 3) return empty({rows.outer, rows.classes, rows.inner}, rows.type);
+  return empty({rows.outer, rows.classes}, rows.type);
 }
 
 // The shape of one number a row.

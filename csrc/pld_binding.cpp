@@ -24,9 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> pld(const Tensor& student, const Tensor& teac
     STD_TORCH_CHECK(arguments.order.type == Type::int64 || arguments.order.type == Type::int32,
                     "expected `order` of int64 or int32");
   }
-  Tensor loss = empty(student, row_shape(student, rows), wide);
-  Tensor bound = empty(student, {rows.count(), 2}, wide);
-  Tensor gradient = needs_gradient ? torch::stable::empty_like(student) : empty(student, {0}, wide);
+  Tensor loss = empty(row_shape(student, rows), wide);
+  Tensor bound = empty({rows.count(), 2}, wide);
+  Tensor gradient = needs_gradient ? empty_like(student, rows) : empty({0}, wide);
   arguments.wide = wide == Type::float64;
   arguments.loss = loss.data_ptr();
   arguments.bound = bound.data_ptr();
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> pld(const Tensor& student, const Tensor& teac
   std::atomic<bool> bad_order{false};
   arguments.bad_order = &bad_order;
   run(LUCE_CHOOSE(pld), arguments, rows);
-  STD_TORCH_CHECK(!bad_order, "expected each row of `order` to hold every class once");
+  STD_TORCH_CHECK(!bad_order, "expected each row of the given order to hold every class once");
   return {loss, bound, gradient};
 }
 

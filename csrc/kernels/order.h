@@ -2,7 +2,7 @@
 //
 // Up to 1024 values are packed, key above position, into 32 bits and sorted by a bitonic network, which costs the same
 // for any input and nothing for a branch guessed wrong. Keys are coarser than values: a sweep puts runs of equal keys
-// right. Longer rows are first dealt into buckets of about 64.
+// right. Longer rows are first dealt into buckets of about 128.
 #pragma once
 
 #include <algorithm>
@@ -59,12 +59,68 @@ inline bits_vec load_bits(const uint32_t* p) {
 
 inline void store_bits(uint32_t* p, bits_vec v) { std::memcpy(p, &v, sizeof v); }
 
-// Sorts `count` numbers, a power of two of at least BIT_LANES.
+// Sorts COUNT vectors of numbers, a power of two. Few vectors stay in registers all along.
+template <int COUNT>
+inline void sort_vectors(uint32_t* x) {
+  constexpr auto lanes = std::make_integer_sequence<int, BIT_LANES>();
+  bits_vec v[COUNT];
+  std::memcpy(v, x, sizeof v);
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i) v[i] = sort_lanes<2>(v[i]);
+#pragma GCC unroll 16
+  for (int run = 2; run <= COUNT; run *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) {
+      const int j = i ^ (run - 1);
+      if (i > j) continue;
+      const bits_vec a = v[i], b = exchange_lanes<BIT_LANES - 1>(v[j], lanes);
+      v[i] = min(a, b);
+      v[j] = exchange_lanes<BIT_LANES - 1>(max(a, b), lanes);
+    }
+#pragma GCC unroll 16
+    for (int distance = run / 4; distance >= 1; distance /= 2) {
+#pragma GCC unroll 16
+      for (int i = 0; i < COUNT; ++i) {
+        if (i & distance) continue;
+        const bits_vec a = v[i], b = v[i + distance];
+        v[i] = min(a, b);
+        v[i + distance] = max(a, b);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) v[i] = merge_lanes<BIT_LANES / 2>(v[i]);
+  }
+  std::memcpy(x, v, sizeof v);
+}
+
+// The last steps of a merge that stay within COUNT vectors.
+template <int COUNT>
+inline void merge_vectors(uint32_t* x) {
+  bits_vec v[COUNT];
+  std::memcpy(v, x, sizeof v);
+#pragma GCC unroll 16
+  for (int distance = COUNT / 2; distance >= 1; distance /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) {
+      if (i & distance) continue;
+      const bits_vec a = v[i], b = v[i + distance];
+      v[i] = min(a, b);
+      v[i + distance] = max(a, b);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i) v[i] = merge_lanes<BIT_LANES / 2>(v[i]);
+  std::memcpy(x, v, sizeof v);
+}
+
+// Sorts `count` numbers, a power of two of at least 32.
 inline void sort_network(uint32_t* x, int64_t count) {
-  constexpr int L = BIT_LANES;
+  constexpr int L = BIT_LANES, REGISTERS = 8;
   constexpr auto lanes = std::make_integer_sequence<int, L>();
-  for (int64_t i = 0; i < count; i += L) store_bits(x + i, sort_lanes<2>(load_bits(x + i)));
-  for (int64_t run = 2 * L; run <= count; run *= 2) {
+  if (count == 32 && 32 / L <= REGISTERS) return sort_vectors<32 / L>(x);
+  if (count == 64 && 64 / L <= REGISTERS) return sort_vectors<64 / L>(x);
+  for (int64_t i = 0; i < count; i += REGISTERS * L) sort_vectors<REGISTERS>(x + i);
+  for (int64_t run = 2 * REGISTERS * L; run <= count; run *= 2) {
     for (int64_t start = 0; start < count; start += run) {
       uint32_t *low = x + start, *high = x + start + run - L;
       for (; low < high; low += L, high -= L) {
@@ -73,7 +129,8 @@ inline void sort_network(uint32_t* x, int64_t count) {
         store_bits(high, exchange_lanes<L - 1>(max(a, b), lanes));
       }
     }
-    for (int64_t distance = run / 4; distance >= L; distance /= 2) {
+    int64_t distance = run / 4;
+    for (; distance >= REGISTERS * L; distance /= 2) {
       for (int64_t start = 0; start < count; start += 2 * distance) {
         for (uint32_t* p = x + start; p < x + start + distance; p += L) {
           const bits_vec a = load_bits(p), b = load_bits(p + distance);
@@ -82,12 +139,12 @@ inline void sort_network(uint32_t* x, int64_t count) {
         }
       }
     }
-    for (int64_t i = 0; i < count; i += L) store_bits(x + i, merge_lanes<L / 2>(load_bits(x + i)));
+    for (int64_t i = 0; i < count; i += REGISTERS * L) merge_vectors<REGISTERS>(x + i);
   }
 }
 
 constexpr int64_t NETWORK_MAX = 1024;
-constexpr int64_t BUCKET_MEAN = 64;
+constexpr int64_t BUCKET_MEAN = 128;
 
 // Sorts positions `order[0..count)` by falling value[position], the lower position first among equals.
 template <class T>
@@ -102,7 +159,7 @@ inline void sort_exactly(uint32_t* order, int64_t count, const T* value) {
   }
 }
 
-// At most NETWORK_MAX values between `top` and `top - span`; position `left_out` (or -1) is not in the result.
+// At most NETWORK_MAX values, nearly all between `top` and `top - span`; position `left_out` (or -1) is not in the result.
 // Returns the number of positions written.
 template <class T>
 int64_t order_short(const T* value, int64_t count, int64_t left_out, T top, T span, uint32_t* order) {
@@ -112,7 +169,7 @@ int64_t order_short(const T* value, int64_t count, int64_t left_out, T top, T sp
   const T scale = span > 0 ? T(int64_t(1) << (32 - bits)) * T(0.999999) / span : T(0);
   uint32_t* packed = scratch().get<uint32_t>(3, NETWORK_MAX + 1);
   for (int64_t i = 0; i < count; ++i) {
-    const T depth = top - value[i];
+    const T depth = top - value[i] > T(0) ? top - value[i] : T(0);
     const auto key = static_cast<int32_t>((depth < span ? depth : span) * scale);
     packed[i] = static_cast<uint32_t>(key) << bits | static_cast<uint32_t>(i);
   }
@@ -142,10 +199,17 @@ int64_t order_short(const T* value, int64_t count, int64_t left_out, T top, T sp
 template <class T>
 int64_t order_row(const T* value, int64_t count, int64_t left_out, T top, T span, uint32_t* order, int depth = 0) {
   if (count <= NETWORK_MAX) return order_short(value, count, left_out, top, span, order);
+  if (!(span > 0)) {  // nothing to tell apart
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (i != left_out) order[kept++] = static_cast<uint32_t>(i);
+    }
+    return kept;
+  }
 
   int64_t buckets = 1;
   while (buckets * BUCKET_MEAN < count && buckets < 4096) buckets *= 2;
-  const T scale = span > 0 ? T(buckets) * T(0.999999) / span : T(0);
+  const T scale = T(buckets) * T(0.999999) / span;
   uint32_t* start = scratch().get<uint32_t>(4 + depth, buckets + 2);
   uint16_t* bucket = scratch().get<uint16_t>(6 + depth, count);
   uint32_t* position = scratch().get<uint32_t>(8 + depth, count);
@@ -173,13 +237,11 @@ int64_t order_row(const T* value, int64_t count, int64_t left_out, T top, T span
     if (size > NETWORK_MAX && depth == 1) {
       for (int64_t i = 0; i < size; ++i) out[i] = static_cast<uint32_t>(i);
       sort_exactly(out, size, values);
+    } else if (size > NETWORK_MAX) {
+      const auto [low, high] = std::minmax_element(values, values + size);
+      order_row(values, size, int64_t(-1), *high, *high - *low, out, depth + 1);
     } else if (size > 1) {
-      T high = values[0], lowest = values[0];
-      for (int64_t i = 1; i < size; ++i) {
-        high = values[i] > high ? values[i] : high;
-        lowest = values[i] < lowest ? values[i] : lowest;
-      }
-      order_row(values, size, int64_t(-1), high, high - lowest, out, depth + 1);
+      order_short(values, size, int64_t(-1), top - static_cast<T>(b) / scale, T(1) / scale, out);
     } else if (size == 1) {
       out[0] = 0;
     }

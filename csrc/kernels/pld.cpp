@@ -24,24 +24,34 @@ namespace {
 // The ranking that the caller gave, the label moved to the first place. False if it is no permutation.
 template <class T>
 bool given_order(const Rows& given, int64_t index, const PldRow<T>& row, uint32_t* order) {
-  uint8_t* seen = scratch().get<uint8_t>(CANDIDATES, row.n);
-  std::fill(seen, seen + row.n, uint8_t(0));
-  int64_t next = 0, different = 0;
-  if (row.label >= 0) order[next++] = static_cast<uint32_t>(row.label);
+  const int64_t n = row.n, stride = given.class_stride;
+  uint32_t* others = order + (row.label >= 0);
   const auto take = [&](const auto* place) {
     place += given.offset(index);
-    for (int64_t k = 0; k < row.n; ++k) {
-      const int64_t i = place[k * given.class_stride];
-      if (i < 0 || i >= row.n) return false;
-      different += !seen[i];
-      seen[i] = 1;
-      order[next] = static_cast<uint32_t>(i);
-      next += i != row.label && next < row.n;
+    uint64_t beyond = 0;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t i = place[k * stride];
+      beyond |= static_cast<uint64_t>(i < 0) | static_cast<uint64_t>(i >= n);
+      others[k] = static_cast<uint32_t>(i);
     }
-    return different == row.n;
+    return beyond == 0;
   };
-  return given.type == Type::int64 ? take(static_cast<const int64_t*>(given.data))
-                                   : take(static_cast<const int32_t*>(given.data));
+  if (!(given.type == Type::int64 ? take(static_cast<const int64_t*>(given.data))
+                                  : take(static_cast<const int32_t*>(given.data)))) {
+    return false;
+  }
+  uint8_t* seen = scratch().get<uint8_t>(CANDIDATES, n);
+  std::fill(seen, seen + n, uint8_t(0));
+  for (int64_t k = 0; k < n; ++k) seen[others[k]] = 1;
+  int64_t different = 0;
+  for (int64_t i = 0; i < n; ++i) different += seen[i];
+  if (different != n) return false;
+  if (row.label >= 0) {
+    uint32_t* label = std::find(others, others + n, static_cast<uint32_t>(row.label));
+    std::copy(label + 1, others + n, label);
+    order[0] = static_cast<uint32_t>(row.label);
+  }
+  return true;
 }
 
 // How many first places leave less than `epsilon` of the teacher's probability.
@@ -64,7 +74,7 @@ PldResult pld_row(const PldArguments& arguments, const PldRow<T>& row, int64_t i
     if (partial && pld_truncated(row, places, arguments.epsilon, result)) return result;
     if (!partial && arguments.tolerance > 0 && PldBins<T>(row).run(arguments.tolerance, result)) return result;
   }
-  uint32_t* order = scratch().get<uint32_t>(ORDER, row.n + 1);
+  uint32_t* order = scratch().get<uint32_t>(ORDER, row.n + 1 + Simd<T>::lanes);
   if (!arguments.order) {
     const bool labelled = row.label >= 0;
     if (labelled) order[0] = static_cast<uint32_t>(row.label);

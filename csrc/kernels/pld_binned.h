@@ -162,6 +162,7 @@ class PldBins {
     Sums<T> terms;
     for (int64_t i = 0; i < used; i += L) {
       terms.add(load(term_weight_ + i) * minus_log(load(term_choice_ + i), load(term_rest_ + i)));
+      terms.flush();
     }
     return loss + total(terms);
   }

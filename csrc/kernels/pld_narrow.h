@@ -15,45 +15,41 @@ bool pld_narrow(const PldRow<T>& row, const Ranking& ranking, PldResult& result,
   constexpr int L = Simd<T>::lanes;
   constexpr T INF = std::numeric_limits<T>::infinity();
   const int64_t count = ranking.count, steps = (count + L - 1) / L;
-  const int64_t full = count / steps, more = count % steps;  // lanes with a place in every step, and in the first ones
-  const uint32_t* order = ranking.order;
+  uint32_t* order = ranking.order;
   T* worth = scratch().get<T>(STUDENT, steps * L);
   T* alpha = scratch().get<T>(TEACHER, steps * L);
   T* ratio = scratch().get<T>(RATIO, steps * L);
 
+  // Places beyond the last read the first one's class, so that loops need not ask, and are blotted out afterwards.
+  for (int64_t k = count; k < steps * L; ++k) order[k] = order[0];
   for (int64_t j = 0; j < steps; ++j) {
-    const int64_t taken = full + (j < more);
-    T *u = worth + j * L, *v = alpha + j * L;
-    for (int64_t l = 0; l < taken; ++l) {
+    for (int l = 0; l < L; ++l) {
       const uint32_t i = order[l * steps + j];
-      u[l] = row.s[i];
-      v[l] = row.t[i];
+      worth[j * L + l] = row.s[i];
+      alpha[j * L + l] = row.t[i];
     }
-    for (int64_t l = taken; l < L; ++l) u[l] = v[l] = -INF;
   }
+  for (int64_t k = count; k < steps * L; ++k) worth[k % steps * L + k / steps] = alpha[k % steps * L + k / steps] = -INF;
 
   Sums<T> alphas, worths;
-  for (int64_t j = 0; j < steps; ++j) {
-    const vec_t<T> a = row.alpha(load(alpha + j * L));
-    alphas.add(a);
-    store(alpha + j * L, a);
-  }
-  if (ranking.places < count) {
-    for (int64_t l = ranking.places / steps; l < L; ++l) {
-      for (int64_t j = l == ranking.places / steps ? ranking.places % steps : 0; j < steps; ++j) alpha[j * L + l] = 0;
-    }
-  }
   mask_t<T> far = {};
+  vec_t<T> places_left;
+  for (int l = 0; l < L; ++l) places_left[l] = static_cast<T>(ranking.places - l * steps);
   for (int64_t j = 0; j < steps; ++j) {
-    const vec_t<T> u = load(worth + j * L) - row.top_s, w = exp(u);
-    far |= (load(alpha + j * L) > T(0)) & (u < -Simd<T>::reach);
+    const vec_t<T> a = row.alpha(load(alpha + j * L)), u = load(worth + j * L) - row.top_s, w = exp(u);
+    alphas.add(a);
     worths.add(w);
+    const vec_t<T> counting = places_left > T(0) ? a : fill(T(0));
+    far |= (counting > T(0)) & (u < -Simd<T>::reach);
+    store(alpha + j * L, counting);
     store(worth + j * L, w);
+    places_left -= T(1);
+    if (j % FLUSH == FLUSH - 1) alphas.flush(), worths.flush();
   }
   if (any(far)) return false;
   const double normaliser = 1 / (total(alphas) + ranking.rest_alpha);
 
-  // Z from the last place to the first. `p` is the probability that the place's class is chosen there, `q` = 1/Z.
+  // Z from the last place to the first. A place's class is chosen there with probability w/Z, the others with rest/Z.
   double lane_sum[L], others[L];
   worths.read(lane_sum);
   double beyond = ranking.rest_worth;
@@ -67,37 +63,40 @@ bool pld_narrow(const PldRow<T>& row, const Ranking& ranking, PldResult& result,
   for (int64_t j = steps - 1; j >= 0; --j) {
     const vec_t<T> w = load(worth + j * L), a = load(alpha + j * L);
     suffix.add(w);
-    const vec_t<T> z = suffix.value(), q = T(1) / z, rest = following * q;
+    const vec_t<T> z = suffix.value(), inverse = T(1) / z, rest = following * inverse;
     following = z;
     const mask_t<T> counts = a > T(0);
-    losses.add(counts ? a * minus_log(w * q, rest) : fill(T(0)));
-    const vec_t<T> r = counts ? a * q : fill(T(0));
+    const vec_t<T> r = counts ? a * inverse : fill(T(0));
+    losses.add(counts ? a * minus_log(w * inverse, rest) : fill(T(0)));
     ratios.add(r);
     store(ratio + j * L, r);
     store(alpha + j * L, counts ? a * rest : fill(T(0)));
+    if (j % FLUSH == 0) suffix.flush(), losses.flush(), ratios.flush();
   }
   result.loss = total(losses) * normaliser;
-  if (prefix) *prefix = total(ratios) * normaliser;
-  if (!row.g) return true;
-
-  // B from the first place to the last.
   ratios.read(lane_sum);
   double so_far = 0;
   for (int l = 0; l < L; ++l) {
     others[l] = so_far;
     so_far += lane_sum[l];
   }
+  if (prefix) *prefix = so_far * normaliser;
+  if (!row.g) return true;
+
+  // B from the first place to the last.
   Sums<T> before;
   before.write(others);
   const T scale = static_cast<T>(normaliser) * row.scale;
-  T lane[L];
+  T first = 0;
   for (int64_t j = 0; j < steps; ++j) {
-    const vec_t<T> g = load(worth + j * L) * before.value() - load(alpha + j * L);
+    T lane[L];
+    store(lane, (load(worth + j * L) * before.value() - load(alpha + j * L)) * scale);
     before.add(load(ratio + j * L));
-    store(lane, g * scale);
-    const int64_t taken = full + (j < more);
-    for (int64_t l = 0; l < taken; ++l) row.g[order[l * steps + j]] = lane[l];
+    if (j == 0) first = lane[0];
+    for (int l = 0; l < L; ++l) row.g[order[l * steps + j]] = lane[l];
+    if (j % FLUSH == FLUSH - 1) before.flush();
   }
+  row.g[order[0]] = first;
   return true;
 }
 

@@ -67,7 +67,7 @@ struct PldRow {
 
 // A row's first places, in order, and what is left without one.
 struct Ranking {
-  const uint32_t* order;
+  uint32_t* order;    // with room for another vector of places
   int64_t count;      // classes in `order`
   int64_t places;     // of which so many have a term in the loss
   double rest_alpha;  // sums over all other classes, relative to the tops

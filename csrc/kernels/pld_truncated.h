@@ -46,7 +46,7 @@ bool pld_truncated(const PldRow<T>& row, int64_t places, double epsilon, PldResu
   if (epsilon > 0 && places > NETWORK_MAX / 2) places = NETWORK_MAX / 2;
   const int64_t wanted = places + 1;  // the label may be among them
   if (wanted > row.n / 32 || wanted > NETWORK_MAX / 2 + 1) return false;
-  uint32_t* order = scratch().get<uint32_t>(ORDER, NETWORK_MAX + 2);
+  uint32_t* order = scratch().get<uint32_t>(ORDER, NETWORK_MAX + 1 + L);
   uint32_t* candidates = scratch().get<uint32_t>(CANDIDATES, NETWORK_MAX + 2);
   const int64_t found = pld_candidates(row, wanted, candidates);
   if (found < 0) return false;
@@ -72,6 +72,7 @@ bool pld_truncated(const PldRow<T>& row, int64_t places, double epsilon, PldResu
   for (; i + L <= row.n; i += L) {
     alphas.add(row.alpha(load(row.t + i)));
     store(worth + i, row.worth(load(row.s + i)));
+    if (i / L % FLUSH == FLUSH - 1) alphas.flush();
   }
   if (i < row.n) {
     constexpr T INF = std::numeric_limits<T>::infinity();
@@ -93,7 +94,10 @@ bool pld_truncated(const PldRow<T>& row, int64_t places, double epsilon, PldResu
     ranked_alpha += row.alpha(order[k]);
   }
   Sums<T> worths;
-  for (i = 0; i < row.n; i += L) worths.add(load(worth + i));
+  for (i = 0; i < row.n; i += L) {
+    worths.add(load(worth + i));
+    if (i / L % FLUSH == FLUSH - 1) worths.flush();
+  }
 
   const Ranking ranking{order, count, count, all_alpha - ranked_alpha, total(worths)};
   double prefix = 0;

@@ -87,7 +87,10 @@ inline V min(V a, V b) {
   return a < b ? a : b;
 }
 
-// One running sum per lane, in double: a row may be long, and a float stops growing after some thousand terms.
+// One running sum per lane, in double: a row may be long, and a float stops growing after some thousand terms. Up to
+// FLUSH terms are added in the vectors' own precision, then `flush` is due.
+constexpr int64_t FLUSH = 8;
+
 template <class T>
 class Sums;
 
@@ -95,6 +98,7 @@ template <>
 class Sums<double> {
  public:
   void add(vec_t<double> v) { sum_ += v; }
+  void flush() {}
   vec_t<double> value() const { return sum_; }
   void read(double* lane) const { std::memcpy(lane, &sum_, sizeof sum_); }
   void write(const double* lane) { std::memcpy(&sum_, lane, sizeof sum_); }
@@ -106,34 +110,40 @@ class Sums<double> {
 template <>
 class Sums<float> {
  public:
-  void add(vec_t<float> v) {
+  void add(vec_t<float> v) { recent_ += v; }
+  void flush() {
     half_t half[2];
-    std::memcpy(half, &v, sizeof v);
+    std::memcpy(half, &recent_, sizeof half);
     low_ += __builtin_convertvector(half[0], vec_t<double>);
     high_ += __builtin_convertvector(half[1], vec_t<double>);
+    round();
   }
-  vec_t<float> value() const {
-    const half_t half[2] = {__builtin_convertvector(low_, half_t), __builtin_convertvector(high_, half_t)};
-    vec_t<float> v;
-    std::memcpy(&v, half, sizeof v);
-    return v;
-  }
-  void read(double* lane) const {
+  vec_t<float> value() const { return rounded_ + recent_; }
+  void read(double* lane) {
+    flush();
     std::memcpy(lane, &low_, sizeof low_);
     std::memcpy(lane + Simd<double>::lanes, &high_, sizeof high_);
   }
   void write(const double* lane) {
     std::memcpy(&low_, lane, sizeof low_);
     std::memcpy(&high_, lane + Simd<double>::lanes, sizeof high_);
+    round();
   }
 
  private:
   typedef float half_t __attribute__((vector_size(VECTOR_BYTES / 2)));
+  void round() {
+    const half_t half[2] = {__builtin_convertvector(low_, half_t), __builtin_convertvector(high_, half_t)};
+    std::memcpy(&rounded_, half, sizeof half);
+    recent_ = vec_t<float>{};
+  }
+
   vec_t<double> low_ = {}, high_ = {};
+  vec_t<float> rounded_ = {}, recent_ = {};
 };
 
 template <class T>
-inline double total(const Sums<T>& sums) {
+inline double total(Sums<T>& sums) {
   double lane[Simd<T>::lanes], sum = 0;
   sums.read(lane);
   for (double x : lane) sum += x;

@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "train with several methods and seeds, and report the differences",
     "evaluate": "figures of a finished run's student, on its own data or on others",
     "report": "write the report of a run or of a comparison again",
+    "bench": "speed and memory of losses and ops against their baselines",
     "info": "versions, devices, and which optional parts are installed",
 }
 

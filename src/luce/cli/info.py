@@ -16,7 +16,7 @@ def main(words: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .. import data, losses, models
+    from .. import data, losses, models, ops
     from ..training.environment import environment
 
     if words:
@@ -28,6 +28,8 @@ def main(words: Sequence[str]) -> None:
     for name, value in environment().items():
         if value is not None:
             table.add_row(name, str(value))
+    kernels = ops.describe()
+    table.add_row("kernels", f"{kernels['backend']}, {kernels['instruction_set']}")
     for extra, packages in EXTRAS.items():
         found = [f"{package} {_version(package) or 'not installed'}" for package in packages]
         table.add_row(f"extra {extra}", ", ".join(found))

@@ -7,6 +7,7 @@ decision. Either way a loss finds one value per row, and the rest is done here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -79,27 +80,25 @@ class Blocks:
         teacher = None if teacher_logits is None else _as_block(teacher_logits.detach(), axis)
         rows = student.shape[:1] + student.shape[2:]
 
+        wide = wide_dtype(student, teacher)
         weight = None
         if row_weight is not None:
             _check.check_per_row("row_weight", row_weight, shape, student_logits)
-            weight = row_weight.reshape(rows).to(wide_dtype(student, teacher))
+            weight = row_weight.reshape(rows).to(wide)
         if target is not None:
             _check.check_target(target, shape, student_logits)
             target = target.reshape(rows).long()
-            counts = target != ignore_index
-            if unlabelled_index is not None:
-                unlabelled = target == unlabelled_index
-                if needs_label:
-                    counts &= ~unlabelled
-                if unlabelled_index != UNLABELLED:
-                    no_class = (target == UNLABELLED) & counts
-                    if _can_ask(target) and bool(no_class.any()):
-                        raise _check.wrong_label(UNLABELLED, student.shape[1])
-                    target = target.masked_fill(no_class, -2).masked_fill(unlabelled, UNLABELLED)
-            if weight is None:
-                weight = counts.to(wide_dtype(student, teacher))
-            else:
-                weight = weight.masked_fill(~counts, 0)
+            idle = target == ignore_index
+            if unlabelled_index is not None and needs_label:
+                idle |= target == unlabelled_index
+            if unlabelled_index is not None and unlabelled_index != UNLABELLED:
+                no_class = (target == UNLABELLED) & ~idle
+                if _can_ask(target) and bool(no_class.any()):
+                    raise _check.wrong_label(UNLABELLED, student.shape[1])
+                target = target.masked_fill(no_class, -2).masked_fill(target == unlabelled_index, UNLABELLED)
+            if not _can_ask(idle) or bool(idle.any()):
+                weight = student.new_ones(rows, dtype=wide) if weight is None else weight
+                weight = weight.masked_fill(idle, 0)
         return cls(student, teacher, target, weight, unlabelled_index is not None, axis, shape)
 
     def laid_out(self, per_class: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ class Blocks:
         else:
             values = rows(share)
         result = values.reshape(self.shape) if reduction == "none" else values.sum()
-        if self.target is not None and self.labels_matter and _can_ask(result) and bool(result.isnan().any()):
+        if self.target is not None and self.labels_matter and _can_ask(result) and _has_nan(result):
             self._check_labels()
         return result
 
@@ -155,7 +154,6 @@ class Blocks:
     def _wrong_labels(self) -> Tensor:
         """True in rows that count and whose label names no class, or one that both networks exclude."""
         assert self.target is not None
-        assert self.weight is not None
         classes = self.student.shape[1]
         wrong = (self.target < UNLABELLED) | (self.target >= classes)
         if self.teacher is not None:
@@ -164,7 +162,7 @@ class Blocks:
                 block.gather(1, named).squeeze(1) == -torch.inf for block in (self.student, self.teacher)
             ]
             wrong = wrong | (excluded[0] & excluded[1] & (self.target != UNLABELLED))
-        return wrong & (self.weight != 0)
+        return wrong if self.weight is None else wrong & (self.weight != 0)
 
 
 def _as_block(logits: Tensor, axis: int) -> Tensor:
@@ -174,6 +172,10 @@ def _as_block(logits: Tensor, axis: int) -> Tensor:
     before, after = logits.shape[:axis].numel(), logits.shape[axis + 1 :].numel()
     last = axis == logits.ndim - 1
     return logits.reshape((before, logits.shape[axis]) if last else (before, logits.shape[axis], after))
+
+
+def _has_nan(values: Tensor) -> bool:
+    return math.isnan(values.item()) if values.ndim == 0 else bool(values.isnan().any())
 
 
 def _can_ask(tensor: Tensor) -> bool:
@@ -228,11 +230,12 @@ class Rows:
         student = as_matrix(blocks.student).to(dtype)
         teacher = student.detach() if blocks.teacher is None else as_matrix(blocks.teacher).to(dtype)
         if blocks.weight is None:
-            return cls(student, teacher, None, student.new_ones(student.shape[:1]), blocks.shape)
-        weight = blocks.weight.reshape(-1)
-        # What stands in a row that does not count must not matter, not even a NaN.
-        idle = (weight == 0)[:, None]
-        student, teacher = student.masked_fill(idle, 0), teacher.masked_fill(idle, 0)
+            weight = student.new_ones(student.shape[:1])
+        else:
+            weight = blocks.weight.reshape(-1)
+            # What stands in a row that does not count must not matter, not even a NaN.
+            idle = (weight == 0)[:, None]
+            student, teacher = student.masked_fill(idle, 0), teacher.masked_fill(idle, 0)
         if blocks.target is None:
             return cls(student, teacher, None, weight, blocks.shape)
         labels = blocks.target.reshape(-1)

@@ -1,8 +1,8 @@
 """What the fused operators share: one visit gives each row's value and, ready to hand out, its gradient.
 
-A fused operator takes the student's logits first and returns ``(values, ..., gradient)``, the gradient
-already multiplied by the row's weight. Going back then costs nothing if the values are only summed, which is
-how the losses use them, and one multiplication otherwise.
+A fused operator takes the student's logits first and, last, whether a gradient is needed. It returns
+``(values, ..., gradient)``, the gradient already multiplied by the row's weight. Going back then costs
+nothing if the values are only summed, which is how the losses use them, and one multiplication otherwise.
 """
 
 from __future__ import annotations
@@ -13,44 +13,102 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Plain = Callable[..., Tensor]
+"""Takes an operator's arguments and gives its values in plain PyTorch."""
 
-def register_gradient(op: str, again: Callable[..., Tensor]) -> None:
+_PLAIN: dict[str, Plain] = {}
+
+
+def register_gradient(op: str, plain: Plain) -> None:
     """Teach autograd a fused operator.
 
     Args:
-        op: Its qualified name.
-        again: Takes the operator's arguments and gives its values in plain PyTorch, for what the stored
-            gradient cannot tell: derivatives of the gradient itself.
+        op: Its name, without ``luce::``.
+        plain: The same values in plain PyTorch, for what the stored gradient cannot tell: derivatives of the
+            gradient itself.
     """
+    _PLAIN[op] = plain
+    torch.library.register_autograd(
+        f"luce::{op}",
+        lambda ctx, *upstream: _backward(ctx, plain, upstream[0]),
+        setup_context=lambda ctx, inputs, output: _remember(ctx, inputs, output),
+    )
 
+
+def fused(op: str, student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Call a fused operator with everything but its last argument; all that it returns but the gradient."""
+    function = getattr(torch.ops.luce, op)
+    outputs: tuple[Tensor, ...]
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        outputs = function(student, *arguments, False)
+    elif torch.compiler.is_compiling():
+        outputs = function(student, *arguments, True)
+    else:
+        transformed = torch._C._are_functorch_transforms_active()
+        outputs = (_Transformable if transformed else _Eager).apply(op, student, *arguments, True)
+    return outputs[:-1]
+
+
+class _Transformable(torch.autograd.Function):
+    """The formula in the form that `torch.func` understands."""
+
+    @staticmethod
+    def forward(op: str, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = getattr(torch.ops.luce, op)(*inputs)
+        return outputs
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)  # a gradient of zeros for the gradient would be as large as it is
-        ctx.arguments = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
-        ctx.save_for_backward(output[-1], *(inputs[place] for place in ctx.places))
+        ctx.op, *others = inputs
+        _remember(ctx, others, output)
 
-    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (len(ctx.arguments) - 1)
-        if upstream is None:
-            return (None, *nothing)
-        gradient, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            arguments = list(ctx.arguments)
-            for place, tensor in zip(ctx.places, tensors, strict=True):
-                arguments[place] = tensor
-            (twice,) = torch.autograd.grad(again(*arguments), tensors[0], upstream, create_graph=True)
-            return (twice, *nothing)
-        return (_scaled(gradient, upstream), *nothing)
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *_backward(ctx, _PLAIN[ctx.op], upstream[0]))
 
-    torch.library.register_autograd(op, backward, setup_context=setup_context)
+
+class _Eager(torch.autograd.Function):
+    """The same in the form that costs least: every other way takes longer than a small kernel itself."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs = _Transformable.forward(*inputs)
+        _Transformable.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = _Transformable.backward
+
+
+def _remember(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # a gradient of zeros for the gradient would be as large as it is
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.arguments = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
+    ctx.save_for_backward(output[-1], *(inputs[place] for place in ctx.places))
+
+
+def _backward(ctx: Any, plain: Plain, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (len(ctx.arguments) - 1)
+    if upstream is None:
+        return (None, *nothing)
+    gradient, *tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        arguments = list(ctx.arguments)
+        for place, tensor in zip(ctx.places, tensors, strict=True):
+            arguments[place] = tensor
+        (twice,) = torch.autograd.grad(plain(*arguments), tensors[0], upstream, create_graph=True)
+        return (twice, *nothing)
+    return (_scaled(gradient, upstream), *nothing)
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     # Only a plain tensor can be asked for its values: under a compiler, everything here is traced.
-    if type(upstream) is Tensor and bool((upstream == 1).all()):
+    if type(upstream) is Tensor and _is_one(upstream):
         return gradient
     return (gradient * upstream.unsqueeze(1)).to(gradient.dtype)
 
 
-def needs_gradient(student: Tensor) -> bool:
-    return torch.is_grad_enabled() and student.requires_grad
+def _is_one(upstream: Tensor) -> bool:
+    if upstream.numel() and not any(upstream.stride()):  # one number for all, as the gradient of a sum is
+        return upstream.as_strided((), ()).item() == 1
+    return bool((upstream == 1).all())

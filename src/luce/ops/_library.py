@@ -6,6 +6,7 @@ other engines bring its implementations.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,8 @@ _FOLDER = Path(__file__).parent / "lib"
 
 def _load() -> str | None:
     """Load the library; the reason where that cannot be done."""
-    found = sorted(_FOLDER.glob("luce_native.*"))
+    named = os.environ.get("LUCE_NATIVE_LIBRARY")  # another build, such as the sanitizers'
+    found = [Path(named)] if named else sorted(_FOLDER.glob("luce_native.*"))
     if not found:
         why = _FOLDER / "why_not.txt"
         return why.read_text(encoding="utf-8").strip() if why.exists() else "Luce was installed without it"

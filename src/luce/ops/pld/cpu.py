@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._fused import needs_gradient, register_gradient
+from .._fused import fused, register_gradient
 from .._library import LIBRARY
 from .._rows import wide_dtype
 from .options import PldOptions
@@ -29,7 +29,8 @@ def pld(
     options: PldOptions,
 ) -> tuple[Tensor, Tensor]:
     """Values of the rows and, ``(rows, 2)``, what leaving classes unsorted changed at most."""
-    values, bound, _ = torch.ops.luce.pld(
+    values, bound = fused(
+        "pld",
         student,
         teacher,
         None if target is None else target.contiguous(),
@@ -40,7 +41,6 @@ def pld(
         options.epsilon or 0.0,
         options.tolerance,
         options.ties == "average",
-        needs_gradient(student),
     )
     return values, bound
 
@@ -88,4 +88,4 @@ def _again(
     return pld_rows(student, teacher, target, weight, order, options)
 
 
-register_gradient("luce::pld", _again)
+register_gradient("pld", _again)

@@ -1,0 +1,101 @@
+"""Who is compared computes the same thing; who cannot run says why."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import luce
+from luce.bench import contestants
+from luce.bench.cases import Case
+from luce.bench.inputs import Inputs, make
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    case = Case("toy", (7, 33), "PLD", inputs=("student", "teacher", "target", "upstream"))
+    return make(case, case.shape, torch.Generator().manual_seed(0))
+
+
+def gradient(name: str, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    student = inputs.student.detach().clone().requires_grad_()
+    value = contestants.find(name)(Inputs(student, *list(vars(inputs).values())[1:]))
+    value.backward(None if value.ndim == 0 else inputs.upstream)
+    return value.detach(), student.grad
+
+
+@pytest.mark.parametrize(
+    ("candidate", "baseline"),
+    [
+        ("KD", "eager kl_div"),
+        ("KD + CE", "eager KD"),
+        ("suffix_logsumexp", "flipped logcumsumexp"),
+    ],
+)
+def test_a_baseline_computes_what_the_candidate_does(candidate: str, baseline: str, inputs: Inputs) -> None:
+    torch.testing.assert_close(gradient(candidate, inputs), gradient(baseline, inputs), rtol=2e-5, atol=2e-6)
+
+
+def test_the_lean_baseline_is_pld(inputs: Inputs) -> None:
+    student = inputs.student.detach().double().requires_grad_()
+    value = luce.pld_loss(student, inputs.teacher.double(), inputs.target)
+    value.backward()
+    found = gradient("lean float32 PLD", inputs)
+    torch.testing.assert_close(found, (value.detach().float(), student.grad.float()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["scipy", "numpy", "ONNX Runtime"])
+def test_other_softmaxes_are_softmaxes(name: str, inputs: Inputs) -> None:
+    if name == "ONNX Runtime":
+        pytest.importorskip("onnxruntime", reason="in the extra `bench`")
+    with torch.no_grad():
+        detached = Inputs(inputs.student.detach(), *list(vars(inputs).values())[1:])
+        found = torch.from_numpy(contestants.find(name)(detached))
+    torch.testing.assert_close(found, inputs.student.detach().softmax(-1))
+
+
+def test_a_missing_package_is_not_installed(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    contestants._onnx_softmax.cache_clear()
+    with pytest.raises(ImportError) as caught, torch.no_grad():
+        contestants.find("ONNX Runtime")(Inputs(inputs.student.detach(), *list(vars(inputs).values())[1:]))
+    sentence = contestants.reason(caught.value)
+    assert sentence.startswith("not installed: `onnxruntime`")
+    assert "luce[bench]" in sentence
+
+
+def test_what_this_luce_lacks_is_said() -> None:
+    with pytest.raises(ImportError) as missing:
+        contestants._op("entmax", "entmax")
+    assert contestants.reason(missing.value) == "not in this Luce: `luce.ops.entmax`"
+    with pytest.raises(TypeError) as unknown:
+        luce.kd_loss(torch.zeros(1, 2), torch.zeros(1, 2), colour="blue")  # type: ignore[call-arg]
+    assert contestants.reason(unknown.value).startswith("not in this Luce: kd_loss() got an unexpected")
+    assert contestants.reason(ZeroDivisionError()) == "ZeroDivisionError"
+    assert contestants.reason(RuntimeError("no compiler\nand more")) == "RuntimeError: no compiler"
+
+
+def test_algorithms_are_those_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def op(module: str, name: str):
+        return {
+            "ALGORITHMS": ("two_pass", "online"),
+            "softmax": lambda x, algorithm: asked.append(algorithm),
+        }[name]
+
+    monkeypatch.setattr(contestants, "_op", op)
+    found = contestants.names("softmax two_pass", ("numpy", "softmax *", "numpy"))
+    assert found == ["softmax two_pass", "numpy", "softmax online"]
+    contestants.find("softmax online")(Inputs(*[torch.zeros(1)] * 5))
+    assert asked == ["online"]
+
+
+def test_without_the_op_its_algorithms_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def op(module: str, name: str):
+        raise ModuleNotFoundError("no", name="luce.ops.softmax")
+
+    monkeypatch.setattr(contestants, "_op", op)
+    assert contestants.names("numpy", ("softmax *",)) == ["numpy", "softmax *"]
