@@ -79,7 +79,8 @@ class PldBins {
     for (int64_t b = BINS - 1; b >= 0; --b) {
       const double a = bin_[b][ALPHA], e = bin_[b][WORTH];
       behind_[b] = z;
-      bin_error_[b] = bin_[b][MEMBERS] > 1 && a > 0 ? a * e / (z + least) + a * e / (z + e) : 0;
+      const double end = z + least, start = z + e;
+      bin_error_[b] = bin_[b][MEMBERS] > 1 && a > 0 ? a * e * (end + start) / (end * start) : 0;
       error_ += bin_error_[b];
       z += e;
       all_alpha_ += a;
@@ -147,14 +148,14 @@ class PldBins {
       if (chosen_[b]) {
         next = rank_bin(b, next, before, loss);
       } else if (a > 0) {
-        const double share = (d + 1) / (2 * d), z = behind_[b] + e * share;
-        seen_[b] = static_cast<T>(before + a * share / z);
-        before += a / z;
-        // A class alone is chosen with probability w/Z. Of several, log(w) is in their cost, and log(Z) is left.
         const bool alone = d == 1;
+        const double share = alone ? 1 : (d + 1) / (2 * d), z = behind_[b] + e * share, inverse = 1 / z;
+        seen_[b] = static_cast<T>(before + a * share * inverse);
+        before += a * inverse;
+        // A class alone is chosen with probability w/Z. Of several, log(w) is in their cost, and log(Z) is left.
         term_weight_[used] = static_cast<T>(alone ? a : -a);
-        term_choice_[used] = static_cast<T>(alone ? e / z : z);
-        term_rest_[used++] = static_cast<T>(alone ? behind_[b] / z : 1 - z);
+        term_choice_[used] = static_cast<T>(alone ? e * inverse : z);
+        term_rest_[used++] = static_cast<T>(alone ? behind_[b] * inverse : 1 - z);
         loss += alone ? 0 : double(bin_[b][COST]);
       }
     }
