@@ -99,11 +99,12 @@ inline std::vector<int64_t> row_shape(const Tensor& tensor, const Rows& rows) {
   return {rows.outer};
 }
 
-// Runs kernel(arguments, begin, end) on all rows, some thousand numbers at a time, in PyTorch's own threads.
+// Runs kernel(arguments, begin, end) on all rows, some thousand steps at a time, in PyTorch's own threads. A row takes
+// `steps`, one a class if not given.
 template <class Kernel, class Arguments>
-void run(Kernel kernel, const Arguments& arguments, const Rows& rows) {
+void run(Kernel kernel, const Arguments& arguments, const Rows& rows, int64_t steps = 0) {
   constexpr int64_t GRAIN = 4096;
-  torch::stable::parallel_for(0, rows.count(), std::max<int64_t>(1, GRAIN / rows.classes),
+  torch::stable::parallel_for(0, rows.count(), std::max<int64_t>(1, GRAIN / (steps ? steps : rows.classes)),
                               [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 

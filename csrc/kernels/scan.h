@@ -1,0 +1,103 @@
+// Running sums over a row, kept in double: inside a vector by shifting it onto itself, from vector to vector by a carry.
+#pragma once
+
+#include <limits>
+#include <utility>
+
+#include "vec.h"
+
+namespace luce::LUCE_ISA {
+
+// Which way a running sum goes: a prefix sum moves up the row, a suffix sum down.
+enum Way { DOWN = -1, UP = 1 };
+
+// Each lane from `by` lanes below it (above it, if negative), `rest` where there is none.
+template <int BY, int... l>
+inline vec_t<double> shift_lanes(vec_t<double> v, vec_t<double> rest, std::integer_sequence<int, l...>) {
+  constexpr int BOTH = 2 * Simd<double>::lanes;
+  return __builtin_shufflevector(v, rest, ((l - BY + BOTH) % BOTH)...);
+}
+
+template <int BY>
+inline vec_t<double> shift(vec_t<double> v, double rest) {
+  return shift_lanes<BY>(v, fill(rest), std::make_integer_sequence<int, Simd<double>::lanes>());
+}
+
+template <Way WAY>
+inline vec_t<double> last_of(vec_t<double> v) {
+  return fill(static_cast<double>(v[WAY == UP ? Simd<double>::lanes - 1 : 0]));
+}
+
+template <Way WAY, int DISTANCE = 1>
+inline vec_t<double> scan(vec_t<double> v) {
+  if constexpr (DISTANCE < Simd<double>::lanes) {
+    return scan<WAY, 2 * DISTANCE>(v + shift<WAY * DISTANCE>(v, 0.0));
+  } else {
+    return v;
+  }
+}
+
+// Takes a row's vectors one after the other and returns, for each lane, the sum of all so far, that lane included.
+template <Way WAY>
+class RunningSum {
+ public:
+  vec_t<double> add(vec_t<double> v) {
+    const vec_t<double> sum = scan<WAY>(v), all = carry_ + sum;
+    carry_ += last_of<WAY>(sum);
+    return all;
+  }
+
+  vec_t<float> add(vec_t<float> v) {
+    half_t half[2];
+    std::memcpy(half, &v, sizeof v);
+    constexpr int first = WAY == UP ? 0 : 1;
+    for (int i : {first, 1 - first}) {
+      half[i] = __builtin_convertvector(add(__builtin_convertvector(half[i], vec_t<double>)), half_t);
+    }
+    std::memcpy(&v, half, sizeof v);
+    return v;
+  }
+
+ private:
+  typedef float half_t __attribute__((vector_size(VECTOR_BYTES / 2)));
+  vec_t<double> carry_ = {};
+};
+
+// mantissa * e^scale, for sums that no double holds. The scale is a number of the row itself, hence any finite one.
+struct Scaled {
+  vec_t<double> mantissa, scale;
+
+  static constexpr double NOTHING = -std::numeric_limits<double>::max();  // the scale of 0
+
+  Scaled operator+(const Scaled& other) const {
+    const vec_t<double> d = scale - other.scale;
+    const mask_t<double> more = d > 0.0;
+    const vec_t<double> shrink = exp(more ? -d : d);
+    return {more ? mantissa + other.mantissa * shrink : mantissa * shrink + other.mantissa, more ? scale : other.scale};
+  }
+};
+
+template <Way WAY, int DISTANCE = 1>
+inline Scaled scan(Scaled v) {
+  if constexpr (DISTANCE < Simd<double>::lanes) {
+    constexpr int by = WAY * DISTANCE;
+    return scan<WAY, 2 * DISTANCE>(v + Scaled{shift<by>(v.mantissa, 0.0), shift<by>(v.scale, Scaled::NOTHING)});
+  } else {
+    return v;
+  }
+}
+
+template <Way WAY>
+class RunningScaledSum {
+ public:
+  Scaled add(Scaled v) {
+    const Scaled all = carry_ + scan<WAY>(v);
+    carry_ = {last_of<WAY>(all.mantissa), last_of<WAY>(all.scale)};
+    return all;
+  }
+
+ private:
+  Scaled carry_{fill(0.0), fill(Scaled::NOTHING)};
+};
+
+}  // namespace luce::LUCE_ISA

@@ -1,0 +1,103 @@
+"""A differentiable Kendall tau between the teacher's and the student's logits, one value per row."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .._library import choose
+from .._rows import wide_dtype
+from . import cpu
+from .plain import rkkd_rows
+from .reference import FORMS, Form
+
+__all__ = ["FORMS", "Form", "rkkd"]
+
+
+def rkkd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    form: Form = "tanh",
+    steepness: float = 1.0,
+    weight: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""One minus a smooth Kendall tau: how far the student orders the classes otherwise than the teacher.
+
+    .. math:: 1 - \frac{1}{P} \sum_{i < j} a(s_i - s_j, t_i - t_j)
+
+    over all *P* pairs of classes, with an agreement *a* from -1 to 1 that is 0 for a tie:
+
+    =============  ==========================================================
+    ``tanh``       :math:`\tanh(k D^t) \tanh(k D^s)`
+    ``sign_tanh``  :math:`\mathrm{sgn}(D^t) \tanh(k D^s)`
+    ``product``    :math:`\tanh(k D^t D^s)`
+    ``sigmoid``    as ``tanh`` with half the steepness
+    ``clip``       :math:`\mathrm{sgn}(D^t) \mathrm{clip}(k D^s, -1, 1)`
+    =============  ==========================================================
+
+    Every pair is looked at, with memory for one row at a time. A class at ``-inf`` in both networks does not
+    exist: its pairs count neither in the sum nor in *P*. At ``-inf`` in one network a class is infinitely far
+    below the others there and tied with those that are there too; its own logit gets no gradient. A row with
+    fewer than two classes costs nothing.
+
+    Args:
+        student: ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64.
+        teacher: Same shape, any of these dtypes; receives no gradient.
+        form: The agreement.
+        steepness: *k* above 0, per logit (``"product"``: per squared logit). The larger it is, the closer the
+            value is to Kendall's tau and the fewer pairs have a gradient: those within a few *1/k*.
+        weight: ``(N,)`` or ``(N, M)``: what each row's value is multiplied by; rows of weight 0 are not
+            looked at.
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+    Returns:
+        ``(N,)`` or ``(N, M)``, from 0 to 2 times the weight, float32 or, if either network is, float64. NaN
+        for rows that hold NaN or ``+inf``.
+    Raises:
+        TypeError: If a network's logits are no floating-point numbers.
+        ValueError: If shapes differ, there are fewer than two classes, or an option has no such value.
+        RuntimeError: If the named backend cannot run here.
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[1.2, 0.7, -0.4, 0.9]]), torch.tensor([[2.0, 0.5, -1.0, 0.3]])
+        >>> rkkd(student, teacher)
+        tensor([0.4940])
+        >>> rkkd(student, teacher, steepness=1000.0)  # one pair of six is in the wrong order
+        tensor([0.3333])
+
+    References:
+        Guan et al., Enhancing Logits Distillation with Plug&Play Kendall's tau Ranking Loss, ICML 2025
+        (arXiv 2409.17823). ``product``: Zheng et al., DiffKendall, NeurIPS 2023 (arXiv 2307.15317).
+    """
+    _check(student, teacher, weight, form, steepness)
+    teacher = teacher.detach()
+    weight = None if weight is None else weight.detach().to(wide_dtype(student, teacher)).contiguous()
+    if choose(backend, student) == "cpu":
+        return cpu.rkkd(student, teacher, weight, form, steepness)
+    return rkkd_rows(student, teacher, weight, form, steepness)
+
+
+def _check(student: Tensor, teacher: Tensor, weight: Tensor | None, form: str, steepness: float) -> None:
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not logits.is_floating_point():
+            raise TypeError(
+                f"expected `{name}` of a floating-point dtype, got {logits.dtype}; convert it first"
+            )
+    shape = tuple(student.shape)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"expected `student` of shape (N, C) or (N, C, M), got {shape}")
+    if tuple(teacher.shape) != shape:
+        raise ValueError(f"expected `teacher` of shape {shape} like `student`, got {tuple(teacher.shape)}")
+    if shape[1] < 2:
+        raise ValueError(
+            f"expected two classes or more, as a rank correlation compares pairs, got {shape[1]}"
+        )
+    rows = shape[:1] + shape[2:]
+    if weight is not None and tuple(weight.shape) != rows:
+        raise ValueError(f"expected `weight` of shape {rows}, one number a row, got {tuple(weight.shape)}")
+    if form not in FORMS:
+        raise ValueError(f"expected `form` to be one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    if not (math.isfinite(steepness) and steepness > 0):
+        raise ValueError(f"expected `steepness` above 0 and finite, got {steepness}")

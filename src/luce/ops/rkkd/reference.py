@@ -1,0 +1,90 @@
+r"""RKKD's differentiable Kendall tau in plain PyTorch: the oracle, the baseline and the fallback.
+
+Symbols are those of the paper (arXiv 2409.17823): ``s`` and ``t`` are the logits of student and teacher,
+:math:`D_{ij}` a difference of two of them, and *k* the steepness.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Form = Literal["tanh", "sign_tanh", "product", "sigmoid", "clip"]
+FORMS = ("tanh", "sign_tanh", "product", "sigmoid", "clip")
+
+
+def agreement(d_s: Tensor, d_t: Tensor, form: str, k: float) -> Tensor:
+    """How far two differences have the same sign, from -1 to 1, smoothly; 0 if either of them is 0.
+
+    Where a difference is infinite, so is what it would take to change its sign: the gradient is 0.
+    """
+    if form == "tanh":
+        return (k * d_t).tanh() * (k * d_s).tanh()
+    if form == "sign_tanh":
+        return d_t.sign() * (k * d_s).tanh()
+    if form == "product":
+        infinite = d_t.isinf() | d_s.isinf()
+        product = d_t.masked_fill(infinite, 0) * d_s.masked_fill(infinite, 0)
+        return torch.where(infinite, d_t.sign() * d_s.sign(), (k * product).tanh())
+    if form == "sigmoid":
+        return (2 * (k * d_t).sigmoid() - 1) * (2 * (k * d_s).sigmoid() - 1)
+    if form == "clip":
+        return d_t.sign() * (k * d_s).clamp(-1, 1)
+    raise ValueError(f"expected `form` to be one of {', '.join(map(repr, FORMS))}, got {form!r}")
+
+
+def differences(x: Tensor, first: int, count: int) -> Tensor:
+    """``x_i - x_j`` for all classes i and `count` classes j from the first: ``(N, C)`` to ``(N, C, count)``.
+
+    Infinite where one of the two is at ``-inf``, 0 where both are, and then without a gradient.
+    """
+    low = x == -torch.inf
+    x = x.masked_fill(low, 0)
+    low_i, low_j = low[:, :, None], low[:, None, first : first + count]
+    d = x[:, :, None] - x[:, None, first : first + count]
+    return d.masked_fill(low_i, -torch.inf).masked_fill(low_j, torch.inf).masked_fill(low_i & low_j, 0)
+
+
+def exists(s: Tensor, t: Tensor) -> Tensor:
+    """False for classes that both networks exclude."""
+    return ~((s == -torch.inf) & (t == -torch.inf))
+
+
+def total_agreement(s: Tensor, t: Tensor, form: str, k: float, first: int, count: int) -> Tensor:
+    """Of all ordered pairs whose second class is one of `count`; ``(N, C)`` to ``(N,)``."""
+    counts = exists(s, t)
+    counts = counts[:, :, None] & counts[:, None, first : first + count]
+    a = agreement(differences(s, first, count), differences(t, first, count), form, k)
+    return torch.where(counts, a, 0).sum((1, 2))
+
+
+def one_minus_tau(total: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """From the agreement of all ordered pairs to the loss; 0 for a row with fewer than two classes."""
+    classes = exists(s, t).sum(-1)
+    values = torch.where(classes < 2, total, 1 - total / (classes * (classes - 1)).clamp(min=1))
+    undefined = torch.stack([s, t]).isnan().any(-1).any(0)
+    return values * torch.where(undefined, torch.nan, 1.0)  # the sign of NaN is 0
+
+
+def rkkd(student: Tensor, teacher: Tensor, form: str, steepness: float) -> Tensor:
+    """``1 - tau`` of each row, by one array of all pairs.
+
+    Args:
+        student: ``(N, C)``, float32 or float64; ``-inf`` excludes a class, NaN or ``+inf`` give NaN.
+        teacher: Same shape and dtype.
+        form: One of `FORMS`.
+        steepness: *k*, per logit (``"product"``: per squared logit).
+    Returns:
+        ``(N,)``, from 0 to 2.
+    """
+    s, t = widened(student), widened(teacher)
+    total = total_agreement(s, t, form, steepness, 0, s.shape[-1])
+    return one_minus_tau(total, s, t).to(student.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float64 where there is one: autograd's ``1 - tanh^2`` leaves nothing of a small slope in float32."""
+    x = x if x.device.type == "mps" else x.double()
+    return x.masked_fill(x == torch.inf, torch.nan)
