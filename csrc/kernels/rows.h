@@ -190,9 +190,10 @@ constexpr int64_t TILE = 16;
 template <class T>
 class Window {
  public:
-  Window(const Rows& rows, int slot)
+  // Of up to `most` rows at once.
+  Window(const Rows& rows, int slot, int64_t most)
       : rows_(rows), direct_(rows && rows.class_stride == 1 && rows.type == type_of<T>()) {
-    if (rows && !direct_) buffer_ = scratch().get<T>(slot, (rows.class_stride == 1 ? 1 : TILE) * rows.classes);
+    if (rows && !direct_) buffer_ = scratch().get<T>(slot, most * rows.classes);
   }
 
   T* row(int64_t r) const {
@@ -240,9 +241,10 @@ inline int64_t tile_at(int64_t row, int64_t end, int64_t inner, bool apart) {
 template <class T, class Skip, class Body>
 void each_row(const Rows& student, const Rows& teacher, const Rows& gradient, int64_t begin, int64_t end, Skip skip,
               Body body) {
-  Window<T> s(student, 0), t(teacher, 1), g(gradient, 2);
   const bool apart = student.class_stride != 1 || (teacher && teacher.class_stride != 1) ||
                      (gradient && gradient.class_stride != 1);
+  const int64_t most = apart ? TILE : 1;
+  Window<T> s(student, 0, most), t(teacher, 1, most), g(gradient, 2, most);
   for (int64_t row = begin; row < end;) {
     const int64_t count = tile_at(row, end, student.inner, apart);
     bool all_skipped = true;

@@ -11,39 +11,38 @@ namespace luce::LUCE_ISA {
 // Which way a running sum goes: a prefix sum moves up the row, a suffix sum down.
 enum Way { DOWN = -1, UP = 1 };
 
-// Each lane from `by` lanes below it (above it, if negative), `rest` where there is none.
-template <int BY, int... l>
-inline vec_t<double> shift_lanes(vec_t<double> v, vec_t<double> rest, std::integer_sequence<int, l...>) {
-  constexpr int BOTH = 2 * Simd<double>::lanes;
+// Each lane from BY lanes below it (above it, if negative), `rest` where there is none.
+template <int BY, class V, int... l>
+inline V shift_lanes(V v, V rest, std::integer_sequence<int, l...>) {
+  constexpr int BOTH = 2 * sizeof...(l);
   return __builtin_shufflevector(v, rest, ((l - BY + BOTH) % BOTH)...);
 }
 
-template <int BY>
-inline vec_t<double> shift(vec_t<double> v, double rest) {
-  return shift_lanes<BY>(v, fill(rest), std::make_integer_sequence<int, Simd<double>::lanes>());
+template <int BY, class T>
+inline vec_t<T> shift(vec_t<T> v, T rest) {
+  return shift_lanes<BY>(v, fill(rest), std::make_integer_sequence<int, Simd<T>::lanes>());
 }
 
-template <Way WAY>
-inline vec_t<double> last_of(vec_t<double> v) {
-  return fill(static_cast<double>(v[WAY == UP ? Simd<double>::lanes - 1 : 0]));
+template <Way WAY, class T>
+inline T last_of(vec_t<T> v) {
+  return v[WAY == UP ? Simd<T>::lanes - 1 : 0];
 }
 
-template <Way WAY, int DISTANCE = 1>
-inline vec_t<double> scan(vec_t<double> v) {
-  if constexpr (DISTANCE < Simd<double>::lanes) {
-    return scan<WAY, 2 * DISTANCE>(v + shift<WAY * DISTANCE>(v, 0.0));
+template <Way WAY, class T, int DISTANCE = 1>
+inline vec_t<T> scan(vec_t<T> v) {
+  if constexpr (DISTANCE < Simd<T>::lanes) {
+    return scan<WAY, T, 2 * DISTANCE>(v + shift<WAY * DISTANCE, T>(v, T(0)));
   } else {
     return v;
   }
 }
 
-// Takes a row's vectors one after the other and returns, for each lane, the sum of all so far, that lane included.
 template <Way WAY>
 class RunningSum {
  public:
   vec_t<double> add(vec_t<double> v) {
-    const vec_t<double> sum = scan<WAY>(v), all = carry_ + sum;
-    carry_ += last_of<WAY>(sum);
+    const vec_t<double> sum = scan<WAY, double>(v), all = carry_ + sum;
+    carry_ += last_of<WAY, double>(sum);
     return all;
   }
 
@@ -81,7 +80,7 @@ template <Way WAY, int DISTANCE = 1>
 inline Scaled scan(Scaled v) {
   if constexpr (DISTANCE < Simd<double>::lanes) {
     constexpr int by = WAY * DISTANCE;
-    return scan<WAY, 2 * DISTANCE>(v + Scaled{shift<by>(v.mantissa, 0.0), shift<by>(v.scale, Scaled::NOTHING)});
+    return scan<WAY, 2 * DISTANCE>(v + Scaled{shift<by, double>(v.mantissa, 0.0), shift<by, double>(v.scale, Scaled::NOTHING)});
   } else {
     return v;
   }
@@ -92,7 +91,7 @@ class RunningScaledSum {
  public:
   Scaled add(Scaled v) {
     const Scaled all = carry_ + scan<WAY>(v);
-    carry_ = {last_of<WAY>(all.mantissa), last_of<WAY>(all.scale)};
+    carry_ = {fill(last_of<WAY, double>(all.mantissa)), fill(last_of<WAY, double>(all.scale))};
     return all;
   }
 

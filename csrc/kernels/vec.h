@@ -77,6 +77,14 @@ inline vec_t<T> fill(T x) {
   return vec_t<T>{} + x;
 }
 
+// 0, 1, 2, ...
+template <class T>
+inline vec_t<T> lane_numbers() {
+  vec_t<T> v;
+  for (int l = 0; l < Simd<T>::lanes; ++l) v[l] = static_cast<T>(l);
+  return v;
+}
+
 template <class V>
 inline V max(V a, V b) {
   return a > b ? a : b;
@@ -144,10 +152,12 @@ class Sums<float> {
 
 template <class T>
 inline double total(Sums<T>& sums) {
-  double lane[Simd<T>::lanes], sum = 0;
+  double lane[Simd<T>::lanes];
   sums.read(lane);
-  for (double x : lane) sum += x;
-  return sum;
+  for (int half = Simd<T>::lanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  }
+  return lane[0];
 }
 
 template <class V>

@@ -37,16 +37,24 @@ def register_gradient(op: str, plain: Plain) -> None:
 
 def fused(op: str, student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Call a fused operator with everything but its last argument; all that it returns but the gradient."""
-    function = getattr(torch.ops.luce, op)
+    needs_gradient = torch.is_grad_enabled() and student.requires_grad
     outputs: tuple[Tensor, ...]
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        outputs = function(student, *arguments, False)
-    elif torch.compiler.is_compiling():
-        outputs = function(student, *arguments, True)
+    if torch.compiler.is_compiling():
+        outputs = getattr(torch.ops.luce, op)(student, *arguments, needs_gradient)
+    elif torch._C._are_functorch_transforms_active():
+        outputs = _Transformable.apply(op, student, *arguments, needs_gradient)
+    elif needs_gradient:
+        outputs = _Eager.apply(op, student, *arguments, True)
     else:
-        transformed = torch._C._are_functorch_transforms_active()
-        outputs = (_Transformable if transformed else _Eager).apply(op, student, *arguments, True)
+        outputs = _below_autograd(op, student, *arguments, False)
     return outputs[:-1]
+
+
+def _below_autograd(op: str, *inputs: Any) -> tuple[Tensor, ...]:
+    """The operator without the detour through Python that its registered formula would take."""
+    with torch._C._AutoDispatchBelowAutograd():
+        outputs: tuple[Tensor, ...] = getattr(torch.ops.luce, op).default(*inputs)
+    return outputs
 
 
 class _Transformable(torch.autograd.Function):
@@ -72,7 +80,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        outputs = _Transformable.forward(*inputs)
+        outputs = _below_autograd(*inputs)
         _Transformable.setup_context(ctx, inputs, outputs)
         return outputs
 
