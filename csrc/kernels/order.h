@@ -143,6 +143,12 @@ inline void sort_network(uint32_t* x, int64_t count) {
   }
 }
 
+// What turns depths up to `span` into keys below `levels`; finite also where depths are hardly numbers.
+template <class T>
+inline T key_scale(int64_t levels, T span) {
+  return span > 0 ? std::min(static_cast<T>(levels) * T(0.999999) / span, T(1e30)) : T(0);
+}
+
 constexpr int64_t NETWORK_MAX = 1024;
 constexpr int64_t BUCKET_MEAN = 128;
 
@@ -166,7 +172,7 @@ int64_t order_short(const T* value, int64_t count, int64_t left_out, T top, T sp
   int bits = 5;
   while ((int64_t(1) << bits) < count) ++bits;
   const int64_t padded = int64_t(1) << bits;
-  const T scale = span > 0 ? T(int64_t(1) << (32 - bits)) * T(0.999999) / span : T(0);
+  const T scale = key_scale(int64_t(1) << (32 - bits), span);
   uint32_t* packed = scratch().get<uint32_t>(3, NETWORK_MAX + 1);
   for (int64_t i = 0; i < count; ++i) {
     const T depth = top - value[i] > T(0) ? top - value[i] : T(0);
@@ -209,26 +215,27 @@ int64_t order_row(const T* value, int64_t count, int64_t left_out, T top, T span
 
   int64_t buckets = 1;
   while (buckets * BUCKET_MEAN < count && buckets < 4096) buckets *= 2;
-  const T scale = T(buckets) * T(0.999999) / span;
-  uint32_t* start = scratch().get<uint32_t>(4 + depth, buckets + 2);
+  const T scale = key_scale(buckets, span);
+  uint32_t* start = scratch().get<uint32_t>(4 + depth, buckets + 3);
   uint16_t* bucket = scratch().get<uint16_t>(6 + depth, count);
   uint32_t* position = scratch().get<uint32_t>(8 + depth, count);
   T* sorted = scratch().get<T>(10 + depth, count);
 
-  std::fill(start, start + buckets + 2, 0u);
+  // Behind all buckets come values below the span, whose order does not matter, and then what is left out.
+  std::fill(start, start + buckets + 3, 0u);
   for (int64_t i = 0; i < count; ++i) {
     const T deep = top - value[i];
-    bucket[i] = static_cast<uint16_t>(static_cast<int32_t>((deep < span ? deep : span) * scale));
+    const auto b = static_cast<int32_t>((deep < span ? deep : span) * scale);
+    bucket[i] = static_cast<uint16_t>(deep > span ? static_cast<int32_t>(buckets) : b);
   }
-  if (left_out >= 0) bucket[left_out] = static_cast<uint16_t>(buckets);
+  if (left_out >= 0) bucket[left_out] = static_cast<uint16_t>(buckets + 1);
   for (int64_t i = 0; i < count; ++i) ++start[bucket[i] + 1];
-  for (int64_t b = 0; b <= buckets; ++b) start[b + 1] += start[b];
+  for (int64_t b = 0; b <= buckets + 1; ++b) start[b + 1] += start[b];
   // `start[b]` moves from the bucket's begin to its end, which is the next one's begin.
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t place = start[bucket[i]]++;
     position[place] = static_cast<uint32_t>(i);
-    // Values below the span are all alike to the caller.
-    sorted[place] = value[i] > top - span ? value[i] : top - span;
+    sorted[place] = value[i];
   }
   for (int64_t b = 0, begin = 0; b < buckets; ++b) {
     const int64_t end = start[b], size = end - begin;
@@ -248,6 +255,7 @@ int64_t order_row(const T* value, int64_t count, int64_t left_out, T top, T span
     for (int64_t i = 0; i < size; ++i) out[i] = position[begin + out[i]];
     begin = end;
   }
+  std::copy(position + start[buckets - 1], position + start[buckets], order + start[buckets - 1]);
   return count - (left_out >= 0);
 }
 

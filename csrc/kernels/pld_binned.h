@@ -33,22 +33,22 @@ class PldBins {
   }
 
  private:
-  static constexpr int64_t BINS = 4096, LABEL = BINS;
+  static constexpr int64_t BINS = 4096, LABEL = BINS, EXCLUDED = BINS + 1, HOMES_OF_CLASSES = BINS + 2;
   static constexpr int L = Simd<T>::lanes;
   static constexpr T INF = std::numeric_limits<T>::infinity();
-  typedef T quad __attribute__((vector_size(4 * sizeof(T))));
+  typedef double quad __attribute__((vector_size(4 * sizeof(double))));  // a crowded bin needs double
   static constexpr int ALPHA = 0, WORTH = 1, MEMBERS = 2, COST = 3;  // of a bin; a cost is alpha * (top - s)
 
   // One pass over the classes: exponentials, bins, and the bins' sums.
   bool deal() {
     constexpr int BLOCK = 4 * L;
     const int64_t n = row_.n;
-    std::memset(bin_, 0, (BINS + 1) * sizeof *bin_);
-    const T span = row_.span(), scale = span > 0 ? T(BINS) * T(0.999999) / span : T(0);
+    std::memset(bin_, 0, HOMES_OF_CLASSES * sizeof *bin_);
+    const T span = row_.span(), scale = key_scale(BINS, span);
     mask_t<T> far = {};
     for (int64_t begin = 0; begin < n; begin += BLOCK) {
       const int64_t size = std::min<int64_t>(BLOCK, n - begin);
-      T s[BLOCK], t[BLOCK], cost[BLOCK], members[BLOCK];
+      T s[BLOCK], t[BLOCK], cost[BLOCK];
       std::copy(row_.s + begin, row_.s + begin + size, s);
       std::copy(row_.t + begin, row_.t + begin + size, t);
       std::fill(s + size, s + BLOCK, -INF);
@@ -57,30 +57,30 @@ class PldBins {
         const vec_t<T> u = load(s + i) - row_.top_s, v = load(t + i), a = row_.alpha(v);
         const mask_t<T> counts = a > T(0);
         far |= counts & (u < -Simd<T>::reach);
-        store(worth_ + begin + i, exp(u));
+        store(worth_ + begin + i, row_.worth(load(s + i)));
         store(alpha_ + begin + i, a);
         store(cost + i, counts ? -u * a : fill(T(0)));
-        store(members + i, v > -INF ? fill(T(1)) : fill(T(0)));
       }
       for (int i = 0; i < BLOCK; ++i) {
         const T deep = row_.top_t - t[i];
-        home_[begin + i] = static_cast<uint16_t>(static_cast<int32_t>((deep < span ? deep : span) * scale));
+        const auto b = static_cast<int32_t>((deep < span ? deep : span) * scale);
+        home_[begin + i] = static_cast<uint16_t>(deep > span ? int32_t(EXCLUDED) : b);
       }
       if (row_.label >= begin && row_.label < begin + size) home_[row_.label] = LABEL;
       for (int64_t i = 0; i < size; ++i) {
-        bin_[home_[begin + i]] += quad{alpha_[begin + i], worth_[begin + i], members[i], cost[i]};
+        bin_[home_[begin + i]] += quad{alpha_[begin + i], worth_[begin + i], 1, cost[i]};
       }
     }
     if (any(far)) return false;
 
     const double least = std::exp(double(row_.low_s) - double(row_.top_s));
-    double z = 0;
+    double z = bin_[EXCLUDED][WORTH];
     all_alpha_ = bin_[LABEL][ALPHA];
     for (int64_t b = BINS - 1; b >= 0; --b) {
       const double a = bin_[b][ALPHA], e = bin_[b][WORTH];
       behind_[b] = z;
       const double end = z + least, start = z + e;
-      bin_error_[b] = bin_[b][MEMBERS] > 1 && a > 0 ? a * e * (end + start) / (end * start) : 0;
+      bin_error_[b] = bin_[b][MEMBERS] > 1 && a > 0 ? a * (e / end + e / start) : 0;
       error_ += bin_error_[b];
       z += e;
       all_alpha_ += a;
@@ -92,11 +92,13 @@ class PldBins {
   // Marks bins to be sorted until the errors of all others are allowed: those with the largest errors, from some power
   // of two on. Returns false if they hold more than a quarter of the classes.
   bool choose(double allowed) {
-    std::memset(chosen_, 0, BINS + 1);
+    std::memset(chosen_, 0, HOMES_OF_CLASSES);
     if (error_ <= allowed) return true;
     constexpr int POWERS = 64;
     double sums[POWERS] = {};
-    const auto power = [=](double x) { return std::clamp(std::ilogb(x / allowed) + POWERS / 2, 0, POWERS - 1); };
+    const auto power = [=](double x) {
+      return std::clamp(std::ilogb(x / allowed), -POWERS / 2, POWERS / 2 - 1) + POWERS / 2;
+    };
     for (int64_t b = 0; b < BINS; ++b) {
       if (bin_error_[b] > 0) sums[power(bin_error_[b])] += bin_error_[b];
     }
@@ -159,6 +161,7 @@ class PldBins {
         loss += alone ? 0 : double(bin_[b][COST]);
       }
     }
+    seen_[EXCLUDED] = static_cast<T>(before);
     for (int64_t i = used; i < used + L; ++i) term_weight_[i] = 0, term_choice_[i] = 1, term_rest_[i] = 0;
     Sums<T> terms;
     for (int64_t i = 0; i < used; i += L) {
@@ -207,10 +210,10 @@ class PldBins {
   T* worth_ = scratch().get<T>(STUDENT, row_.n + 4 * L);
   T* alpha_ = scratch().get<T>(TEACHER, row_.n + 4 * L);
   // One entry a bin
-  quad* bin_ = scratch().get<quad>(BIN_SUMS, BINS + 1);
+  quad* bin_ = scratch().get<quad>(BIN_SUMS, HOMES_OF_CLASSES);
   double* behind_ = scratch().get<double>(BIN_RESTS, 2 * BINS);
   double* bin_error_ = behind_ + BINS;
-  uint8_t* chosen_ = scratch().get<uint8_t>(BIN_CHOSEN, BINS + 1);
+  uint8_t* chosen_ = scratch().get<uint8_t>(BIN_CHOSEN, HOMES_OF_CLASSES);
   T* seen_ = scratch().get<T>(RATIO, 4 * (BINS + L));
   T *term_weight_ = seen_ + BINS + L, *term_choice_ = term_weight_ + BINS + L, *term_rest_ = term_choice_ + BINS + L;
 };

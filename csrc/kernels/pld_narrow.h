@@ -29,12 +29,12 @@ bool pld_narrow(const PldRow<T>& row, const Ranking& ranking, PldResult& result,
   Sums<T> alphas;
   mask_t<T> far = {};
   for (int64_t k = 0; k < padded; k += L) {
-    const vec_t<T> a = row.alpha(load(alpha + k)), u = load(worth + k) - row.top_s;
+    const vec_t<T> a = row.alpha(load(alpha + k)), s = load(worth + k), u = s - row.top_s;
     alphas.add(a);
     const vec_t<T> counting = lane_numbers<T>() < static_cast<T>(ranking.places - k) ? a : fill(T(0));
     far |= (counting > T(0)) & (u < -Simd<T>::reach);
     store(alpha + k, counting);
-    store(worth + k, exp(u));
+    store(worth + k, row.worth(s));
     if (k / L % FLUSH == FLUSH - 1) alphas.flush();
   }
   if (any(far)) return false;

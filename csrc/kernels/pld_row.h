@@ -39,8 +39,16 @@ struct PldRow {
   }
 
   vec_t<T> alpha(vec_t<T> teacher) const { return exp((teacher - top_t) * softness); }
-  double alpha(int64_t i) const { return std::exp((double(t[i]) - double(top_t)) * double(softness)); }
-  vec_t<T> worth(vec_t<T> student) const { return exp(student - top_s); }
+  double alpha(int64_t i) const {
+    const double x = (double(t[i]) - double(top_t)) * double(softness);
+    return x < Simd<T>::exp_min ? 0 : std::exp(x);
+  }
+  // What rounding took from the difference is put back: far below the top it is worth several units in the last place.
+  vec_t<T> worth(vec_t<T> student) const {
+    const vec_t<T> u = student - top_s, shift = u - student, w = exp(u);
+    const vec_t<T> lost = (student - (u - shift)) - (top_s + shift);
+    return w > T(0) ? w + w * lost : w;
+  }
 
   void describe() {
     constexpr T INF = std::numeric_limits<T>::infinity();

@@ -120,10 +120,12 @@ class Sums<float> {
  public:
   void add(vec_t<float> v) { recent_ += v; }
   void flush() {
-    half_t half[2];
-    std::memcpy(half, &recent_, sizeof half);
-    low_ += __builtin_convertvector(half[0], vec_t<double>);
-    high_ += __builtin_convertvector(half[1], vec_t<double>);
+    // As a whole: GCC takes twice as many instructions for two halves.
+    const both_t wide = __builtin_convertvector(recent_, both_t);
+    vec_t<double> half[2];
+    std::memcpy(half, &wide, sizeof half);
+    low_ += half[0];
+    high_ += half[1];
     round();
   }
   vec_t<float> value() const { return rounded_ + recent_; }
@@ -139,10 +141,12 @@ class Sums<float> {
   }
 
  private:
-  typedef float half_t __attribute__((vector_size(VECTOR_BYTES / 2)));
+  typedef double both_t __attribute__((vector_size(VECTOR_BYTES * 2)));
   void round() {
-    const half_t half[2] = {__builtin_convertvector(low_, half_t), __builtin_convertvector(high_, half_t)};
-    std::memcpy(&rounded_, half, sizeof half);
+    const vec_t<double> half[2] = {low_, high_};
+    both_t wide;
+    std::memcpy(&wide, half, sizeof wide);
+    rounded_ = __builtin_convertvector(wide, vec_t<float>);
     recent_ = vec_t<float>{};
   }
 
@@ -150,21 +154,36 @@ class Sums<float> {
   vec_t<float> rounded_ = {}, recent_ = {};
 };
 
+// All lanes as one, in pairs: a chain over sixteen lanes would take longer than a short row does.
+template <int COUNT, class T, class Join>
+inline T join_lanes(T* lane, Join join) {
+  if constexpr (COUNT == 1) {
+    return lane[0];
+  } else {
+    for (int l = 0; l < COUNT / 2; ++l) lane[l] = join(lane[l], lane[l + COUNT / 2]);
+    return join_lanes<COUNT / 2>(lane, join);
+  }
+}
+
 template <class T>
 inline double total(Sums<T>& sums) {
   double lane[Simd<T>::lanes];
   sums.read(lane);
-  for (int half = Simd<T>::lanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  }
-  return lane[0];
+  return join_lanes<Simd<T>::lanes>(lane, [](double a, double b) { return a + b; });
+}
+
+template <class V>
+inline auto lane_sum(V v) {
+  decltype(v[0] + v[0]) lane[sizeof(V) / sizeof(v[0])];
+  std::memcpy(lane, &v, sizeof v);
+  return join_lanes<sizeof(V) / sizeof(v[0])>(lane, [](auto a, auto b) { return a + b; });
 }
 
 template <class V>
 inline auto lane_max(V v) {
-  auto best = v[0];
-  for (unsigned l = 1; l < sizeof(V) / sizeof(best); ++l) best = v[l] > best ? v[l] : best;
-  return best;
+  decltype(v[0] + v[0]) lane[sizeof(V) / sizeof(v[0])];
+  std::memcpy(lane, &v, sizeof v);
+  return join_lanes<sizeof(V) / sizeof(v[0])>(lane, [](auto a, auto b) { return b > a ? b : a; });
 }
 
 template <class V>
@@ -231,8 +250,8 @@ inline vec_t<double> exp(vec_t<double> x) {
   return tiny ? fill(0.0) : exp_reduced(t) * scale;
 }
 
-// log(1 + f) for sqrt(1/2) <= 1 + f <= sqrt(2): a polynomial in float (Cephes), a rational form in double (fdlibm).
-inline vec_t<float> log1p_reduced(vec_t<float> f) {
+// log(1 + f) - f for sqrt(1/2) <= 1 + f <= sqrt(2): a polynomial in float (Cephes), a rational form in double (fdlibm).
+inline vec_t<float> log1p_rest(vec_t<float> f) {
   vec_t<float> p = f * 7.0376836292e-2f - 1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;
   p = p * f - 1.2420140846e-1f;
@@ -241,11 +260,10 @@ inline vec_t<float> log1p_reduced(vec_t<float> f) {
   p = p * f + 2.0000714765e-1f;
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
-  const vec_t<float> f2 = f * f;
-  return f + (p * f - 0.5f) * f2;
+  return (p * f - 0.5f) * (f * f);
 }
 
-inline vec_t<double> log1p_reduced(vec_t<double> f) {
+inline vec_t<double> log1p_rest(vec_t<double> f) {
   const vec_t<double> s = f / (2.0 + f), z = s * s, half = 0.5 * f * f;
   vec_t<double> r = z * 1.479819860511658591e-01 + 1.531383769920937332e-01;
   r = r * z + 1.818357216161805012e-01;
@@ -253,7 +271,13 @@ inline vec_t<double> log1p_reduced(vec_t<double> f) {
   r = r * z + 2.857142874366239149e-01;
   r = r * z + 3.999999999940941908e-01;
   r = r * z + 6.666666666666735130e-01;
-  return f - (half - s * (half + r * z));
+  return s * (half + r * z) - half;
+}
+
+// log(1 + f) for the same f.
+template <class V>
+inline V log1p_reduced(V f) {
+  return f + log1p_rest(f);
 }
 
 // x = 2^e (1 + f) with 1 + f between sqrt(1/2) and sqrt(2); x a normal number above 0. `e` is a whole number.

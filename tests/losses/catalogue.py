@@ -51,13 +51,14 @@ SOFTENED: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 4.0},
     {"temperature": 2.5, "scale_by_temperature": False},
+    {"temperature": 2.0, "backend": "reference"},
 )
 
 LOSSES = (
     Loss(
         luce.cross_entropy_loss,
         luce.CrossEntropyLoss,
-        options=({}, {"label_smoothing": 0.1}),
+        options=({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "backend": "reference"}),
         bad_options=(("label_smoothing", 1.0), ("label_smoothing", -0.1)),
         needs_label=True,
         uses_label=True,
@@ -67,14 +68,24 @@ LOSSES = (
     Loss(
         luce.jsd_loss,
         luce.JSDLoss,
-        options=({}, {"beta": 0.1, "temperature": 2.0}, {"temperature": 3.0, "scale_by_temperature": False}),
+        options=(
+            {},
+            {"beta": 0.1, "temperature": 2.0},
+            {"temperature": 3.0, "scale_by_temperature": False},
+            {"beta": 0.3, "backend": "reference"},
+        ),
         bad_options=(*TEMPERATURES, ("beta", 0.0), ("beta", 1.0), ("beta", -0.5)),
         zero_at_equality=True,
     ),
     Loss(
         luce.dkd_loss,
         luce.DKDLoss,
-        options=({}, {"alpha": 0.5, "beta": 2.0, "temperature": 1.0}, {"scale_by_temperature": False}),
+        options=(
+            {},
+            {"alpha": 0.5, "beta": 2.0, "temperature": 1.0},
+            {"scale_by_temperature": False},
+            {"backend": "reference"},
+        ),
         bad_options=(*TEMPERATURES, ("alpha", -1.0), ("beta", -1.0)),
         needs_label=True,
         uses_label=True,

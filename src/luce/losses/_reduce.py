@@ -101,6 +101,14 @@ class Blocks:
                 weight = weight.masked_fill(idle, 0)
         return cls(student, teacher, target, weight, unlabelled_index is not None, axis, shape)
 
+    def given_teacher(self) -> Tensor:
+        assert self.teacher is not None
+        return self.teacher
+
+    def labels(self) -> Tensor:
+        assert self.target is not None
+        return self.target
+
     def laid_out(self, per_class: Tensor) -> Tensor:
         """Something of the logits' shape, as a block like theirs."""
         return _as_block(per_class, self.axis)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._rows import wide_dtype
+
 Plain = Callable[..., Tensor]
 """Takes an operator's arguments and gives its values in plain PyTorch."""
 
@@ -120,3 +122,10 @@ def _is_one(upstream: Tensor) -> bool:
     if upstream.numel() and not any(upstream.stride()):  # one number for all, as the gradient of a sum is
         return upstream.as_strided((), ()).item() == 1
     return bool((upstream == 1).all())
+
+
+def empty_results(student: Tensor, teacher: Tensor | None, needs_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Values and gradient of an operator that returns nothing else, for who only asks for their shapes."""
+    wide = wide_dtype(student, teacher)
+    values = student.new_empty(student.shape[:1] + student.shape[2:], dtype=wide)
+    return values, torch.empty_like(student) if needs_gradient else student.new_empty(0, dtype=wide)

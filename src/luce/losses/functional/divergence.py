@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...ops.dkd import dkd
+from ...ops._library import Backend
+from ...ops.cross_entropy import cross_entropy
+from ...ops.dkd import weighted_dkd
 from ...ops.kd import forward_kl, jsd, reverse_kl
 from .. import _check
-from .._reduce import UNLABELLED, Reduction, Rows
+from .._reduce import UNLABELLED, Blocks, Reduction
 
 
 def cross_entropy_loss(
@@ -21,6 +22,7 @@ def cross_entropy_loss(
     class_dim: int = 1,
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Cross-entropy with the labels, the task's own loss.
 
@@ -38,6 +40,7 @@ def cross_entropy_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
+        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
     Returns:
         Nats, float32 for 16-bit logits.
     Raises:
@@ -45,12 +48,13 @@ def cross_entropy_loss(
             the device (CUDA, ``torch.compile``), the row's loss is NaN instead.
         TypeError: On a wrong dtype.
     Example:
+        >>> import torch
         >>> cross_entropy_loss(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([2]))
         tensor(0.3754)
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"expected `label_smoothing` in [0, 1), got {label_smoothing!r}")
-    rows = Rows.of(
+    blocks = Blocks.of(
         student_logits,
         None,
         target,
@@ -61,14 +65,13 @@ def cross_entropy_loss(
         needs_label=True,
         needs_teacher=False,
     )
-    nll = -rows.student.log_softmax(-1)
-    label = rows.labels().clamp(0, nll.shape[-1] - 1)  # others do not count, or are NaN already
-    values = nll.gather(-1, label[:, None])[:, 0]
-    if label_smoothing:
-        present = rows.present()
-        evenly = torch.where(present, nll, 0).sum(-1) / present.sum(-1)
-        values = (1 - label_smoothing) * values + label_smoothing * evenly
-    return rows.reduce(values, reduction)
+
+    def rows(weight: Tensor | None) -> Tensor:
+        return cross_entropy(
+            blocks.student, blocks.labels(), label_smoothing=label_smoothing, weight=weight, backend=backend
+        )
+
+    return blocks.reduce(rows, reduction)
 
 
 def kd_loss(
@@ -82,6 +85,7 @@ def kd_loss(
     class_dim: int = 1,
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Classic knowledge distillation: the KL divergence from the teacher's softened distribution.
 
@@ -102,6 +106,7 @@ def kd_loss(
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row (PyTorch's ``batchmean``),
             ``"sum"``.
+        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
     Returns:
         Nats times ``temperature**2``, float32 for 16-bit logits. A class at ``-inf`` in both networks does
         not exist; at ``-inf`` in the student alone it makes the loss ``+inf``.
@@ -109,6 +114,7 @@ def kd_loss(
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
     Example:
+        >>> import torch
         >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
         >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
         >>> kd_loss(student_logits, teacher_logits, temperature=4.0)
@@ -118,11 +124,14 @@ def kd_loss(
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
     """
     _check.check_positive(temperature=temperature)
-    rows = Rows.of(
+    blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
-    values = forward_kl(rows.student, rows.teacher, temperature)
-    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
+
+    def rows(weight: Tensor | None) -> Tensor:
+        return forward_kl(blocks.student, blocks.given_teacher(), temperature, weight=weight, backend=backend)
+
+    return blocks.reduce(rows, reduction, factor=temperature**2 if scale_by_temperature else 1.0)
 
 
 def reverse_kl_loss(
@@ -136,6 +145,7 @@ def reverse_kl_loss(
     class_dim: int = 1,
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""KL divergence from the student to the teacher, which lets a small student leave out minor modes.
 
@@ -151,6 +161,7 @@ def reverse_kl_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
     Returns:
         Nats times ``temperature**2``. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
         the teacher alone it makes the loss ``+inf``.
@@ -158,6 +169,7 @@ def reverse_kl_loss(
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
     Example:
+        >>> import torch
         >>> logits = torch.tensor([[0.0, 1.0]])
         >>> reverse_kl_loss(logits, logits + 3.0)
         tensor(0.)
@@ -166,11 +178,14 @@ def reverse_kl_loss(
         Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, arXiv 2306.08543.
     """
     _check.check_positive(temperature=temperature)
-    rows = Rows.of(
+    blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
-    values = reverse_kl(rows.student, rows.teacher, temperature)
-    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
+
+    def rows(weight: Tensor | None) -> Tensor:
+        return reverse_kl(blocks.student, blocks.given_teacher(), temperature, weight=weight, backend=backend)
+
+    return blocks.reduce(rows, reduction, factor=temperature**2 if scale_by_temperature else 1.0)
 
 
 def jsd_loss(
@@ -185,6 +200,7 @@ def jsd_loss(
     class_dim: int = 1,
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Generalized Jensen-Shannon divergence, bounded even where one network rules a class out.
 
@@ -205,12 +221,14 @@ def jsd_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
     Returns:
         Nats times ``temperature**2``; at most ``log(2)`` of them for ``beta=0.5``.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
     Example:
+        >>> import torch
         >>> jsd_loss(torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]]))  # log 2: nothing in common
         tensor(0.6931)
 
@@ -219,11 +237,14 @@ def jsd_loss(
     """
     _check.check_positive(temperature=temperature)
     _check.check_between(0, 1, beta=beta)
-    rows = Rows.of(
+    blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
-    values = jsd(rows.student, rows.teacher, beta, temperature)
-    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
+
+    def rows(weight: Tensor | None) -> Tensor:
+        return jsd(blocks.student, blocks.given_teacher(), beta, temperature, weight=weight, backend=backend)
+
+    return blocks.reduce(rows, reduction, factor=temperature**2 if scale_by_temperature else 1.0)
 
 
 def dkd_loss(
@@ -240,6 +261,7 @@ def dkd_loss(
     class_dim: int = 1,
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Decoupled KD: the target against the rest, and the rest among themselves, each with its own weight.
 
@@ -262,12 +284,14 @@ def dkd_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
     Returns:
         Nats times ``temperature**2``.
     Raises:
         ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
         TypeError: On a wrong dtype.
     Example:
+        >>> import torch
         >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
         >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
         >>> both = dkd_loss(student_logits, teacher_logits, torch.tensor([2]), beta=0.5)
@@ -280,7 +304,7 @@ def dkd_loss(
     """
     _check.check_positive(temperature=temperature)
     _check.check_not_negative(alpha=alpha, beta=beta)
-    rows = Rows.of(
+    blocks = Blocks.of(
         student_logits,
         teacher_logits,
         target,
@@ -290,7 +314,17 @@ def dkd_loss(
         unlabelled_index=unlabelled_index,
         needs_label=True,
     )
-    of_target, of_rest = dkd(rows.student, rows.teacher, rows.labels(), temperature)
-    # A term that is switched off is left out, for it may be infinite.
-    values = sum((w * v for w, v in ((alpha, of_target), (beta, of_rest)) if w), start=0 * rows.weight)
-    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
+
+    def rows(weight: Tensor | None) -> Tensor:
+        return weighted_dkd(
+            blocks.student,
+            blocks.given_teacher(),
+            blocks.labels(),
+            temperature,
+            alpha=alpha,
+            beta=beta,
+            weight=weight,
+            backend=backend,
+        )
+
+    return blocks.reduce(rows, reduction, factor=temperature**2 if scale_by_temperature else 1.0)

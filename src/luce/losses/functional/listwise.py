@@ -142,8 +142,6 @@ def pld_loss(
         ignore_index=ignore_index,
         unlabelled_index=unlabelled_index,
     )
-    teacher = blocks.teacher
-    assert teacher is not None
     options = _pld_options(
         student_logits, teacher_logits, teacher_temperature, top_k, epsilon, tolerance, ties
     )
@@ -154,7 +152,7 @@ def pld_loss(
     def rows(weight: Tensor | None) -> Tensor:
         return pld(
             blocks.student,
-            teacher,
+            blocks.given_teacher(),
             blocks.target,
             weight=weight,
             order=teacher_order,
@@ -205,13 +203,12 @@ def pld_error_bound(
         ignore_index=ignore_index,
         unlabelled_index=unlabelled_index,
     )
-    assert blocks.teacher is not None
     options = _pld_options(
         student_logits, teacher_logits, teacher_temperature, top_k, epsilon, tolerance, ties
     )
     _, bound = pld_with_bound(
         blocks.student.detach(),
-        blocks.teacher,
+        blocks.given_teacher(),
         blocks.target,
         weight=blocks.weight,
         options=options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...ops._library import Backend
 from .._reduce import UNLABELLED
 from ..functional import divergence
 from .base import LogitLoss
@@ -25,6 +26,7 @@ class CrossEntropyLoss(LogitLoss):
 
     label_smoothing: float = 0.0
     unlabelled_index: int = UNLABELLED
+    backend: Backend = "auto"
 
 
 @dataclass(eq=False, repr=False)
@@ -40,6 +42,7 @@ class KDLoss(LogitLoss):
 
     temperature: float = 1.0
     scale_by_temperature: bool = True
+    backend: Backend = "auto"
 
 
 @dataclass(eq=False, repr=False)
@@ -50,6 +53,7 @@ class ReverseKLLoss(LogitLoss):
 
     temperature: float = 1.0
     scale_by_temperature: bool = True
+    backend: Backend = "auto"
 
 
 @dataclass(eq=False, repr=False)
@@ -61,6 +65,7 @@ class JSDLoss(LogitLoss):
     beta: float = 0.5
     temperature: float = 1.0
     scale_by_temperature: bool = True
+    backend: Backend = "auto"
 
 
 @dataclass(eq=False, repr=False)
@@ -75,3 +80,4 @@ class DKDLoss(LogitLoss):
     temperature: float = 4.0
     scale_by_temperature: bool = True
     unlabelled_index: int = UNLABELLED
+    backend: Backend = "auto"

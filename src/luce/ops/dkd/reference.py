@@ -8,12 +8,6 @@ from torch import Tensor
 from ..kd.reference import forward_kl, relative_entropy
 
 
-def _target_or_rest(log_probs: Tensor, is_target: Tensor, rest: Tensor) -> Tensor:
-    """Log-probabilities of the target and of all others together, ``(N, 2)``, however sure the row is."""
-    target = torch.where(is_target, log_probs, 0).sum(-1)
-    return torch.stack([target, rest.logsumexp(-1)], dim=-1)
-
-
 def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The two parts of KD, apart: target against the rest, and the rest among themselves.
 
@@ -23,7 +17,8 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
         target: ``(N,)`` class indices; a negative one names no class.
         temperature: Divides both networks' logits.
     Returns:
-        TCKD and NCKD, each ``(N,)`` nats, without ``temperature**2``.
+        TCKD and NCKD, each ``(N,)`` nats, without ``temperature**2``. Where the teacher excludes all but the
+        target, there is nothing to learn about the rest: NCKD is 0.
     """
     student, teacher = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
     is_target = torch.arange(student.shape[-1], device=student.device) == target[:, None]
@@ -34,7 +29,14 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
         teacher.masked_fill(is_target, lowest),
     )
 
-    log_q = _target_or_rest(student, is_target, student_rest)
-    log_p = _target_or_rest(teacher, is_target, teacher_rest)
-    tckd = relative_entropy(log_p.exp(), log_p, log_q)
-    return tckd, forward_kl(student_rest, teacher_rest, temperature=1.0)
+    def target_or_rest(log_probs: Tensor, rest: Tensor) -> Tensor:
+        """Log-probabilities of the target and of all others together, however sure the row is."""
+        target = torch.where(is_target, log_probs, 0).sum(-1)
+        others = rest.logsumexp(-1)
+        return torch.stack([target, others.masked_fill(others < lowest / 2, -torch.inf)], dim=-1)
+
+    log_q = target_or_rest(student, student_rest)
+    log_p = target_or_rest(teacher, teacher_rest)
+    tckd = relative_entropy(log_p.exp(), log_p, log_q.exp(), log_q)
+    nckd = forward_kl(student_rest, teacher_rest, temperature=1.0)
+    return tckd, torch.where(log_p[:, 1] == -torch.inf, 0, nckd)

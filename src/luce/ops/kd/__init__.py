@@ -1,5 +1,85 @@
-"""Divergences between the teacher's and the student's distribution, one value per row."""
+"""Divergences between the teacher's and the student's distribution, one value per row.
 
-from .reference import forward_kl, jsd, reverse_kl
+All take logits ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64, the
+teacher's in the shape of the student's and without a gradient, and return ``(N,)`` or ``(N, M)`` in nats,
+float32 or, if either network is, float64. `weight`, of that dtype and shape, is what each row's value is
+multiplied by; rows of weight 0 are not looked at. `backend` is ``"auto"``, ``"cpu"`` or ``"reference"``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._library import choose
+from .cpu import divergence
+from .plain import Kind, divergence_rows
 
 __all__ = ["forward_kl", "jsd", "reverse_kl"]
+
+
+def _run(
+    kind: Kind,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    backend: str,
+    temperature: float,
+    beta: float = 0.5,
+) -> Tensor:
+    run = divergence if choose(backend, student) == "cpu" else divergence_rows
+    return run(student, teacher, weight, kind, temperature, beta)
+
+
+def forward_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    *,
+    weight: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """KL(teacher || student) at a temperature, without its square.
+
+    Infinite where the student alone excludes a class. Example:
+        >>> import torch
+        >>> forward_kl(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]]), 4.0)
+        tensor([0.0888])
+    """
+    return _run("forward_kl", student, teacher, weight, backend, temperature)
+
+
+def reverse_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    *,
+    weight: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """KL(student || teacher) at a temperature, without its square.
+
+    Infinite where the teacher alone excludes a class. Example:
+        >>> import torch
+        >>> reverse_kl(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]]), 4.0)
+        tensor([0.0898])
+    """
+    return _run("reverse_kl", student, teacher, weight, backend, temperature)
+
+
+def jsd(
+    student: Tensor,
+    teacher: Tensor,
+    beta: float,
+    temperature: float,
+    *,
+    weight: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Generalized Jensen-Shannon divergence, `beta` being the teacher's share of the mixture, in (0, 1).
+
+    Example:
+        >>> import torch
+        >>> jsd(torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]]), 0.5, 1.0)  # log 2
+        tensor([0.6931])
+    """
+    return _run("jsd", student, teacher, weight, backend, temperature, beta)

@@ -45,7 +45,7 @@ def pld_with_bound(
         values = pld_rows(student, teacher, target, weight, order, options)
         bound = values.new_zeros(values.numel(), 2)
     if options.top_k is not None or options.epsilon is not None:
-        bound = truncation_bound(student.detach(), teacher, target, weight, options)
+        bound = truncation_bound(student.detach(), teacher, target, weight, order, options)
     return values, bound
 
 

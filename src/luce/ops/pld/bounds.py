@@ -11,7 +11,12 @@ from .reference import label_first, places_within, teacher_order
 
 
 def truncation_bound(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, options: PldOptions
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    order: Tensor | None,
+    options: PldOptions,
 ) -> Tensor:
     r"""The certificate of the first *K* places.
 
@@ -24,6 +29,7 @@ def truncation_bound(
         teacher: Same shape.
         target: ``(N,)`` or ``(N, M)``, or None.
         weight: Same shape, or None.
+        order: The teacher's, laid out like its logits, if it is known already.
         options: Holds `top_k`, `epsilon` or both.
     Returns:
         ``(rows, 2)``: the bounds of loss and gradient.
@@ -31,7 +37,7 @@ def truncation_bound(
     dtype = wide_dtype(student, teacher)
     s, t = as_matrix(student).to(dtype), as_matrix(teacher).to(dtype)
     labels = torch.full(s.shape[:1], -1, device=s.device) if target is None else target.reshape(-1)
-    order = label_first(teacher_order(t), labels)
+    order = label_first(teacher_order(t) if order is None else as_matrix(order).long(), labels)
     alpha = (t / options.teacher_temperature).softmax(-1).gather(-1, order)
     places = torch.full_like(labels[:, None], min(options.top_k or s.shape[-1], s.shape[-1]))
     if options.epsilon is not None:
@@ -45,4 +51,7 @@ def truncation_bound(
     spread = (highest - lowest).clamp(min=0)
     of_loss = torch.where(left == 0, 0, left * (outside.sum(-1).clamp(min=1).log() + spread))
     bound = torch.stack([of_loss, 2 * left], dim=-1)
-    return bound if weight is None else bound * weight.reshape(-1, 1).abs()
+    if weight is None:
+        return bound
+    size = weight.reshape(-1, 1).abs()
+    return torch.where(size == 0, 0, bound * size)

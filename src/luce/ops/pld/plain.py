@@ -20,14 +20,15 @@ def pld_rows(
 ) -> Tensor:
     """As the native engine, by sorting every class: `options.tolerance` is not needed.
 
-    NaN in rows whose label names no class, or one that both networks exclude.
+    NaN in rows whose label names no class or one that both networks exclude, where the student excludes every
+    class, and where a logit is +inf.
     """
 
     def formula(s: Tensor, t: Tensor) -> Tensor:
         labels = target.reshape(-1) if target is not None else torch.full(s.shape[:1], -1, device=s.device)
         named = labels.clamp(0, s.shape[-1] - 1)
         excluded = (torch.stack([s, t]).gather(-1, named.expand(2, -1)[..., None]) == -torch.inf).all(0)[:, 0]
-        wrong = (labels < -1) | (labels >= s.shape[-1]) | ((labels >= 0) & excluded)
+        wrong = (labels < -1) | (labels >= s.shape[-1]) | ((labels >= 0) & excluded) | s.amax(-1).isinf()
         values = reference.pld(
             s,
             t,

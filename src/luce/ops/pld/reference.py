@@ -82,7 +82,7 @@ def tied_ranking_nll(u: Tensor, alpha: Tensor, tied: Tensor) -> Tensor:
     narrow, wide = u.dtype, u.dtype if u.device.type == "mps" else torch.float64
     u, alpha = u.to(wide), alpha.to(wide)
     lowest = torch.finfo(narrow).min
-    phi = suffix_logsumexp(u.clamp(min=lowest))
+    phi = suffix_logsumexp(u.clamp(min=lowest)).clamp(min=lowest)
     k = torch.arange(u.shape[-1], device=u.device).expand_as(tied)
     start = torch.where(tied, 0, k).cummax(-1).values
     last_of_group = ~torch.cat([tied[:, 1:], torch.zeros_like(tied[:, :1])], dim=-1)

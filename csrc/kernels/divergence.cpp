@@ -1,0 +1,125 @@
+// Divergences between the teacher's and the student's distribution, with the gradient towards the student's logits.
+
+#include "../divergence.h"
+#include "pair.h"
+
+namespace luce::LUCE_ISA {
+namespace {
+
+constexpr double NONE = std::numeric_limits<double>::quiet_NaN();
+
+// p is the teacher's; the gradient is q - p.
+template <class T>
+double forward_kl(Pair<T>& row, T scale, T* g) {
+  Sums<T> value;
+  visit_classes(row, [&] { value = {}; }, [&](int64_t i, const Classes<T>& c) {
+    value.add(c.term());
+    if (flush_due<T>(i)) value.flush();
+    if (g) store_at(g, row.size(), i, c.h * scale);
+  });
+  return row.infinite() ? INFINITY : total(value);
+}
+
+// p is the student's; the gradient is p (d - D), where D is the mean of d.
+template <class T>
+double reverse_kl(Pair<T>& row, T scale, T* g) {
+  T* difference = scratch().get<T>(THIRD, row.size());
+  Sums<T> value, mean;
+  visit_classes(row, [&] { value = mean = {}; }, [&](int64_t i, const Classes<T>& c) {
+    const vec_t<T> d = c.p > T(0) ? c.d : fill(T(0));
+    value.add(c.term());
+    mean.add(row.exponential_p(i) * d);
+    mean.flush();  // at once: where one class has nearly all of q, the gradient is what its d and the mean differ by
+    if (flush_due<T>(i)) value.flush();
+    store(difference + i, d);
+  });
+  if (row.infinite()) {
+    if (g) std::fill(g, g + row.size(), std::numeric_limits<T>::quiet_NaN());
+    return INFINITY;
+  }
+  const Split<T> middle(total(mean) / row.sum_p());
+  for (int64_t i = 0; g && i < row.size(); i += Simd<T>::lanes) {
+    store_at(g, row.size(), i, row.p(i) * ((load(difference + i) - middle.high) - middle.low) * scale);
+  }
+  return total(value);
+}
+
+// (1 + u) log(1 + u) - u, and the logarithm; `whole` is 1 + u.
+template <class T>
+inline vec_t<T> entropy_term(vec_t<T> whole, vec_t<T> u, vec_t<T>& logarithm) {
+  vec_t<T> e, f;
+  split(whole, e, f);
+  const mask_t<T> near = e == T(0);
+  const vec_t<T> reduced = near ? u : f, rest = log1p_rest(reduced);
+  logarithm = times_ln2(e, reduced + rest);
+  return near ? u * u + (T(1) + u) * rest : whole * logarithm - u;
+}
+
+// p is the teacher's. With the mixture m = share p + (1 - share) q, u = p/m - 1 and v = q/m - 1, the value is the sum of
+// m (share f(u) + (1 - share) f(v)), f(u) = (1 + u) log(1 + u) - u, and the gradient (1 - share) q (b - B), where
+// b = log(q/m) and B is its mean.
+template <class T>
+double jsd(Pair<T>& row, T share, T scale, T* g) {
+  const T other = T(1) - share;
+  T* logarithms = scratch().get<T>(THIRD, row.size());
+  Sums<T> value, mean;
+  visit_classes(row, [&] { value = mean = {}; }, [&](int64_t i, const Classes<T>& c) {
+    const vec_t<T> m = share * c.p + other * c.q;
+    const mask_t<T> counts = m >= std::numeric_limits<T>::min();
+    const vec_t<T> over_m = T(1) / (counts ? m : fill(T(1)));
+    vec_t<T> a, b;
+    const vec_t<T> f = entropy_term<T>(c.p * over_m, -other * c.h * over_m, a);
+    const vec_t<T> f_student = entropy_term<T>(c.q * over_m, share * c.h * over_m, b);
+    value.add(counts ? m * (share * f + other * f_student) : fill(T(0)));
+    mean.add(row.exponential_q(i) * b);
+    mean.flush();
+    if (flush_due<T>(i)) value.flush();
+    store(logarithms + i, b);
+  });
+  const Split<T> middle(total(mean) / row.sum_q());
+  for (int64_t i = 0; g && i < row.size(); i += Simd<T>::lanes) {
+    store_at(g, row.size(), i, row.q(i) * ((load(logarithms + i) - middle.high) - middle.low) * (other * scale));
+  }
+  return total(value);
+}
+
+template <class T>
+double divergence_row(const DivergenceArguments& arguments, const T* s, const T* t, T* g, T weight) {
+  const int64_t n = arguments.student.classes;
+  const bool reverse = arguments.kind == Divergence::reverse_kl;
+  Pair<T> row(reverse ? s : t, reverse ? t : s, n, arguments.temperature);
+  if constexpr (sizeof(T) == 4) {
+    if (row.enormous()) {
+      return in_double(s, t, n, g, [&](const double* student, const double* teacher, double* gradient) {
+        return divergence_row<double>(arguments, student, teacher, gradient, weight);
+      });
+    }
+  }
+  if (!row.normalise()) return NONE;
+  const T scale = static_cast<T>(weight / arguments.temperature);
+  switch (arguments.kind) {
+    case Divergence::forward_kl: return forward_kl(row, scale, g);
+    case Divergence::reverse_kl: return reverse_kl(row, scale, g);
+    case Divergence::jsd: return jsd(row, static_cast<T>(arguments.share), scale, g);
+  }
+  return NONE;
+}
+
+template <class T>
+void divergence_rows(const DivergenceArguments& arguments, int64_t begin, int64_t end) {
+  weighted_rows<T>(arguments, begin, end, [&](int64_t, const T* s, const T* t, T* g, T weight) {
+    return divergence_row(arguments, s, t, g, weight);
+  });
+}
+
+}  // namespace
+
+void divergence(const DivergenceArguments& arguments, int64_t begin, int64_t end) {
+  if (arguments.wide) {
+    divergence_rows<double>(arguments, begin, end);
+  } else {
+    divergence_rows<float>(arguments, begin, end);
+  }
+}
+
+}  // namespace luce::LUCE_ISA

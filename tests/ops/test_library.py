@@ -1,0 +1,99 @@
+"""Which engine runs, and the reason given where it is not the native one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from luce.ops import _library
+from luce.ops._library import choose, describe
+
+HERE = torch.zeros(1)
+ELSEWHERE = torch.zeros(1, device="meta")
+native = pytest.mark.skipif(_library.WHY_NOT is not None, reason=f"no native library: {_library.WHY_NOT}")
+
+
+def test_backends_have_names():
+    with pytest.raises(ValueError, match="'auto', 'cpu', 'reference', got 'gpu'"):
+        choose("gpu", HERE)
+
+
+def test_the_reference_runs_everywhere():
+    assert choose("reference", HERE) == choose("reference", ELSEWHERE) == "reference"
+    assert choose("auto", ELSEWHERE) == "reference"
+
+
+@native
+def test_the_native_library_is_chosen_where_it_can_run():
+    assert choose("auto", HERE) == choose("cpu", HERE) == "cpu"
+    with pytest.raises(RuntimeError, match="on the CPU for backend='cpu', got meta"):
+        choose("cpu", ELSEWHERE)
+    assert describe()["backend"] == "cpu"
+    assert describe()["instruction_set"].startswith(("x86-64-v", "arm64", "generic"))
+
+
+def test_without_the_native_library_there_is_a_reason(monkeypatch):
+    monkeypatch.setattr(_library, "WHY_NOT", "no compiler was found")
+    assert choose("auto", HERE) == "reference"
+    with pytest.raises(RuntimeError, match="not in use: no compiler was found"):
+        choose("cpu", HERE)
+    assert describe() == {"backend": "reference", "instruction_set": "none: no compiler was found"}
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "Luce was installed without it"),
+        ({"why_not.txt": "CMake was not found\n"}, "CMake was not found"),
+        ({"luce_native.so": "this is no library"}, "luce_native.so cannot be loaded beside PyTorch"),
+    ],
+    ids=["nothing", "not built", "broken"],
+)
+def test_why_not(files, reason, tmp_path, monkeypatch):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    monkeypatch.delenv("LUCE_NATIVE_LIBRARY", raising=False)
+    assert _library._load().startswith(reason)
+
+
+def run_without(tmp_path, program):
+    broken = tmp_path / "broken.so"
+    broken.write_text("this is no library")
+    environment = {**os.environ, "LUCE_NATIVE_LIBRARY": str(broken)}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_luce_works_without_its_native_library(tmp_path):
+    done = run_without(
+        tmp_path,
+        "import luce, torch\n"
+        "from luce.ops import describe\n"
+        "assert describe()['backend'] == 'reference', describe()\n"
+        "student = torch.tensor([[0.5, -1.0, 2.0, 0.3]], requires_grad=True)\n"
+        "loss = luce.pld_loss(student, torch.tensor([[2.0, 1.0, 0.1, -1.0]]), torch.tensor([2]))\n"
+        "loss.backward()\n"
+        "print(round(loss.item(), 6), round(student.grad[0, 3].item(), 6))\n",
+    )
+    assert done.stdout.split() == ["0.853042", "0.452285"], done.stderr
+
+
+@native
+def test_a_lower_instruction_set_on_request():
+    for wish in ("x86-64-v2", "x86-64-v9", "", "nonsense"):
+        environment = {**os.environ, "LUCE_INSTRUCTION_SET": wish}
+        done = subprocess.run(
+            [sys.executable, "-c", "from luce.ops import describe; print(describe()['instruction_set'])"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        used = describe()["instruction_set"].split()[0]
+        assert done.stdout.split()[0] == (wish if wish == "x86-64-v2" and used >= wish else used), done.stderr
