@@ -165,19 +165,35 @@ inline void sort_exactly(uint32_t* order, int64_t count, const T* value) {
   }
 }
 
+// A number of 19 bits that falls as the value rises, exact for values that were 16-bit floats: sign, exponent and the ten
+// bits of mantissa that float16 has.
+inline uint32_t coarse_key(float value) {
+  value += 0.0f;  // the zeros are equal
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rising = bits ^ (bits >> 31 ? ~0u : 0x80000000u);
+  return ~rising >> 13;
+}
+
 // At most NETWORK_MAX values, nearly all between `top` and `top - span`; position `left_out` (or -1) is not in the result.
-// Returns the number of positions written.
+// Returns the number of positions written. `coarse`: all values were 16-bit floats, equal ones are many, and keys exact.
 template <class T>
-int64_t order_short(const T* value, int64_t count, int64_t left_out, T top, T span, uint32_t* order) {
+int64_t order_short(const T* value, int64_t count, int64_t left_out, T top, T span, bool coarse, uint32_t* order) {
   int bits = 5;
   while ((int64_t(1) << bits) < count) ++bits;
   const int64_t padded = int64_t(1) << bits;
   const T scale = key_scale(int64_t(1) << (32 - bits), span);
   uint32_t* packed = scratch().get<uint32_t>(3, NETWORK_MAX + 1);
-  for (int64_t i = 0; i < count; ++i) {
-    const T depth = top - value[i] > T(0) ? top - value[i] : T(0);
-    const auto key = static_cast<int32_t>((depth < span ? depth : span) * scale);
-    packed[i] = static_cast<uint32_t>(key) << bits | static_cast<uint32_t>(i);
+  if (coarse) {
+    for (int64_t i = 0; i < count; ++i) {
+      packed[i] = coarse_key(static_cast<float>(value[i])) << bits | static_cast<uint32_t>(i);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const T depth = top - value[i] > T(0) ? top - value[i] : T(0);
+      const auto key = static_cast<int32_t>((depth < span ? depth : span) * scale);
+      packed[i] = static_cast<uint32_t>(key) << bits | static_cast<uint32_t>(i);
+    }
   }
   for (int64_t i = count; i < padded; ++i) packed[i] = ~0u;
   if (left_out >= 0) packed[left_out] = ~0u;
@@ -190,7 +206,7 @@ int64_t order_short(const T* value, int64_t count, int64_t left_out, T top, T sp
     equal |= ((packed[i] ^ packed[i + 1]) >> bits) == 0 ? ~0u : 0u;
     order[i] = packed[i] & low;
   }
-  if (equal) {
+  if (equal && !coarse) {
     for (int64_t i = 0; i < kept;) {
       int64_t end = i + 1;
       while (end < kept && (packed[i] ^ packed[end]) >> bits == 0) ++end;
@@ -203,8 +219,9 @@ int64_t order_short(const T* value, int64_t count, int64_t left_out, T top, T sp
 
 // Any number of values, as `order_short`. `depth` counts how often a crowded bucket was dealt again.
 template <class T>
-int64_t order_row(const T* value, int64_t count, int64_t left_out, T top, T span, uint32_t* order, int depth = 0) {
-  if (count <= NETWORK_MAX) return order_short(value, count, left_out, top, span, order);
+int64_t order_row(const T* value, int64_t count, int64_t left_out, T top, T span, bool coarse, uint32_t* order,
+                  int depth = 0) {
+  if (count <= NETWORK_MAX) return order_short(value, count, left_out, top, span, coarse, order);
   if (!(span > 0)) {  // nothing to tell apart
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -246,9 +263,9 @@ int64_t order_row(const T* value, int64_t count, int64_t left_out, T top, T span
       sort_exactly(out, size, values);
     } else if (size > NETWORK_MAX) {
       const auto [low, high] = std::minmax_element(values, values + size);
-      order_row(values, size, int64_t(-1), *high, *high - *low, out, depth + 1);
+      order_row(values, size, int64_t(-1), *high, *high - *low, coarse, out, depth + 1);
     } else if (size > 1) {
-      order_short(values, size, int64_t(-1), top - static_cast<T>(b) / scale, T(1) / scale, out);
+      order_short(values, size, int64_t(-1), top - static_cast<T>(b) / scale, T(1) / scale, coarse, out);
     } else if (size == 1) {
       out[0] = 0;
     }

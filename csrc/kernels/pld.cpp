@@ -78,7 +78,7 @@ PldResult pld_row(const PldArguments& arguments, const PldRow<T>& row, int64_t i
   if (!arguments.order) {
     const bool labelled = row.label >= 0;
     if (labelled) order[0] = static_cast<uint32_t>(row.label);
-    order_row(row.t, row.n, row.label, row.top_t, row.span(), order + labelled);
+    order_row(row.t, row.n, row.label, row.top_t, row.span(), row.coarse, order + labelled);
   } else if (!given_order(arguments.order, index, row, order)) {
     *arguments.bad_order = true;
     return result;
@@ -97,6 +97,7 @@ void pld_rows(const PldArguments& arguments, int64_t begin, int64_t end) {
   const auto weight = [&](int64_t index) {
     return arguments.weight ? static_cast<const T*>(arguments.weight)[index] : T(1);
   };
+  const bool coarse = arguments.teacher.type == Type::bfloat16 || arguments.teacher.type == Type::float16;
   const auto skip = [&](int64_t index) { return weight(index) == 0; };
   each_row<T>(arguments.student, arguments.teacher, arguments.gradient, begin, end, skip,
               [&](int64_t index, const T* s, const T* t, T* g) {
@@ -106,7 +107,7 @@ void pld_rows(const PldArguments& arguments, int64_t begin, int64_t end) {
                   if (g) std::fill(g, g + n, T(0));
                 } else {
                   PldRow<T> row{s, t, n, arguments.target ? arguments.target[index] : -1,
-                                static_cast<T>(1 / arguments.teacher_temperature), g, weight(index)};
+                                static_cast<T>(1 / arguments.teacher_temperature), g, weight(index), coarse};
                   row.describe();
                   if (row.defined) {
                     result = pld_row(arguments, row, index);

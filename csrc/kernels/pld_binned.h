@@ -96,8 +96,12 @@ class PldBins {
     if (error_ <= allowed) return true;
     constexpr int POWERS = 64;
     double sums[POWERS] = {};
-    const auto power = [=](double x) {
-      return std::clamp(std::ilogb(x / allowed), -POWERS / 2, POWERS / 2 - 1) + POWERS / 2;
+    const double unit = 1 / allowed;
+    const auto power = [=](double x) {  // of two in x / allowed, from 0 to POWERS - 1
+      const double relative = x * unit;
+      uint64_t bits;
+      std::memcpy(&bits, &relative, sizeof bits);
+      return std::clamp(static_cast<int>(bits >> 52) - 1023 + POWERS / 2, 0, POWERS - 1);
     };
     for (int64_t b = 0; b < BINS; ++b) {
       if (bin_error_[b] > 0) sums[power(bin_error_[b])] += bin_error_[b];
@@ -125,7 +129,7 @@ class PldBins {
     order_ = scratch().get<uint32_t>(ORDER, ranked_ + 1);
     value_ = scratch().get<T>(CANDIDATE_VALUES, ranked_ + 1);
     for (int64_t i = 0; i < ranked_; ++i) value_[i] = row_.t[candidate[i]];
-    order_row(value_, ranked_, int64_t(-1), row_.top_t, row_.span(), order_);
+    order_row(value_, ranked_, int64_t(-1), row_.top_t, row_.span(), row_.coarse, order_);
     for (int64_t i = 0; i < ranked_; ++i) order_[i] = candidate[order_[i]];
   }
 

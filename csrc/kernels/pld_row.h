@@ -27,6 +27,7 @@ struct PldRow {
   T softness;     // 1 / temperature of the teacher
   T* g;           // receives the gradient; may be null
   T scale;        // what the gradient is multiplied by
+  bool coarse;    // the teacher's logits were 16-bit floats
 
   T top_s = 0, top_t = 0;  // largest logits
   T low_s = 0, low_t = 0;  // smallest of the classes that the teacher does not exclude

@@ -61,7 +61,7 @@ bool pld_truncated(const PldRow<T>& row, int64_t places, double epsilon, PldResu
   }
   int64_t count = 0;
   if (labelled) order[count++] = static_cast<uint32_t>(row.label);
-  const int64_t others = order_short(values, found, label_at, row.top_t, row.top_t - lowest, order + count);
+  const int64_t others = order_short(values, found, label_at, row.top_t, row.top_t - lowest, row.coarse, order + count);
   for (int64_t i = 0; i < others; ++i) order[count + i] = candidates[order[count + i]];
   count += others;
 
