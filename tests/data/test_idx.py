@@ -42,7 +42,11 @@ def test_damage_is_named(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [gzip.compress(IMAGES)[:-9], IMAGES, b"\x1f\x8b\x08\x00" + b"\xff" * 20])
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(IMAGES)[:-9], IMAGES, b"\x1f\x8b\x08\x00" + b"\xff" * 20],
+    ids=["cut short", "not compressed", "rubbish"],  # compressed bytes hold the time: no name for a test
+)
 def test_damaged_gzip_is_named(tmp_path, content):
     path = tmp_path / "images.gz"
     path.write_bytes(content)
