@@ -18,10 +18,23 @@ class Method(nn.Module, ABC):
     Attributes:
         needs_teacher: Whether a step looks at a signal.
         uses_unlabelled: Whether a row without a label can teach anything.
+        wants_preparation: Whether `prepare` must be called before training.
     """
 
     needs_teacher: bool = True
     uses_unlabelled: bool = True
+    wants_preparation: bool = False
+
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> None:
+        """Learn what must be known of the teacher before training.
+
+        Args:
+            teacher_logits: Of the training rows, ``(rows, C)``.
+            target: Their labels, ``(rows,)``; -1 where there is none.
+        """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Told before each epoch, counted from 1."""
 
     @abstractmethod
     def step(

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from ..losses.modules import LogitLoss, WeightedSum
 from ..signals import Signal
 from .base import Method
 
@@ -27,6 +28,15 @@ class LogitMethod(Method):
         self.loss = loss
         self.needs_teacher = getattr(loss, "takes_teacher", True)
         self.uses_unlabelled = getattr(loss, "uses_unlabelled", True)
+        self.wants_preparation = getattr(loss, "wants_preparation", False)
+
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> None:
+        if isinstance(self.loss, (LogitLoss, WeightedSum)):
+            self.loss.prepare(teacher_logits, target)
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.loss, (LogitLoss, WeightedSum)):
+            self.loss.set_epoch(epoch)
 
     def step(
         self, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None

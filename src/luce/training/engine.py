@@ -36,6 +36,9 @@ FINITE_CHECK_STEPS = 50
 """Steps between looks at the loss on an accelerator, each of which makes the host wait for it."""
 
 
+PREPARATION_BATCH = 256
+
+
 class TrainingError(UserError):
     """A training that cannot go on."""
 
@@ -98,6 +101,7 @@ def fit(
         raise UserError("expected a teacher for a loss that compares with one; add `teacher` to the recipe")
     if options.trackers and folder is None:
         raise UserError("expected a folder to track the training in, got none; give one or no `trackers`")
+    known = train
     if not method.uses_unlabelled:
         train = train.labelled.repeat_to(len(train))
 
@@ -107,6 +111,8 @@ def fit(
         train, batch_size=options.batch_size, seed=options.seed, augment=augment, workers=workers
     )
     session = Session(accelerator, student, method, teacher, batches, options)
+    if method.wants_preparation and teacher is not None:
+        method.prepare(*what_the_teacher_says(teacher, known, accelerator.device))
     if validation is not None:
         validation_batches = accelerator.prepare(
             data.loader(validation, batch_size=4 * options.batch_size, seed=None, workers=workers)
@@ -151,6 +157,15 @@ def fit(
     for tracker in accelerator.trackers:  # not end_training(), which would part processes that go on together
         tracker.finish()
     return Fit(session.evaluated, accelerator, log.lines, book.best_epoch, best_weights)
+
+
+def what_the_teacher_says(teacher: Teacher, rows: Examples, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The teacher's logits of all rows as they look without augmentation, and their labels."""
+    logits, targets = [], []
+    for batch in data.loader(rows.plain, batch_size=PREPARATION_BATCH, seed=None):
+        logits.append(teacher.signal({name: part.to(device) for name, part in batch.items()}).logits)
+        targets.append(batch["target"].to(device))
+    return torch.cat(logits), torch.cat(targets)
 
 
 def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Accelerator:
@@ -221,6 +236,7 @@ class Session:
         self.batches.set_epoch(number)
         self.student.train()
         self.method.train()
+        self.method.set_epoch(number)
         sums: dict[str, Tensor] = {}
         gathered = 0.0
         for count, batch in enumerate(self.batches, start=1):

@@ -168,7 +168,7 @@ class Recipe:
         student: The network to train.
         teacher: The network to learn from; none for a plain training.
         loss: The terms of the loss by name. Each has a ``loss``, such as PLDLoss, a ``weight`` (1 unless
-            given), and that loss's own options.
+            given), perhaps a ``warmup`` (epochs over which the weight grows), and that loss's own options.
         training: How to train.
     """
 
@@ -196,10 +196,12 @@ def build_loss(terms: Terms) -> WeightedSum:
     """
     known = {name: getattr(losses.modules, name) for name in losses.modules.__all__}
     known = {name: cls for name, cls in known.items() if cls is not LogitLoss and issubclass(cls, LogitLoss)}
-    built = {}
+    built, warmup = {}, {}
     for term, description in terms.items():
         options = dict(description)
         name, weight = options.pop("loss", None), options.pop("weight", 1.0)
+        if "warmup" in options:
+            warmup[term] = options.pop("warmup")
         if name not in known:
             raise unknown_name(f"loss in `loss.{term}`:", str(name), known)
         for option in options:
@@ -210,7 +212,7 @@ def build_loss(terms: Terms) -> WeightedSum:
         except (TypeError, ValueError) as error:
             raise UserError(f"`loss.{term}`: {error}") from error
     try:
-        return WeightedSum(built)
+        return WeightedSum(built, warmup)
     except (TypeError, ValueError) as error:
         raise UserError(f"`loss`: {error}") from error
 

@@ -16,8 +16,11 @@ class WeightedSum(nn.Module):
     Args:
         terms: Name to ``(weight, loss)``; each loss is called as ``loss(student_logits, teacher_logits,
             target)`` and returns a scalar. Weights are at least 0.
+        warmup: Name to the number of epochs over which that weight grows to its full size: in epoch *e* it
+            is multiplied by ``min(e / warmup, 1)``. The training loop tells the epoch by `set_epoch`.
     Raises:
-        ValueError: If there are no terms, a weight is negative, or a term is called ``"loss"``.
+        ValueError: If there are no terms, a weight is negative, a term is called ``"loss"``, or there is a
+            warm-up of no term or of a negative number of epochs.
     Example:
         >>> import torch
         >>> from luce import CrossEntropyLoss, KDLoss
@@ -28,13 +31,20 @@ class WeightedSum(nn.Module):
         {'task': tensor(0.0375), 'kd': tensor(1.2792), 'loss': tensor(1.3168)}
     """
 
-    def __init__(self, terms: Mapping[str, tuple[float, nn.Module]]) -> None:
+    def __init__(
+        self, terms: Mapping[str, tuple[float, nn.Module]], warmup: Mapping[str, float] | None = None
+    ) -> None:
         super().__init__()
         if not terms or "loss" in terms:
             raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
         for name, (weight, _) in terms.items():
             _check.check_not_negative(**{f"weight of {name}": weight})
         self.weights = {name: float(weight) for name, (weight, _) in terms.items()}
+        self.warmup = dict(warmup or {})
+        for name, epochs in self.warmup.items():
+            _check.check_choice("warmup", name, tuple(terms))
+            _check.check_not_negative(**{f"warmup of {name}": epochs})
+        self.epoch: int | None = None
         try:
             self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
         except KeyError as error:
@@ -52,6 +62,30 @@ class WeightedSum(nn.Module):
         """Whether any term looks at the teacher."""
         return any(not isinstance(loss, LogitLoss) or loss.takes_teacher for loss in self.losses.values())
 
+    @property
+    def wants_preparation(self) -> bool:
+        """Whether `prepare` must be called before the first batch."""
+        return any(loss.wants_preparation for loss in self._logit_losses())
+
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> None:
+        """Let each term learn what it must know of the teacher; see `luce.LogitLoss.prepare`."""
+        for loss in self._logit_losses():
+            loss.prepare(teacher_logits, target)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Told before each epoch, counted from 1; without it every weight has its full size."""
+        self.epoch = epoch
+        for loss in self._logit_losses():
+            loss.set_epoch(epoch)
+
+    def _logit_losses(self) -> list[LogitLoss]:
+        return [loss for loss in self.losses.values() if isinstance(loss, LogitLoss)]
+
+    def _weight(self, name: str) -> float:
+        epochs = self.warmup.get(name, 0)
+        grown = 1.0 if self.epoch is None or not epochs else min(self.epoch / epochs, 1.0)
+        return grown * self.weights[name]
+
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -60,7 +94,7 @@ class WeightedSum(nn.Module):
         terms = {
             # A term that is switched off may be infinite, and 0 * inf is not 0.
             name: weight * self.losses[name](student_logits, teacher_logits, target) if weight else nothing
-            for name, weight in self.weights.items()
+            for name, weight in ((name, self._weight(name)) for name in self.weights)
         }
         return {**terms, "loss": sum(terms.values(), start=nothing)}
 
