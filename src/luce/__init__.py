@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .losses import UNLABELLED, pld_error_bound, teacher_order
+from .losses import UNLABELLED, pld_error_bound, suggest_temperature, teacher_order
 from .losses.functional import (
     cross_entropy_loss,
     dist_loss,
@@ -70,6 +70,7 @@ __all__ = [
     "pld_error_bound",
     "pld_loss",
     "reverse_kl_loss",
+    "suggest_temperature",
     "teacher_order",
 ]
 

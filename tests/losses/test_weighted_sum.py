@@ -127,3 +127,22 @@ def test_a_term_of_weight_zero_is_watched_and_not_felt(both):
     gradient = torch.autograd.grad(terms["loss"], student)[0]
     expected = torch.autograd.grad(luce.kd_loss(student, teacher), student)[0]
     assert_close(gradient, expected)
+
+
+def test_warmup_grows_to_the_full_weight():
+    student, teacher, target = batch(4)
+    loss = WeightedSum({"task": (1.0, CrossEntropyLoss()), "kd": (0.8, KDLoss())}, warmup={"kd": 4})
+    full = loss(student, teacher, target)
+    for epoch, share in ((1, 0.25), (2, 0.5), (4, 1.0), (9, 1.0)):
+        loss.set_epoch(epoch)
+        terms = loss(student, teacher, target)
+        assert_close(terms["kd"], share * full["kd"])
+        assert_close(terms["task"], full["task"])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "what"), [({"dkd": 2}, "`warmup` to be one of 'kd'"), ({"kd": -1}, "warmup of kd")]
+)
+def test_warmups_that_make_no_sense(warmup, what):
+    with pytest.raises(ValueError, match=what):
+        WeightedSum({"kd": (1.0, KDLoss())}, warmup=warmup)

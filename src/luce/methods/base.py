@@ -25,13 +25,16 @@ class Method(nn.Module, ABC):
     uses_unlabelled: bool = True
     wants_preparation: bool = False
 
-    def prepare(self, teacher_logits: Tensor, target: Tensor) -> None:
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         """Learn what must be known of the teacher before training.
 
         Args:
             teacher_logits: Of the training rows, ``(rows, C)``.
             target: Their labels, ``(rows,)``; -1 where there is none.
+        Returns:
+            What was found, by name, as far as a reader of the run would want to know it.
         """
+        return {}
 
     def set_epoch(self, epoch: int) -> None:
         """Told before each epoch, counted from 1."""

@@ -30,9 +30,10 @@ class LogitMethod(Method):
         self.uses_unlabelled = getattr(loss, "uses_unlabelled", True)
         self.wants_preparation = getattr(loss, "wants_preparation", False)
 
-    def prepare(self, teacher_logits: Tensor, target: Tensor) -> None:
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         if isinstance(self.loss, (LogitLoss, WeightedSum)):
-            self.loss.prepare(teacher_logits, target)
+            return self.loss.prepare(teacher_logits, target)
+        return {}
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.loss, (LogitLoss, WeightedSum)):

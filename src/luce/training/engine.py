@@ -54,6 +54,7 @@ class Fit:
         best_epoch: With the highest validation accuracy, of equals the one with the lowest loss; the last
             one without validation rows.
         best_weights: Of the student's body after that epoch.
+        prepared: What the method found out about the teacher before training, by name.
     """
 
     student: Classifier
@@ -61,6 +62,7 @@ class Fit:
     lines: list[dict[str, Any]]
     best_epoch: int
     best_weights: dict[str, Tensor]
+    prepared: dict[str, float]
 
 
 def fit(
@@ -111,8 +113,9 @@ def fit(
         train, batch_size=options.batch_size, seed=options.seed, augment=augment, workers=workers
     )
     session = Session(accelerator, student, method, teacher, batches, options)
+    prepared: dict[str, float] = {}
     if method.wants_preparation and teacher is not None:
-        method.prepare(*what_the_teacher_says(teacher, known, accelerator.device))
+        prepared = method.prepare(*what_the_teacher_says(teacher, known, accelerator.device))
     if validation is not None:
         validation_batches = accelerator.prepare(
             data.loader(validation, batch_size=4 * options.batch_size, seed=None, workers=workers)
@@ -156,7 +159,7 @@ def fit(
                 checkpoint.save(folder, accelerator, book.epoch, extra)
     for tracker in accelerator.trackers:  # not end_training(), which would part processes that go on together
         tracker.finish()
-    return Fit(session.evaluated, accelerator, log.lines, book.best_epoch, best_weights)
+    return Fit(session.evaluated, accelerator, log.lines, book.best_epoch, best_weights, prepared)
 
 
 def what_the_teacher_says(teacher: Teacher, rows: Examples, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -220,6 +220,7 @@ def run(
         "seed": recipe.training.seed,
         "epochs": len(fitted.lines),
         "seconds": sum(line["seconds"] for line in fitted.lines),
+        "prepared": fitted.prepared,
         "selection": f"highest accuracy, then lowest loss, on {len(materials.validation)} validation rows",
         "last": _moment(fitted, len(fitted.lines), materials),
         "teacher": None if teacher is None else teacher.description,

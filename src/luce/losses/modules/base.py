@@ -24,8 +24,6 @@ class LogitLoss(nn.Module):
     takes_teacher: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = True
     """Whether a row without a label can teach anything."""
-    wants_preparation: ClassVar[bool] = False
-    """Whether `prepare` must be called before the first batch."""
 
     ignore_index: int = -100
     class_dim: int = 1
@@ -37,13 +35,21 @@ class LogitLoss(nn.Module):
         logits, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
         self._call(logits, logits, target, None, class_dim=1)
 
-    def prepare(self, teacher_logits: Tensor, target: Tensor) -> None:
+    @property
+    def wants_preparation(self) -> bool:
+        """Whether `prepare` must be called before the first batch."""
+        return False
+
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         """Learn what must be known of the teacher before training; most losses need nothing.
 
         Args:
             teacher_logits: Of the training rows, ``(rows, C)``, without temperature.
             target: Their labels, ``(rows,)``; `UNLABELLED` where there is none.
+        Returns:
+            What was found, by name, as far as a reader of the run would want to know it.
         """
+        return {}
 
     def set_epoch(self, epoch: int) -> None:
         """Told before each epoch, counted from 1; most losses do not change with it."""

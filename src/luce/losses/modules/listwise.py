@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
 
 from ...ops._library import Backend
 from ...ops.pld.options import Ties
 from .._reduce import UNLABELLED
 from ..functional import listwise
+from ..temperature import suggest_temperature
 from .base import LogitLoss
 
 
 @dataclass(eq=False, repr=False)
 class PLDLoss(LogitLoss):
     """Module of `luce.pld_loss`: Plackett-Luce Distillation. Use it alone, without cross-entropy.
+
+    With ``teacher_temperature="auto"`` the temperature is `luce.suggest_temperature` of the teacher's logits
+    on the training rows. `luce distill` and `luce.distill` take care of that; in a loop of your own, call
+    `prepare` once before the first batch.
 
     Example:
         >>> import torch
@@ -25,13 +33,45 @@ class PLDLoss(LogitLoss):
 
     function = staticmethod(listwise.pld_loss)
 
-    teacher_temperature: float = 1.0
+    teacher_temperature: float | Literal["auto"] = 1.0
     top_k: int | None = None
     epsilon: float | None = None
     tolerance: float | None = None
     ties: Ties = "stable"
     unlabelled_index: int = UNLABELLED
     backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        self.suggested: float | None = None
+        super().__post_init__()
+
+    @property
+    def wants_preparation(self) -> bool:
+        return self.teacher_temperature == "auto"
+
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
+        if not self.wants_preparation:
+            return {}
+        self.suggested = suggest_temperature(teacher_logits)
+        return {"teacher_temperature": self.suggested}
+
+    def options(self) -> dict[str, object]:
+        found = {"teacher_temperature": self.suggested or 1.0} if self.wants_preparation else {}
+        return {**super().options(), **found}
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        target: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        if self.wants_preparation and self.suggested is None:
+            raise RuntimeError(
+                "expected `prepare(teacher_logits, target)` before the first batch: "
+                '`teacher_temperature="auto"` is found from the teacher\'s logits on the training rows'
+            )
+        return super().forward(student_logits, teacher_logits, target, row_weight)
 
 
 @dataclass(eq=False, repr=False)

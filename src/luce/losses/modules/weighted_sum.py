@@ -65,21 +65,23 @@ class WeightedSum(nn.Module):
     @property
     def wants_preparation(self) -> bool:
         """Whether `prepare` must be called before the first batch."""
-        return any(loss.wants_preparation for loss in self._logit_losses())
+        return any(loss.wants_preparation for loss in self.losses.values() if isinstance(loss, LogitLoss))
 
-    def prepare(self, teacher_logits: Tensor, target: Tensor) -> None:
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         """Let each term learn what it must know of the teacher; see `luce.LogitLoss.prepare`."""
-        for loss in self._logit_losses():
-            loss.prepare(teacher_logits, target)
+        return {
+            f"{name}.{key}": value
+            for name, loss in self.losses.items()
+            if isinstance(loss, LogitLoss)
+            for key, value in loss.prepare(teacher_logits, target).items()
+        }
 
     def set_epoch(self, epoch: int) -> None:
         """Told before each epoch, counted from 1; without it every weight has its full size."""
         self.epoch = epoch
-        for loss in self._logit_losses():
-            loss.set_epoch(epoch)
-
-    def _logit_losses(self) -> list[LogitLoss]:
-        return [loss for loss in self.losses.values() if isinstance(loss, LogitLoss)]
+        for loss in self.losses.values():
+            if isinstance(loss, LogitLoss):
+                loss.set_epoch(epoch)
 
     def _weight(self, name: str) -> float:
         epochs = self.warmup.get(name, 0)

@@ -1,0 +1,148 @@
+"""Two data sets that Luce's studies need and no door brings, read from packages of Debian.
+
+    python benchmarks/datasets.py          # downloads 31 packages (280 MB) to data/ and unpacks them there
+
+Recipes name them as ``python:benchmarks.datasets.glyphs`` and ``python:benchmarks.datasets.letters``. Nothing
+of them is part of Luce: the fonts are free, each under its own licence; the letters are UCI's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luce.data.dataset import Data, describe
+from luce.data.sources import InMemory
+from luce.errors import UserError
+
+FONTS = """
+aoyagi-kouzan-t aoyagi-soseki arphic-ukai arphic-uming cns11643-kai hanazono horai-umefont ipaexfont-gothic
+ipaexfont-mincho ipafont-gothic ipafont-mincho kiloji konatu kouzan-mouhitsu lxgw-wenkai migmix monapo
+motoya-l-cedar motoya-l-maruberi oradano-mincho-gsrr sawarabi-gothic sawarabi-mincho seto takao-gothic
+takao-mincho vlgothic wqy-microhei wqy-zenhei
+"""
+PACKAGES = (*(f"fonts-{name}" for name in FONTS.split()), "dataset-fashion-mnist", "r-cran-mlbench")
+
+TEST_FAMILIES = ("kiloji", "lxgw-wenkai", "motoya-l-cedar", "motoya-l-maruberi", "oradano-mincho", "seto")
+TEST_FAMILIES += ("sawarabi-gothic", "sawarabi-mincho")
+"""Typefaces that no training font shares its outlines with, by the folders of their packages."""
+
+
+def glyphs(root: str | Path = "data", classes: int = 1000, size: int = 24) -> Data:
+    """Kanji of JIS level 1 as grey images, a class each; the test shows them in typefaces never seen before.
+
+    Rendering takes half a minute and is kept beside the fonts. Characters that a font lacks, or draws as a
+    blank or a box, are left out, and so are images that equal one of the same class: many fonts share kanji.
+
+    Args:
+        root: Folder with Debian's font packages, unpacked.
+        classes: How many characters, drawn evenly from the 2,965 in their order.
+        size: Pixels on a side.
+    """
+    file = Path(root) / f"glyphs-{classes}-{size}.npz"
+    if not file.exists():
+        partial = file.with_suffix(".partial.npz")
+        np.savez_compressed(partial, **_render(Path(root), classes, size))
+        partial.rename(file)
+    with np.load(file, allow_pickle=False) as kept:
+        images = [torch.from_numpy(kept[f"{part}_images"])[:, None] for part in ("train", "test")]
+        labels = [torch.from_numpy(kept[f"{part}_labels"]) for part in ("train", "test")]
+        names = [str(name) for name in kept["characters"]]
+    train, test = map(InMemory, images, labels)
+    return describe("glyphs", train, test, classes=names, licence="free fonts of Debian, each under its own")
+
+
+def kanji() -> list[str]:
+    """The 2,965 characters of JIS X 0208 level 1, in their order.
+
+    >>> len(kanji()), kanji()[0], kanji()[-1]
+    (2965, '亜', '腕')
+    """
+    rows = ((16 + row, cell) for row in range(32) for cell in range(1, 95))
+    within = [pair for pair in rows if pair <= (47, 51)]
+    return [bytes((0xA0 + row, 0xA0 + cell)).decode("euc_jp") for row, cell in within]
+
+
+def _render(root: Path, classes: int, size: int) -> dict[str, np.ndarray]:
+    fonts = sorted(root.glob("usr/share/fonts/**/*.[to]t[cf]"))
+    if not fonts:
+        raise UserError(f"expected fonts under {root}/usr/share/fonts; run python benchmarks/datasets.py")
+    level_1 = kanji()
+    characters = [level_1[len(level_1) * i // classes] for i in range(classes)]
+    images: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    labels: dict[str, list[int]] = {"train": [], "test": []}
+    seen: set[tuple[int, bytes]] = set()
+    for font in fonts:
+        part = "test" if font.parent.name in TEST_FAMILIES else "train"
+        for label, image in _draw(font, characters, size).items():
+            if (label, image.tobytes()) not in seen:
+                seen.add((label, image.tobytes()))
+                images[part].append(image)
+                labels[part].append(label)
+    arrays = {f"{part}_images": np.stack(images[part]) for part in images}
+    arrays |= {f"{part}_labels": np.array(labels[part]) for part in labels}
+    return {**arrays, "characters": np.array(characters)}
+
+
+def _draw(font: Path, characters: list[str], size: int) -> dict[int, np.ndarray]:
+    """Class to image, for the characters that a font really has."""
+    from fontTools.ttLib import TTFont
+    from PIL import Image, ImageDraw, ImageFont
+
+    with TTFont(font, fontNumber=0) as tables:
+        has = tables.getBestCmap()
+    drawn, face = {}, ImageFont.truetype(str(font), round(size * 0.92))
+    for label, character in enumerate(characters):
+        if ord(character) in has:
+            picture = Image.new("L", (size, size))
+            brush = ImageDraw.Draw(picture)
+            with suppress(OSError):  # a damaged outline
+                brush.text((size / 2, size / 2), character, fill=255, font=face, anchor="mm")
+                drawn[label] = np.asarray(picture)
+    times = Counter(image.tobytes() for image in drawn.values())
+    return {k: image for k, image in drawn.items() if image.max() > 100 and times[image.tobytes()] == 1}
+
+
+def letters(root: str | Path = "data") -> Data:
+    """UCI's letter recognition: 26 capital letters in 20 fonts, distorted, described by 16 numbers.
+
+    The first 16,000 rows are for training and the last 4,000 for the test, as its donor did it. The numbers,
+    0 to 15, are divided by 15.
+    """
+    import rdata
+
+    file = Path(root) / "usr/lib/R/site-library/mlbench/data/LetterRecognition.rda"
+    if not file.exists():
+        raise UserError(f"expected {file}; run python benchmarks/datasets.py")
+    table = rdata.read_rda(str(file))["LetterRecognition"]
+    names = [chr(ord("A") + i) for i in range(26)]
+    targets = torch.tensor([names.index(letter) for letter in table["lettr"]])
+    inputs = torch.from_numpy(table.drop(columns="lettr").to_numpy(np.float32) / 15)
+
+    def part(rows: slice) -> InMemory:
+        values: Tensor = inputs[rows]
+        return InMemory(values, targets[rows])
+
+    return describe(
+        "letters", part(slice(16000)), part(slice(16000, None)), classes=names, licence="UCI, CC BY 4.0"
+    )
+
+
+def fetch(root: Path) -> None:
+    """Download Debian's packages, without installing anything, and unpack them."""
+    downloads = root / "packages"
+    downloads.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["apt-get", "download", *PACKAGES], cwd=downloads, check=True)
+    for package in sorted(downloads.glob("*.deb")):
+        subprocess.run(["dpkg-deb", "-x", str(package), str(root)], check=True)
+
+
+if __name__ == "__main__":
+    fetch(Path(sys.argv[1] if len(sys.argv) > 1 else "data"))
