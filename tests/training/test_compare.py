@@ -15,7 +15,7 @@ import pytest
 from luce.errors import UserError
 from luce.training import ComparisonRecipe, compare, metrics
 from luce.training.options import parse
-from luce.training.recipe import merge
+from luce.training.recipe import merge, read_yaml
 
 METHODS = {
     "cross-entropy": {"task": {"loss": "CrossEntropyLoss"}},
@@ -161,11 +161,29 @@ def test_another_comparison_in_the_folder_is_refused(make: Any, trained: list[st
     compare(make(), tmp_path)
     before = snapshot(tmp_path)
     trained.clear()
-    for changes in ({"seeds": [0, 1, 2]}, {"training": {"lr": 0.02}}, {"title": "Another"}):
+    hotter = {"methods": {"KD": {"kd": {"loss": "KDLoss", "temperature": 5.0}}}}
+    fewer = {"settings": {"few": {"data": {"labels_per_class": 2}}}}
+    for changes in ({"seeds": [0, 2]}, {"training": {"lr": 0.02}}, hotter, fewer):
         with pytest.raises(UserError, match=r"already holds another recipe, comparison\.yaml"):
             compare(make(**changes), tmp_path)
     assert not trained
     assert snapshot(tmp_path) == before
+
+
+def test_a_comparison_grows(make: Any, trained: list[str], tmp_path: Path) -> None:
+    compare(make(), tmp_path)
+    before = snapshot(tmp_path)
+    trained.clear()
+    more = {"seeds": [0, 1, 2], "title": "More", "methods": {"PLD": {"pld": {"loss": "PLDLoss"}}}}
+    assert compare(make(**more), tmp_path) == (18, 8)
+    added = [name for name in trained if "PLD" in name or "seed-2" in name]
+    assert (len(trained), len(added)) == (10, 10)
+    after = snapshot(tmp_path)
+    changed = {path for path in before if after[path] != before[path]}
+    assert changed == {tmp_path / "comparison.yaml"}
+    assert set(read_yaml(tmp_path / "comparison.yaml")["methods"]) == {"cross-entropy", "KD", "PLD"}
+    with pytest.raises(UserError, match="already holds another recipe"):  # and never shrinks
+        compare(make(), tmp_path)
 
 
 def test_a_run_folder_is_no_place_for_a_comparison(make: Any, trained: list[str], tmp_path: Path) -> None:

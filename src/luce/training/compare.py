@@ -20,6 +20,7 @@ from .recipe import (
     TrainingOptions,
     build_loss,
     merge,
+    read_yaml,
 )
 from .run import Materials, claim, holds, know_teacher, prepare_data, run
 
@@ -95,6 +96,25 @@ class ComparisonRecipe:
         )
 
 
+def extends(folder: Path, recipe: ComparisonRecipe) -> bool:
+    """Whether the folder holds a comparison to which this one only adds methods, settings or seeds."""
+    path = folder / "comparison.yaml"
+    if not path.exists():
+        return False
+    try:
+        old = parse(ComparisonRecipe, {k: v for k, v in read_yaml(path).items() if k != "command"})
+    except UserError:  # of another version, or no comparison at all
+        return False
+    mine, theirs = asdict(recipe), asdict(old)
+    if mine == theirs or not set(old.seeds) <= set(recipe.seeds):
+        return False
+    for part in ("methods", "settings"):
+        if any(mine[part].get(name) != content for name, content in theirs[part].items()):
+            return False
+    may_differ = ("title", "question", "baseline", "seeds", "methods", "settings")
+    return all(mine[key] == theirs[key] for key in mine if key not in may_differ)
+
+
 def compare(
     recipe: ComparisonRecipe, folder: Path, command: str = "", progress: Progress | None = None
 ) -> tuple[int, int]:
@@ -102,7 +122,7 @@ def compare(
 
     Args:
         recipe: What to compare.
-        folder: Holds nothing, or this very comparison.
+        folder: Holds nothing, this very comparison, or one that it adds methods, settings or seeds to.
         command: How to run it again, for the report.
         progress: Bars to show it on.
     Returns:
@@ -118,14 +138,16 @@ def compare(
     }
     for terms in recipe.methods.values():
         build_loss(terms)
-    holds(folder, "comparison.yaml", asdict(recipe), command=command)
+    grows = extends(folder, recipe)
+    if not grows:
+        holds(folder, "comparison.yaml", asdict(recipe), command=command)
     done = sum((place / "result.json").exists() for place in grid)
-    if done == len(grid):
+    if done == len(grid) and not grows:
         return len(grid), done
     parts = {setting: prepare_data(one) for setting, one in dict(grid.values()).items()}
     if recipe.teacher_training is not None:
         prepare_data(recipe.teacher_recipe())
-    claim(folder, "comparison.yaml", asdict(recipe), command=command)
+    claim(folder, "comparison.yaml", asdict(recipe), replace=grows, command=command)
     with Bar(progress, "runs", len(grid), done) as bar:
         if recipe.teacher_training is not None:
             bar.note("teacher")

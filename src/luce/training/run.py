@@ -285,20 +285,21 @@ def holds(folder: Path, name: str, recipe: dict[str, Any], **notes: str) -> bool
     return False
 
 
-def claim(folder: Path, name: str, recipe: dict[str, Any], **notes: str) -> None:
+def claim(folder: Path, name: str, recipe: dict[str, Any], *, replace: bool = False, **notes: str) -> None:
     """Make the folder and put the recipe into it, unless it is there already.
 
     Args:
         folder: To be used for this recipe alone.
         name: Of the file.
         recipe: Plain values.
+        replace: Put it in the place of the recipe that is there.
         notes: Kept beside the recipe; they do not tell recipes apart.
     Raises:
         UserError: If the folder cannot be written or belongs to another recipe.
     """
     processes().wait_for_everyone()  # until all have seen the folder as it was
     with processes().main_process_first():
-        if not holds(folder, name, recipe, **notes):
+        if replace or not holds(folder, name, recipe, **notes):
             files.make_folder(folder)
             files.write_text(folder / name, _as_yaml({**recipe, **notes}))
 
