@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import luce
 from luce import data, models
 from luce.errors import UserError
 from luce.methods import LogitMethod
@@ -404,3 +405,39 @@ def test_rows_of_a_data_set_that_is_wrong(make_recipe: Make, toy: ModuleType) ->
         prepare(make_recipe(data={"name": "python:toy.wrong_labels"}))
     with pytest.raises(UserError, match="empty"):
         prepare(make_recipe(data={"name": "python:toy.empty"}))
+
+
+# What a loss finds out about the teacher --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("few", [None, 2])
+@pytest.mark.parametrize("remember", [False, True])
+def test_a_temperature_found_from_the_teacher(
+    few: int | None, remember: bool, make_recipe: Make, tmp_path: Path
+) -> None:
+    """It is that of the teacher's logits on all training rows, and trains as if it were written out."""
+    changes = {"teacher": {"remember": remember}, "data": {"labels_per_class": few}}
+    auto = make_recipe(**changes, loss={"pld": {"loss": "PLDLoss", "teacher_temperature": "auto"}})
+    materials = prepare(auto)
+    rows = [materials.train.plain[row]["input"] for row in range(len(materials.train))]
+    teacher, _ = build_network(auto.teacher, materials.data)  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = luce.suggest_temperature(teacher.eval()(torch.stack(rows)))
+    result = run(auto, tmp_path / "auto")
+    assert result["prepared"] == {"pld.teacher_temperature": pytest.approx(expected, rel=1e-5)}
+
+    found = result["prepared"]["pld.teacher_temperature"]
+    written = make_recipe(**changes, loss={"pld": {"loss": "PLDLoss", "teacher_temperature": found}})
+    run(written, tmp_path / "written")
+    weights = [(tmp_path / which / "student.safetensors").read_bytes() for which in ("auto", "written")]
+    assert weights[0] == weights[1]
+
+
+def test_the_weight_of_a_term_grows_with_the_epochs(make_recipe: Make, tmp_path: Path) -> None:
+    """With a learning rate of almost nothing only the weight changes what a term adds."""
+    loss = {"pld": {"loss": "PLDLoss"}, "kd": {"loss": "KDLoss", "warmup": 4}}
+    one_batch = {"lr": 1e-12, "epochs": 5, "batch_size": 72}
+    run(make_recipe(loss=loss, training=one_batch, student={"name": "mlp"}), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    terms = [line["train"]["kd"] for line in lines]
+    assert terms == pytest.approx([terms[-1] * share for share in (0.25, 0.5, 0.75, 1, 1)], rel=1e-3)
