@@ -28,6 +28,9 @@ class Loss:
         shift_invariant: Blind to a constant added to a row, of either network.
         zero_at_equality: 0 when the student has the teacher's logits.
         ranks: Sees the teacher's logits as a ranking, so that a rounding may reorder near ties.
+        scale_blind: Sees each row in units of its spread, and so not the scale of the student's logits.
+        detached: Weighs by something of the student's that gets no gradient, so that differences of the
+            value are not the gradient.
     """
 
     function: Callable[..., Tensor]
@@ -40,6 +43,8 @@ class Loss:
     shift_invariant: bool = True
     zero_at_equality: bool = False
     ranks: bool = False
+    scale_blind: bool = False
+    detached: bool = False
 
     @property
     def name(self) -> str:
@@ -142,7 +147,59 @@ LOSSES = (
         couples_rows=True,
         zero_at_equality=True,
     ),
+    Loss(
+        luce.normkd_loss,
+        luce.NormKDLoss,
+        options=({}, {"t_norm": 1.0, "unbiased": False}),
+        bad_options=(("t_norm", 0.0), ("t_norm", -1.0), ("t_norm", float("nan"))),
+        zero_at_equality=True,
+        scale_blind=True,
+    ),
+    Loss(
+        luce.normdkd_loss,
+        luce.NormDKDLoss,
+        options=({}, {"alpha": 4.0, "beta": 5.0, "t_norm": 1.0, "unbiased": False}),
+        bad_options=(("t_norm", 0.0), ("alpha", -1.0), ("beta", -1.0)),
+        needs_label=True,
+        uses_label=True,
+        zero_at_equality=True,
+        scale_blind=True,
+    ),
+    Loss(
+        luce.nkd_loss,
+        luce.NKDLoss,
+        options=({}, {"gamma": 3.5, "temperature": 3.0}),
+        bad_options=(*TEMPERATURES, ("gamma", -1.0)),
+        needs_label=True,
+        uses_label=True,
+    ),
+    Loss(luce.tvd_loss, luce.TVDLoss, ({}, {"temperature": 2.5}), TEMPERATURES, zero_at_equality=True),
+    Loss(
+        luce.wsld_loss,
+        luce.WSLDLoss,
+        options=({}, {"temperature": 1.0}, {"temperature": 2.5, "scale_by_temperature": False}),
+        bad_options=TEMPERATURES,
+        needs_label=True,
+        uses_label=True,
+        zero_at_equality=True,
+        detached=True,
+    ),
+    Loss(
+        luce.tfkd_loss,
+        luce.TfKDLoss,
+        options=(
+            {},
+            {"correct_probability": 0.9, "temperature": 4.0},
+            {"temperature": 2.5, "scale_by_temperature": False},
+        ),
+        bad_options=(*TEMPERATURES, ("correct_probability", 0.0), ("correct_probability", 1.0)),
+        needs_label=True,
+        uses_label=True,
+    ),
 )
+
+OF_THEIR_OWN = {luce.CTKDLoss, luce.Standardized}
+"""Modules that are more than a function with its options stored; their own tests hold them to the same."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,12 @@ INF_IF_THE_STUDENT_EXCLUDES_THE_LABEL = {
     "listnet_loss": True,
     "logit_matching_loss": True,
     "dist_loss": False,
+    "normkd_loss": True,
+    "normdkd_loss": True,
+    "nkd_loss": True,
+    "tvd_loss": False,
+    "wsld_loss": True,
+    "tfkd_loss": True,
 }
 INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "cross_entropy_loss": False,
@@ -40,6 +46,12 @@ INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "listnet_loss": False,
     "logit_matching_loss": True,
     "dist_loss": False,
+    "normkd_loss": False,
+    "normdkd_loss": False,
+    "nkd_loss": False,
+    "tvd_loss": False,
+    "wsld_loss": False,
+    "tfkd_loss": False,
 }
 
 

@@ -197,11 +197,24 @@ def test_a_loss_is_the_weighted_sum_of_its_terms() -> None:
     torch.testing.assert_close(found["loss"], task / 4 + 3 * kd)
 
 
-@pytest.mark.parametrize("name", [n for n in losses.modules.__all__ if n not in ("LogitLoss", "WeightedSum")])
+NAMES = [n for n in losses.modules.__all__ if n not in ("LogitLoss", "Standardized", "WeightedSum")]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_loss_can_stand_in_a_recipe(name: str) -> None:
     found = build_loss({"term": {"loss": name}})(torch.randn(5, 4), torch.randn(5, 4), torch.arange(5) % 4)
     assert found.keys() == {"term", "loss"}
     assert torch.isfinite(found["loss"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_can_be_standardized_in_a_recipe(name: str) -> None:
+    student, teacher, target = torch.randn(5, 4), torch.randn(5, 4), torch.arange(5) % 4
+    scores = losses.functional.standardize(student), losses.functional.standardize(teacher)
+    plain = getattr(losses.modules, name)()
+    for standardize, logits in ((True, scores), (False, (student, teacher))):
+        loss = build_loss({"term": {"loss": name, "weight": 2, "standardize": standardize}})
+        torch.testing.assert_close(loss(student, teacher, target)["term"], 2 * plain(*logits, target))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +224,11 @@ def test_every_loss_can_stand_in_a_recipe(name: str) -> None:
         ({"kd": {}}, r"unknown loss in `loss.kd`: `None`"),
         ({"kd": {"loss": 3}}, r"unknown loss in `loss.kd`: `3`"),
         ({"kd": {"loss": "LogitLoss"}}, r"unknown loss in `loss.kd`: `LogitLoss`"),
+        ({"kd": {"loss": "Standardized"}}, r"unknown loss in `loss.kd`: `Standardized`"),
+        (
+            {"kd": {"loss": "KDLoss", "standardize": "yes"}},
+            r"`loss.kd.standardize`.*true or false, got 'yes'",
+        ),
         ({"kd": {"loss": "WeightedSum"}}, r"unknown loss in `loss.kd`: `WeightedSum`"),
         (
             {"kd": {"loss": "KDLoss", "temprature": 3}},

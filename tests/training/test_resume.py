@@ -40,6 +40,12 @@ SETTINGS = {
     },
     "labels alone": {"data": {"labels_per_class": 3}, "loss": {"pld": {"loss": "CrossEntropyLoss"}}},
     "a remembered teacher": {"teacher": {"remember": True}},
+    "a loss with parameters and a standardized one": {
+        "loss": {
+            "pld": {"loss": "CTKDLoss", "classes": 4, "curriculum_epochs": 3},
+            "kd": {"loss": "KDLoss", "standardize": True},
+        }
+    },
 }
 
 

@@ -37,6 +37,13 @@ def check_top_k(top_k: int | None) -> None:
         raise ValueError(f"expected `top_k` to be None or an integer of at least 1, got {top_k!r}")
 
 
+def check_count(**values: int) -> None:
+    """Each value must be an integer of at least 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"expected `{name}` to be an integer of at least 1, got {value!r}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}")

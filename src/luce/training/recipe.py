@@ -13,7 +13,7 @@ import yaml
 
 from .. import losses
 from ..errors import UserError, unknown_name
-from ..losses.modules import LogitLoss, WeightedSum
+from ..losses.modules import LogitLoss, Standardized, WeightedSum
 
 Terms = dict[str, dict[str, Any]]
 
@@ -168,7 +168,8 @@ class Recipe:
         student: The network to train.
         teacher: The network to learn from; none for a plain training.
         loss: The terms of the loss by name. Each has a ``loss``, such as PLDLoss, a ``weight`` (1 unless
-            given), perhaps a ``warmup`` (epochs over which the weight grows), and that loss's own options.
+            given), perhaps a ``warmup`` (epochs over which the weight grows), perhaps ``standardize: true``
+            (it sees each row's logits in units of their spread), and that loss's own options.
         training: How to train.
     """
 
@@ -195,22 +196,30 @@ def build_loss(terms: Terms) -> WeightedSum:
         )
     """
     known = {name: getattr(losses.modules, name) for name in losses.modules.__all__}
-    known = {name: cls for name, cls in known.items() if cls is not LogitLoss and issubclass(cls, LogitLoss)}
+    known = {
+        name: cls
+        for name, cls in known.items()
+        if issubclass(cls, LogitLoss) and cls not in (LogitLoss, Standardized)
+    }
     built, warmup = {}, {}
     for term, description in terms.items():
         options = dict(description)
         name, weight = options.pop("loss", None), options.pop("weight", 1.0)
         if "warmup" in options:
             warmup[term] = options.pop("warmup")
+        standardize = options.pop("standardize", False)
+        if not isinstance(standardize, bool):
+            raise UserError(f"expected `loss.{term}.standardize` to be true or false, got {standardize!r}")
         if name not in known:
             raise unknown_name(f"loss in `loss.{term}`:", str(name), known)
         for option in options:
             if option not in (allowed := [f.name for f in dataclasses.fields(known[name])]):
                 raise unknown_name(f"option of {name} in `loss.{term}`:", option, allowed)
         try:
-            built[term] = (weight, known[name](**options))
+            loss = known[name](**options)
         except (TypeError, ValueError) as error:
             raise UserError(f"`loss.{term}`: {error}") from error
+        built[term] = (weight, Standardized(loss) if standardize else loss)
     try:
         return WeightedSum(built, warmup)
     except (TypeError, ValueError) as error:

@@ -1,9 +1,12 @@
 """Distillation losses as pure functions of tensors."""
 
+from .curriculum import tempered_kd
 from .divergence import cross_entropy_loss, dkd_loss, jsd_loss, kd_loss, reverse_kl_loss
 from .listwise import listmle_loss, listnet_loss, p_listmle_loss, pld_loss
 from .matching import logit_matching_loss
+from .normalized import normdkd_loss, normkd_loss, standardize
 from .relation import dist_loss
+from .reweighted import nkd_loss, tfkd_loss, tvd_loss, wsld_loss
 
 __all__ = [
     "cross_entropy_loss",
@@ -14,7 +17,15 @@ __all__ = [
     "listmle_loss",
     "listnet_loss",
     "logit_matching_loss",
+    "nkd_loss",
+    "normdkd_loss",
+    "normkd_loss",
     "p_listmle_loss",
     "pld_loss",
     "reverse_kl_loss",
+    "standardize",
+    "tempered_kd",
+    "tfkd_loss",
+    "tvd_loss",
+    "wsld_loss",
 ]

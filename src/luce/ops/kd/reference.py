@@ -18,8 +18,11 @@ def relative_entropy(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tens
     return torch.where(close, p * (small + torch.expm1(-small)), p * d + (q - p)).sum(-1)
 
 
-def forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) at a temperature, without its square; ``(N, C)`` logits to ``(N,)`` nats."""
+def forward_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
+    """KL(teacher || student) at a temperature, without its square; ``(N, C)`` logits to ``(N,)`` nats.
+
+    A tensor of ``(N, 1)`` gives each row a temperature of its own.
+    """
     log_p = (teacher / temperature).log_softmax(-1)
     log_q = (student / temperature).log_softmax(-1)
     return relative_entropy(log_p.exp(), log_p, log_q.exp(), log_q)

@@ -1,0 +1,63 @@
+"""Modules of KD's relatives that weigh rows or classes anew, or measure the distance otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .._reduce import UNLABELLED
+from ..functional import reweighted
+from .base import LogitLoss
+
+
+@dataclass(eq=False, repr=False)
+class NKDLoss(LogitLoss):
+    """Module of `luce.nkd_loss`: normalized KD.
+
+    Example:
+        >>> NKDLoss(gamma=3.5, temperature=3.0)
+        NKDLoss(gamma=3.5, temperature=3.0)
+    """
+
+    function = staticmethod(reweighted.nkd_loss)
+    uses_unlabelled = False
+
+    gamma: float = 1.5
+    temperature: float = 1.0
+    unlabelled_index: int = UNLABELLED
+
+
+@dataclass(eq=False, repr=False)
+class TVDLoss(LogitLoss):
+    """Module of `luce.tvd_loss`: total variation distance."""
+
+    function = staticmethod(reweighted.tvd_loss)
+
+    temperature: float = 1.0
+
+
+@dataclass(eq=False, repr=False)
+class WSLDLoss(LogitLoss):
+    """Module of `luce.wsld_loss`: KD with less weight on rows whose label the student knows already."""
+
+    function = staticmethod(reweighted.wsld_loss)
+    uses_unlabelled = False
+
+    temperature: float = 2.0
+    scale_by_temperature: bool = True
+    unlabelled_index: int = UNLABELLED
+
+
+@dataclass(eq=False, repr=False)
+class TfKDLoss(LogitLoss):
+    """Module of `luce.tfkd_loss`: KD from a virtual teacher. Called like the others; the teacher's logits may
+    be None.
+    """
+
+    function = staticmethod(reweighted.tfkd_loss)
+    takes_teacher = False
+    uses_unlabelled = False
+
+    correct_probability: float = 0.99
+    temperature: float = 20.0
+    scale_by_temperature: bool = True
+    unlabelled_index: int = UNLABELLED
