@@ -3,6 +3,7 @@
 from .base import LogitLoss
 from .curriculum import CTKDLoss
 from .divergence import CrossEntropyLoss, DKDLoss, JSDLoss, KDLoss, ReverseKLLoss
+from .features import FeatureLoss
 from .listwise import ListMLELoss, ListNetLoss, PLDLoss, PListMLELoss
 from .matching import LogitMatchingLoss
 from .normalized import NormDKDLoss, NormKDLoss, Standardized
@@ -15,6 +16,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DISTLoss",
     "DKDLoss",
+    "FeatureLoss",
     "JSDLoss",
     "KDLoss",
     "ListMLELoss",
