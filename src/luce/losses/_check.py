@@ -25,6 +25,13 @@ def check_not_negative(**values: float) -> None:
             raise ValueError(f"expected `{name}` to be a finite number of at least 0, got {value!r}")
 
 
+def check_at_least(least: float, **values: float) -> None:
+    """Each value must be a finite number, `least` or above."""
+    for name, value in values.items():
+        if not (isinstance(value, Real) and least <= value < math.inf):
+            raise ValueError(f"expected `{name}` to be a finite number of at least {least}, got {value!r}")
+
+
 def check_between(low: float, high: float, **values: float) -> None:
     """Each value must lie strictly between the bounds."""
     for name, value in values.items():
@@ -149,3 +156,60 @@ def wrong_label(label: int, classes: int) -> ValueError:
         f"expected labels in [0, {classes}) that name a class which exists, got {label}; "
         f"mark rows that should not count with `ignore_index`"
     )
+
+
+FEATURES = {
+    "maps": {3: "(C', H, W)", 2: "(T, D)"},
+    "vectors": {1: "(D,)"},
+}
+"""By rank, the shapes of a feature beside the batch."""
+
+
+def check_feature_shape(name: str, shape: torch.Size, takes: str | None) -> None:
+    """A feature beside its batch: of a rank that the loss can read (any, if None), and not empty."""
+    if takes is not None and len(shape) not in FEATURES[takes]:
+        advice = "pool the map or flatten it" if takes == "vectors" else "take it before the pooling"
+        raise ValueError(
+            f"expected {name} of shape {' or '.join(FEATURES[takes].values())} beside the batch, "
+            f"got {tuple(shape)}; {advice}"
+        )
+    if shape.numel() == 0 or not shape:
+        raise ValueError(f"expected {name} with something in it beside the batch, got {tuple(shape)}")
+
+
+def check_features(student_features: Tensor, teacher_features: Tensor, takes: str | None) -> None:
+    """Floating tensors of ranks that the loss can read, with the same rows, at least one."""
+    for name, feature in (("student_features", student_features), ("teacher_features", teacher_features)):
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(feature).__name__}")
+        if not feature.is_floating_point():
+            raise TypeError(f"expected `{name}` of a floating dtype, got {feature.dtype}")
+        check_feature_shape(f"`{name}`", feature.shape[1:], takes)
+    rows, others = student_features.shape[0], teacher_features.shape[0]
+    if rows != others or rows == 0:
+        raise ValueError(
+            f"expected the same rows, at least one, in `student_features` and `teacher_features`, "
+            f"got {rows} and {others}"
+        )
+    if student_features.device != teacher_features.device:
+        raise ValueError(
+            f"expected `teacher_features` on {student_features.device} like `student_features`, "
+            f"got {teacher_features.device}"
+        )
+
+
+def check_two(**pairs: tuple[Tensor, Tensor]) -> None:
+    """Each must be the input and the output of a stage."""
+    for name, pair in pairs.items():
+        if not isinstance(pair, (tuple, list)):
+            raise TypeError(f"expected `{name}` to be (input, output) of a stage, got {type(pair).__name__}")
+        if len(pair) != 2:
+            raise ValueError(f"expected `{name}` to be (input, output) of a stage, got {len(pair)} features")
+
+
+def check_like(name: str, feature: Tensor, like: Tensor, advice: str) -> None:
+    """A tensor of the shape of another."""
+    if feature.shape != like.shape:
+        raise ValueError(
+            f"expected `{name}` of shape {tuple(like.shape)}, got {tuple(feature.shape)}; {advice}"
+        )

@@ -1,32 +1,93 @@
-"""The only code that knows how features are laid out: ranks, sizes, dtypes, and what a norm of 0 means."""
+"""The only code that knows how features are laid out: ranks, sizes and dtypes, and what a norm of 0 means.
+
+Inside the losses a map is ``(N, C', H, W)``; tokens ``(N, T, D)`` become a map of T places in a column.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-Layout = Literal["maps", "vectors"]
-SHAPES = {
-    "maps": {3: "(C', H, W)", 2: "(T, D)"},
-    "vectors": {1: "(D,)"},
-}
+from ..ops._rows import wide_dtype
+from . import _check
 
-
-def as_text(shapes: Sequence[Sequence[torch.Size]]) -> str:
-    student, teacher = ([tuple(shape) for shape in group] for group in shapes)
-    return f"{student} of the student and {teacher} of the teacher"
+Two = tuple[Tensor, Tensor]
 
 
-def check_shape(name: str, shape: torch.Size, takes: Layout) -> None:
-    """A feature without its batch dimension has a rank that the loss can read, and something in it."""
-    readable = SHAPES[takes]
-    if len(shape) not in readable:
-        advice = "pool the map or flatten it" if takes == "vectors" else "take it before the pooling"
+def maps(student: Tensor, teacher: Tensor, *, pooled: bool = True, like_channels: bool = False) -> Two:
+    """Both features as maps in their common wide dtype, the teacher's detached.
+
+    Args:
+        pooled: Bring both to one height and width, the smaller of each, by adaptive average pooling.
+        like_channels: Refuse channels that differ.
+    """
+    _check.check_features(student, teacher, "maps")
+    if student.ndim != teacher.ndim:
         raise ValueError(
-            f"expected the {name} to be of shape {' or '.join(readable.values())} beside the batch, "
-            f"got {tuple(shape)}; {advice}"
+            f"expected both features as maps (N, C', H, W) or both as tokens (N, T, D), got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}; reshape the tokens to a map"
+            f", without a class token"
         )
-    if 0 in shape:
-        raise ValueError(f"expected the {name} not to be empty, got shape {tuple(shape)} beside the batch")
+    if pooled and student.ndim == 3 and student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"expected as many tokens of the student as of the teacher, got {student.shape[1]} and "
+            f"{teacher.shape[1]}; this loss compares places: reshape both to maps, which can be pooled"
+        )
+    s, t = (as_map(x) for x in _wide(student, teacher))
+    if like_channels and s.shape[1] != t.shape[1]:
+        raise ValueError(
+            f"expected as many channels of the student as of the teacher, got {s.shape[1]} and {t.shape[1]}; "
+            f"the loss's module makes a projection when it is built"
+        )
+    return same_size(s, t) if pooled else (s, t)
+
+
+def vectors(student: Tensor, teacher: Tensor) -> Two:
+    """Both features as ``(N, D)``, each with its own D, in a common wide dtype, the teacher's detached."""
+    _check.check_features(student, teacher, "vectors")
+    return _wide(student, teacher)
+
+
+def rows(student: Tensor, teacher: Tensor) -> Two:
+    """As `vectors`, of features of any rank, flattened."""
+    _check.check_features(student, teacher, None)
+    s, t = _wide(student, teacher)
+    return s.flatten(1), t.flatten(1)
+
+
+def _wide(student: Tensor, teacher: Tensor) -> Two:
+    dtype = wide_dtype(student, teacher)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def as_map(feature: Tensor) -> Tensor:
+    return feature if feature.ndim == 4 else feature.mT.unsqueeze(-1)
+
+
+def map_shape(shape: torch.Size) -> torch.Size:
+    """``(C', H, W)`` of a feature's shape beside the batch, as `as_map` lays it out."""
+    return shape if len(shape) == 3 else torch.Size((shape[1], shape[0], 1))
+
+
+def same_size(a: Tensor, b: Tensor) -> Two:
+    """Both maps at the smaller height and the smaller width of the two."""
+    size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
+    one, other = (x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
+    return one, other
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Autocast would do the products of float32 matrices in 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    """`x` divided by its L2 norm along `dim`; a zero vector stays 0 and passes no gradient.
+
+    Dividing by the largest entry first changes nothing but that squares neither overflow nor vanish.
+    """
+    largest = x.detach().abs().amax(dim, keepdim=True)
+    x = x / torch.where(largest == 0, 1, largest)
+    square = x.square().sum(dim, keepdim=True)
+    return x * torch.where(square == 0, 0, torch.where(square == 0, 1, square).rsqrt())

@@ -2,30 +2,45 @@
 
 from .curriculum import tempered_kd
 from .divergence import cross_entropy_loss, dkd_loss, jsd_loss, kd_loss, reverse_kl_loss
+from .embeddings import cc_loss, pkt_loss, rkd_loss, sp_loss
 from .listwise import listmle_loss, listnet_loss, p_listmle_loss, pld_loss
+from .maps import at_loss, cwd_loss, fitnet_loss, fsp_loss, ickd_loss, mgd_loss, nst_loss, ofd_loss, vid_loss
 from .matching import logit_matching_loss
 from .normalized import normdkd_loss, normkd_loss, standardize
 from .relation import dist_loss
 from .reweighted import nkd_loss, tfkd_loss, tvd_loss, wsld_loss
 
 __all__ = [
+    "at_loss",
+    "cc_loss",
     "cross_entropy_loss",
+    "cwd_loss",
     "dist_loss",
     "dkd_loss",
+    "fitnet_loss",
+    "fsp_loss",
+    "ickd_loss",
     "jsd_loss",
     "kd_loss",
     "listmle_loss",
     "listnet_loss",
     "logit_matching_loss",
+    "mgd_loss",
     "nkd_loss",
     "normdkd_loss",
     "normkd_loss",
+    "nst_loss",
+    "ofd_loss",
     "p_listmle_loss",
+    "pkt_loss",
     "pld_loss",
     "reverse_kl_loss",
+    "rkd_loss",
+    "sp_loss",
     "standardize",
     "tempered_kd",
     "tfkd_loss",
     "tvd_loss",
+    "vid_loss",
     "wsld_loss",
 ]

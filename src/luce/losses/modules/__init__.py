@@ -3,8 +3,10 @@
 from .base import LogitLoss
 from .curriculum import CTKDLoss
 from .divergence import CrossEntropyLoss, DKDLoss, JSDLoss, KDLoss, ReverseKLLoss
+from .embeddings import CCLoss, PKTLoss, RKDLoss, SPLoss
 from .features import FeatureLoss
 from .listwise import ListMLELoss, ListNetLoss, PLDLoss, PListMLELoss
+from .maps import ATLoss, CWDLoss, FitNetLoss, FSPLoss, ICKDLoss, MGDLoss, NSTLoss, OFDLoss, VIDLoss
 from .matching import LogitMatchingLoss
 from .normalized import NormDKDLoss, NormKDLoss, Standardized
 from .relation import DISTLoss
@@ -12,26 +14,39 @@ from .reweighted import NKDLoss, TfKDLoss, TVDLoss, WSLDLoss
 from .weighted_sum import WeightedSum
 
 __all__ = [
+    "ATLoss",
+    "CCLoss",
     "CTKDLoss",
+    "CWDLoss",
     "CrossEntropyLoss",
     "DISTLoss",
     "DKDLoss",
+    "FSPLoss",
     "FeatureLoss",
+    "FitNetLoss",
+    "ICKDLoss",
     "JSDLoss",
     "KDLoss",
     "ListMLELoss",
     "ListNetLoss",
     "LogitLoss",
     "LogitMatchingLoss",
+    "MGDLoss",
     "NKDLoss",
+    "NSTLoss",
     "NormDKDLoss",
     "NormKDLoss",
+    "OFDLoss",
+    "PKTLoss",
     "PLDLoss",
     "PListMLELoss",
+    "RKDLoss",
     "ReverseKLLoss",
+    "SPLoss",
     "Standardized",
     "TVDLoss",
     "TfKDLoss",
+    "VIDLoss",
     "WSLDLoss",
     "WeightedSum",
 ]

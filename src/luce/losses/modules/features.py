@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import _features
+from .. import _check, _features
 
 Shapes = Sequence[torch.Size]
+Tensors = Sequence[Tensor]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -62,21 +63,35 @@ class FeatureLoss(nn.Module):
             if shapes != self._shapes:
                 raise ValueError(
                     f"expected the shapes that this {type(self).__name__} was built for, "
-                    f"{_features.as_text(self._shapes)}, got {_features.as_text(shapes)}; make another one"
+                    f"{_as_text(self._shapes)}, got {_as_text(shapes)}; make another one"
                 )
             return
         self._check_number(*map(len, shapes))
         for group, name in zip(shapes, ("student", "teacher"), strict=True):
             for shape in group:
-                _features.check_shape(f"{name}'s feature", shape, self.takes)
-        self._make(*shapes)
+                _check.check_feature_shape(f"a feature of the {name}", shape, self.takes)
         self._shapes = shapes
+        try:
+            self._make(*shapes)
+        except ValueError:
+            self._shapes = None
+            raise
 
-    def forward(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
-        """The loss of a batch, a scalar; shapes and errors are those of the function."""
+    def forward(self, student_features: Tensors, teacher_features: Tensors) -> Tensor:
+        """The loss of a batch, a scalar; shapes and errors are those of the function.
+
+        Raises:
+            RuntimeError: If this loss learns and was not built.
+        """
         self._check_number(len(student_features), len(teacher_features))
+        self._check_built()
         pairs = zip(student_features, teacher_features, strict=True)
         return torch.stack([self._stage(i, s, t) for i, (s, t) in enumerate(pairs)]).sum()
+
+    @property
+    def learns(self) -> bool:
+        """Whether `build` makes parameters."""
+        return type(self)._make is not FeatureLoss._make
 
     def _check_options(self) -> None:
         """The function knows its own rules: using the options once, on the smallest input, checks them."""
@@ -85,7 +100,17 @@ class FeatureLoss(nn.Module):
             self._stage(0, one, one)
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
-        """Make the parameters; nothing for a loss without any."""
+        """Make the parameters; a loss without any only tries the shapes."""
+        self._try(student_shapes, teacher_shapes)
+
+    @torch.no_grad()
+    def _try(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
+        """Features of one row, of these shapes: what cannot be compared shows now, not in training."""
+        features = [[torch.zeros(1, *shape) for shape in group] for group in (student_shapes, teacher_shapes)]
+        training = self.training
+        self.eval()
+        self.forward(*features)
+        self.train(training)
 
     def _stage(self, stage: int, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of one feature of each network."""
@@ -114,6 +139,38 @@ class FeatureLoss(nn.Module):
                 f"got {student}"
             )
 
+    def _check_built(self) -> None:
+        if self.learns and self._shapes is None:
+            raise RuntimeError(
+                f"expected {type(self).__name__}.build to be called with the shapes of the features first: "
+                f"it makes what the loss learns"
+            )
+
     def extra_repr(self) -> str:
         changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
         return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
+
+
+def _as_text(shapes: Sequence[Sequence[torch.Size]]) -> str:
+    student, teacher = ([tuple(shape) for shape in group] for group in shapes)
+    return f"{student} of the student and {teacher} of the teacher"
+
+
+def through(layer: nn.Module, feature: Tensor) -> Tensor:
+    """What a learnt layer makes of a feature, whatever dtypes the two have."""
+    first = next(layer.parameters(), None)
+    output: Tensor = layer(feature if first is None else feature.to(first.dtype))
+    return output
+
+
+def channels(student_shapes: Shapes, teacher_shapes: Shapes) -> list[tuple[int, int]]:
+    """Of the student's map and of the teacher's, stage by stage."""
+    return [
+        (_features.map_shape(s)[0], _features.map_shape(t)[0])
+        for s, t in zip(student_shapes, teacher_shapes, strict=True)
+    ]
+
+
+def aligned(inputs: int, outputs: int) -> nn.Module:
+    """A 1x1 convolution to the teacher's channels where the student has others."""
+    return nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)

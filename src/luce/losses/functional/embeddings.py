@@ -1,0 +1,244 @@
+"""Losses that match how the rows of a batch lie to one another, not the features themselves.
+
+They couple the rows: their value depends on which rows share a batch, and on how many. The networks' features
+may differ in width. "*Benchmark code*" are the public repositories RepDistiller and mdistiller, whose
+weights, named in the docstrings, were tuned for CIFAR-100, 240 epochs of SGD with batches of 64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import _check, _features
+from .._features import unit
+
+
+def sp_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    r"""Similarity-preserving: rows that excite the teacher alike should excite the student alike.
+
+    .. math:: \frac{1}{N^2} \|G_s - G_t\|_F^2
+
+    where G is :math:`\Phi \Phi^\top` for the flattened features Φ, with each of its rows divided by its L2
+    norm. As in the benchmark code, which takes the map of the last stage and the weight 3000.
+
+    Args:
+        student_features: Shape ``(N, ...)``, flattened row by row.
+        teacher_features: Likewise, with the same N; receives no gradient.
+    Returns:
+        0 for a single row. Orthogonal maps of the features and a factor on all of them change nothing.
+        The similarities of a row of zeros are 0.
+    Raises:
+        ValueError: On a wrong shape.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> import torch
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> sp_loss(torch.ones(2, 3), features)  # entries 1 / sqrt(2) beside 1 and 0
+        tensor(0.2929)
+
+    References:
+        Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv 1907.09682.
+    """
+    s, t = _features.rows(student_features, teacher_features)
+    with _features.full_precision(s):
+        return (unit(s @ s.mT, dim=1) - unit(t @ t.mT, dim=1)).square().mean()
+
+
+def pkt_loss(student_features: Tensor, teacher_features: Tensor, *, eps: float = 1e-7) -> Tensor:
+    r"""Probabilistic knowledge transfer: match how likely one row is to have another for a neighbour.
+
+    .. math:: \frac{1}{N^2} \sum_{ij} P^t_{ij} \log \frac{P^t_{ij} + \epsilon}{P^s_{ij} + \epsilon}, \quad
+        P_{ij} = \frac{\cos(f_i, f_j) + 1}{\sum_k (\cos(f_i, f_k) + 1)}
+
+    The sums take in a row itself. As in the benchmark code, from the authors', whose weight is 30000 because
+    of the mean over all pairs.
+
+    Args:
+        student_features: Shape ``(N, D)``.
+        teacher_features: Likewise, with its own D; receives no gradient.
+        eps: Added to both probabilities, above 0.
+    Returns:
+        At least 0, up to `eps`; 0 for a single row. A positive factor on any row changes nothing. A row of
+        zeros is at right angles to every row, itself included.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> features = torch.randn(4, 3)
+        >>> pkt_loss(2 * features, features) < 1e-6
+        tensor(True)
+
+    References:
+        Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018,
+        arXiv 1803.10837.
+    """
+    _check.check_positive(eps=eps)
+    s, t = _features.vectors(student_features, teacher_features)
+    with _features.full_precision(s):
+        p_s, p_t = _neighbours(s), _neighbours(t)
+        return (p_t * ((p_t + eps) / (p_s + eps)).log()).mean()
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    close = (_cosines(x) + 1).clamp(min=0)  # rounding may take a cosine below -1
+    return close / close.sum(1, keepdim=True)
+
+
+def _cosines(x: Tensor) -> Tensor:
+    x = unit(x, dim=1)
+    return x @ x.mT
+
+
+def rkd_loss(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+) -> Tensor:
+    r"""Relational KD: match the distances between rows and the angles in all triangles of rows.
+
+    .. math:: w_d \operatorname{mean}_{ij} \ell\Big(\frac{d^s_{ij}}{\bar d^s}, \frac{d^t_{ij}}{\bar d^t}\Big)
+        + w_a \operatorname{mean}_{ijk} \ell(\cos \angle^s_{ijk}, \cos \angle^t_{ijk})
+
+    with Euclidean distances, their mean over all pairs of two rows, and the smooth L1 distance ℓ, which is
+    half the square up to 1. The means are over all N² pairs and N³ triples. As in the benchmark code, whose
+    weight is 1, but for rows that coincide: there it sets their distance to 1e-6 and loses the gradient's
+    scale; here it is 0, its gradient too, and if all coincide so are all distances.
+
+    Work grows as N³ D. Memory stays below that: the corners of the triangles are gone through in parts,
+    which are worked out again in the backward pass.
+
+    Args:
+        student_features: Shape ``(N, D)``.
+        teacher_features: Likewise, with its own D; receives no gradient.
+        distance_weight: Weight of the distances, at least 0.
+        angle_weight: Weight of the angles, at least 0.
+    Returns:
+        0 for a single row. Isometries and a positive factor on all features change nothing.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> corners = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+        >>> rkd_loss(10 * corners, corners) < 1e-6
+        tensor(True)
+
+    References:
+        Park et al., Relational Knowledge Distillation, CVPR 2019, arXiv 1904.05068.
+    """
+    _check.check_not_negative(distance_weight=distance_weight, angle_weight=angle_weight)
+    s, t = _features.vectors(student_features, teacher_features)
+    with _features.full_precision(s):
+        loss = s.sum() * 0
+        if distance_weight:
+            loss = loss + distance_weight * F.smooth_l1_loss(_distances(s), _distances(t))
+        if angle_weight:
+            loss = loss + angle_weight * _mean_of_angles(s, t)
+        return loss
+
+
+def _distances(x: Tensor) -> Tensor:
+    """In units of their mean; 0 where all rows coincide. Not by products, which lose short distances."""
+    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    pairs = max(len(x) * (len(x) - 1), 1)
+    mean = distances.sum() / pairs
+    return distances / torch.where(mean == 0, 1, mean)
+
+
+PART = 2**24
+"""Numbers in the largest tensor of a part of the angles."""
+
+
+def _mean_of_angles(s: Tensor, t: Tensor) -> Tensor:
+    rows = len(s)
+    size = max(1, PART // (rows * max(rows, s.shape[1], t.shape[1])))
+    if size >= rows:
+        return _sum_of_angles(s, t, 0, rows) / rows**3
+    parts = [
+        checkpoint(_sum_of_angles, s, t, start, start + size, use_reentrant=False, preserve_rng_state=False)
+        for start in range(0, rows, size)
+    ]
+    return torch.stack(parts).sum() / rows**3
+
+
+def _sum_of_angles(s: Tensor, t: Tensor, start: int, stop: int) -> Tensor:
+    """Of the triangles whose middle corner is one of these rows."""
+    cosines_s, cosines_t = (
+        sides @ sides.mT for sides in (unit(x[None] - x[start:stop, None], dim=2) for x in (s, t))
+    )
+    return F.smooth_l1_loss(cosines_s, cosines_t, reduction="sum")
+
+
+def cc_loss(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    form: Literal["kernel", "consecutive"] = "kernel",
+    gamma: float = 0.4,
+    order: int = 2,
+) -> Tensor:
+    r"""Correlation congruence: match how the rows of a batch correlate.
+
+    .. math:: \frac{1}{N^2} \|K_s - K_t\|_F^2, \quad
+        K_{ij} = e^{-2\gamma} \sum_{p=0}^{P} \frac{(2\gamma)^p}{p!} \cos(f_i, f_j)^p
+
+    The *kernel* form follows the paper: K is a Gaussian kernel :math:`e^{-\gamma \|x - y\|^2}` of normalised
+    features, expanded to order P. The paper itself was not at hand; public reimplementations agree on this
+    form with γ = 0.4 and P = 2.
+
+    The benchmark code, though said to stem from the authors', is another loss: with :math:`\delta_n = |s_n -
+    t_n|` of features in one space,
+
+    .. math:: \frac{1}{N - 1} \sum_{n} \sum_d \delta_{n,d}\, \delta_{n+1,d}
+
+    It is the *consecutive* form, kept for comparisons: it depends on the order of the rows, and a pair of
+    rows adds nothing as soon as one of the two matches. Its weight is 0.02, after learnt embeddings of 128
+    dimensions, which `luce.CCLoss` has.
+
+    Args:
+        student_features: Shape ``(N, D)``.
+        teacher_features: Likewise, with its own D in the kernel form; receives no gradient.
+        form: ``"kernel"`` or ``"consecutive"``.
+        gamma: Of the Gaussian kernel, positive; only for the kernel form.
+        order: Of its expansion, at least 1; only for the kernel form.
+    Returns:
+        The consecutive form of a single row is 0. The cosines of a row of zeros are 0.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> features = torch.randn(4, 3)
+        >>> cc_loss(2 * features, features) < 1e-6
+        tensor(True)
+
+    References:
+        Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019, arXiv 1904.01802.
+    """
+    _check.check_choice("form", form, ("kernel", "consecutive"))
+    _check.check_positive(gamma=gamma)
+    _check.check_count(order=order)
+    s, t = _features.vectors(student_features, teacher_features)
+    if form == "consecutive":
+        _check.check_like("student_features", s, t, "`luce.CCLoss` embeds both in one space")
+        return consecutive_products(s, t)
+    with _features.full_precision(s):
+        return (_taylor_kernel(s, gamma, order) - _taylor_kernel(t, gamma, order)).square().mean()
+
+
+def _taylor_kernel(x: Tensor, gamma: float, order: int) -> Tensor:
+    cosines = _cosines(x)
+    terms = [(2 * gamma) ** p / math.factorial(p) * cosines**p for p in range(order + 1)]
+    return math.exp(-2 * gamma) * torch.stack(terms).sum(0)
+
+
+def consecutive_products(s: Tensor, t: Tensor) -> Tensor:
+    """The consecutive form of `cc_loss` on embeddings ``(N, D)``, of which both may be learnt."""
+    apart = (s - t).abs()
+    return (apart[:-1] * apart[1:]).sum() / max(len(apart) - 1, 1)
