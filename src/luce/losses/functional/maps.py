@@ -106,8 +106,8 @@ def nst_loss(
         teacher_features: Likewise, with its own C', H and W, but as many tokens; receives no gradient.
         kernel: ``"polynomial"`` or ``"linear"``.
     Returns:
-        At least 0 up to rounding, and 0 where both have the same channels, in any order. The kernel of a channel
-        of zeros with any other is 0.
+        At least 0 up to rounding, and 0 where both have the same channels, in any order. The kernel of a
+        channel of zeros with any other is 0.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.

@@ -223,9 +223,10 @@ class OFDLoss(FeatureLoss):
 
     The margin of a channel is the mean of the teacher's negative values there. The authors' code works it out
     from the weight and bias of the batch normalisation before the ReLU, taking its output to be normal, and
-    as -3 standard deviations where that is hardly ever negative. Here it is counted: over all batches seen in training mode, this one included,
-    in buffers that are saved with the loss. So it is exact for any teacher, settles within the first batches,
-    and under several processes each counts its own rows. A channel that was never negative has the margin 0.
+    as -3 standard deviations where that is hardly ever negative. Here it is counted: over all batches seen in
+    training mode, this one included, in buffers that are saved with the loss. So it is exact for any teacher,
+    settles within the first batches, and under several processes each counts its own rows. A channel that was
+    never negative has the margin 0.
     """
 
     takes = "maps"
