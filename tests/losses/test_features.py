@@ -462,3 +462,15 @@ def test_compiled_is_eager(entry):
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+@pytest.mark.gpu
+@each
+def test_a_gpu_agrees_with_the_cpu(entry):
+    loss = Case(entry.module, entry.student, entry.teacher, {**entry.options, **unmasked(entry)}).build()
+    student, teacher = entry.batch(4, torch.float32)
+    expected = value_and_gradients(copy.deepcopy(loss), student, teacher)
+    there = ([x.cuda() for x in features] for features in (student, teacher))
+    result, gradients = value_and_gradients(loss.cuda(), *there)
+    actual = result.cpu(), tuple(g.cpu() for g in gradients)
+    assert_close(actual, expected, rtol=1e-3, atol=1e-5)  # convolutions may run in TF32

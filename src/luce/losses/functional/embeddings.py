@@ -109,8 +109,8 @@ def rkd_loss(
 
     with Euclidean distances, their mean over all pairs of two rows, and the smooth L1 distance ℓ, which is
     half the square up to 1. The means are over all N² pairs and N³ triples. As in the benchmark code, whose
-    weight is 1, but for rows that coincide: there it sets their distance to 1e-6 and loses the gradient's
-    scale; here it is 0, its gradient too, and if all coincide so are all distances.
+    weight is 1, but for rows that coincide: their distance is 1e-6 there, before it is divided by the mean,
+    and 0 here, with a gradient of 0.
 
     Work grows as N³ D. Memory stays below that: the corners of the triangles are gone through in parts,
     which are worked out again in the backward pass.

@@ -53,8 +53,8 @@ def at_loss(student_features: Tensor, teacher_features: Tensor, *, p: float = 2.
         \quad Q_i = \frac{1}{C'} \sum_c |F_{ci}|^p
 
     with the norm over the places *i* of a row. The channels may differ. The larger map is average-pooled to
-    the smaller. This is the benchmark code, whose weight is 1000 and which sums over all stages; the paper,
-    as we know it, has a norm per layer where the code has a mean, and smaller weights.
+    the smaller. This is the benchmark code, whose weight is 1000 and which sums over all stages; the paper's
+    formula has a norm per layer where the code has a mean.
 
     Args:
         student_features: Shape ``(N, C', H, W)`` or ``(N, T, D)``.

@@ -25,6 +25,14 @@ class FeatureLoss(nn.Module):
     `build`, must be handed to the optimiser, and are of no use once the student is trained, unless the loss
     says otherwise. A loss without parameters needs no `build`, which then only checks the shapes.
 
+    Example:
+        >>> import luce
+        >>> loss = luce.VIDLoss()
+        >>> loss.build([(8, 4, 4)], [(16, 4, 4)])
+        >>> optimizer = torch.optim.SGD(loss.parameters(), lr=0.01)  # and those of the student
+        >>> loss([torch.zeros(2, 8, 4, 4)], [torch.zeros(2, 16, 4, 4)])  # log(5) / 2
+        tensor(0.8047, grad_fn=<SumBackward0>)
+
     Subclasses say what they compare:
 
     Attributes:
