@@ -255,9 +255,13 @@ def test_shapes_that_a_loss_cannot_read_are_refused_by_build(entry):
     "entry", [c for c in CASES if c.module.takes == "maps" and c.module is not luce.SPLoss], ids=str
 )
 def test_maps_beside_tokens_are_refused_by_build(entry):
-    tokens = [(t[1] * t[2], t[0]) for t in entry.teacher]
+    loss, tokens = entry.module(**entry.options), [(t[1] * t[2], t[0]) for t in entry.teacher]
     with pytest.raises(ValueError, match=r"both features as maps|as large as the teacher's"):
-        entry.module(**entry.options).build(entry.student, tokens)
+        loss.build(entry.student, tokens)
+    if loss.learns:
+        with pytest.raises(RuntimeError, match="build"):
+            loss(*entry.batch())
+    loss.build(entry.student, entry.teacher)  # what failed is no obstacle
 
 
 @pytest.mark.parametrize("entry", [c for c in CASES if c.module.takes == "maps"], ids=str)
