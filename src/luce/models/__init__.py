@@ -27,7 +27,16 @@ stays as it was.
 from __future__ import annotations
 
 from luce.models.classifier import Classifier
+from luce.models.heads import center_head_, equal_mean_head
 from luce.models.network import count_parameters, logits_of
 from luce.models.registry import build, names
 
-__all__ = ["Classifier", "build", "count_parameters", "logits_of", "names"]
+__all__ = [
+    "Classifier",
+    "build",
+    "center_head_",
+    "count_parameters",
+    "equal_mean_head",
+    "logits_of",
+    "names",
+]

@@ -31,16 +31,18 @@ ENVIRONMENT = (
     "threads",
     "device",
 )
+FOOTER = "Written by Luce from the run folders alone. It loads nothing from the network."
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Plots of one kind; ``small`` panels stand four in a row where there is room, others two."""
+    """Plots of one kind: ``small`` panels stand four in a row where there is room, ``wide`` ones alone."""
 
     heading: str
     caption: str
     plots: Sequence[Plot]
     small: bool = False
+    wide: bool = False
 
 
 def write_html(folder: Path | str, out: Path | str | None = None) -> Path:
@@ -65,6 +67,15 @@ def write_html(folder: Path | str, out: Path | str | None = None) -> Path:
         page = _run_page(read_run(folder))
     else:
         raise UserError(f"{folder} holds neither comparison.yaml nor a run; name a folder that Luce wrote")
+    return write_page(page, out)
+
+
+def write_page(page: Mapping[str, Any], out: Path) -> Path:
+    """Fill the template and put the page in its place once it is complete; returns the path.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
     # Under a hidden name beside its goal: on one file system, so the last step cannot stop half way.
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -129,10 +140,11 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
         "table": table(comparison),
         "colours": colours(comparison),
         "galleries": [gallery for gallery in galleries if gallery.plots],
-        "missing": [path.relative_to(comparison.folder).as_posix() for path in comparison.missing],
+        "warnings": [("Incomplete.", _missing(comparison))] if comparison.missing else [],
         "command": comparison.command,
         "recipe": yaml.safe_dump(dict(comparison.recipe), sort_keys=False, allow_unicode=True),
         "facts": _facts(runs),
+        "footer": FOOTER,
     }
 
 
@@ -171,11 +183,17 @@ def _run_page(run: Run) -> dict[str, Any]:
         "table": table(run),
         "colours": {},
         "galleries": [gallery for gallery in galleries if gallery.plots],
-        "missing": [],
+        "warnings": [],
         "command": f"luce {command} {shlex.quote(str(run.folder / 'recipe.yaml'))}",
         "recipe": yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True),
         "facts": _facts([run]),
+        "footer": FOOTER,
     }
+
+
+def _missing(comparison: Comparison) -> str:
+    names = ", ".join(path.relative_to(comparison.folder).as_posix() for path in comparison.missing)
+    return f"Not run or not finished, and so not in any figure below: {names}."
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:

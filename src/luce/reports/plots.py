@@ -128,7 +128,7 @@ def reliability(source: Run | Comparison) -> dict[str, list[Plot]]:
                 f"{method}, ECE {number(error)}%",
                 f"Reliability of {method}: {pairs}.",
                 (2.3, 2.2),
-                partial(_paint_reliability, bins=bins, colour=palette[method]),
+                partial(paint_reliability, bins=bins, colour=palette[method]),
             )
             found.setdefault(setting.label, []).append(plot)
     return found
@@ -251,7 +251,8 @@ def _bar(axes: Axes, row: int, mean: float, deviation: float, colour: str, text:
     axes.annotate(text, end, (4, 0), textcoords="offset points", va="center", fontsize=7.5)
 
 
-def _paint_reliability(figure: Figure, *, bins: Sequence[Bin], colour: str) -> None:
+def paint_reliability(figure: Figure, *, bins: Sequence[Bin], colour: str) -> None:
+    """Accuracy against confidence."""
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle=DASHED)
     confidence = [100 * bar.confidence for bar in bins]

@@ -37,14 +37,14 @@ def table(source: Run | Comparison) -> Table:
     return _run_table(source) if isinstance(source, Run) else _comparison_table(source)
 
 
-def terminal_table(source: Run | Comparison) -> rich.console.Group:
+def terminal_table(source: Run | Comparison | Table) -> rich.console.Group:
     """The table for ``rich.print``, one for each setting with the same columns; 80 characters as a rule."""
     import rich.box
     from rich.console import Group
     from rich.table import Table as Grid
     from rich.text import Text
 
-    content = table(source)
+    content = source if isinstance(source, Table) else table(source)
     columns = zip(*(map(_tight, row) for section in content.sections for row in section.rows), strict=True)
     # Headers give way to figures: a column is as wide as its widest cell in any setting.
     widths = [max(5, *map(len, cells)) for cells in columns]

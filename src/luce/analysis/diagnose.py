@@ -1,0 +1,511 @@
+r"""What a teacher knows beyond the labels, and how much of it reaches a student.
+
+With *rho* the teacher's softened probabilities, ``M = 1 - rho_y`` what a row leaves to the wrong classes,
+*rel* how a row spreads it beyond an even spread (zero at the label, and in sum), ``K = C / (C - 1)``, and an
+index *y* for the mean over the rows of a class, the teacher's departure from the labels is exactly
+
+    E||rho - e_y||² = K (E M)²              universe: the same smoothing everywhere
+                    + K Var(M_y)            class difficulty
+                    + E||rel_y||²           class relations
+                    + K E Var(M | y)        instance confidence: which row is hard
+                    + E||rel - rel_y||²     instance relations: what each row resembles
+
+The three levels (universe, domain, instance) are those of the paper below, as its abstract and others'
+summaries tell them. The five terms, the reference teachers and the split of the gradient are our own; both
+are orthogonal decompositions and add up without remainder.
+
+References:
+    Tang et al., Understanding and Improving Knowledge Distillation, arXiv 2002.03532.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..losses import UNLABELLED, _check
+from ._rows import check_matrix, check_temperature, check_twin, finite_logits
+
+CHUNK = 1 << 20
+"""Probabilities that are looked at together, so that a thousand classes need no more memory than ten."""
+FLOOR = 1e-6
+"""The least ``1 - p_y`` that a weight is divided by."""
+IGNORED = -100
+NOTHING = 1e-12
+"""What is smaller than this part of its like is rounding."""
+
+Spread = Callable[[Tensor, Tensor], Tensor]
+"""From a teacher's probabilities ``(n, C)`` and the labels ``(n,)`` to those of another teacher."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The five parts of the departure from the labels; each at least 0."""
+
+    universe: float
+    class_difficulty: float
+    class_relations: float
+    instance_confidence: float
+    instance_relations: float
+
+    @property
+    def total(self) -> float:
+        return math.fsum(self.as_dict().values())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each part of the whole; all 0 where the teacher only repeats the labels."""
+        return {name: value / (self.total or 1.0) for name, value in self.as_dict().items()}
+
+    def as_dict(self) -> dict[str, float]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What a teacher does to the gradient of a student, ``(1 - weight) CE + weight KD``.
+
+    The weight of a row, ``w_y``, is the factor by which the teacher changes the cross-entropy's pull on the
+    label, and on all other classes together:
+    ``w_y = (1 - weight) + weight T (rho_y - softmax(s/T)_y) / (1 - softmax(s)_y)`` (without the factor T if
+    KD is not scaled by the temperature).
+
+    Attributes:
+        weights: ``w_y`` of each row, float64.
+        floored: Rows so well learnt that ``1 - softmax(s)_y`` was below `floor` and was replaced by it.
+        floor: As named.
+        negative: Share of the rows whose weight is below 0: there the label is pushed down.
+        correlation: Between ``rho_y`` and the student's cross-entropy over the rows; None if either is
+            constant.
+        norms: Mean norm of the gradient of the logits by part: ``cross_entropy`` (the plain loss, without its
+            share), and KD's ``universe``, ``domain`` and ``instance``, with theirs.
+        cosines: Of each of KD's parts with the gradient of cross-entropy, all rows taken as one vector; None
+            where a part is 0.
+    """
+
+    weights: Tensor
+    floored: int
+    floor: float
+    negative: float
+    correlation: float | None
+    norms: dict[str, float]
+    cosines: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """One teacher on some rows.
+
+    Attributes:
+        rows: That have a label.
+        class_rows: How many of each class, ``(C,)``.
+        terms: The five parts of the departure from the labels.
+        departure: ``E||rho - e_y||²``, taken directly; `terms` add up to it.
+        smoothing: Strength of the label smoothing that leaves as much to the wrong classes,
+            ``E M * C / (C - 1)``.
+        entropy: Mean entropy of the probabilities, as a share of ``log C``.
+        accuracy: Share of the rows whose first choice is the label.
+        top_probability: Mean probability of the first choice.
+        label_probabilities: ``rho_y`` of each row, float64.
+        class_means: ``E[rho | y]``, ``(C, C)``; rows of classes that do not occur are 0.
+        relations: R, how the rows of a class spread what they leave to other classes: the mean over rows of
+            ``rho_c`` over the mean of ``1 - rho_y`` (so that each row counts as much as it leaves). Rows sum
+            to 1; 0 on the diagonal, and for classes that do not occur or leave nothing.
+        relation_divergence: ``KL(R_y || even)`` per class, nats, ``(C,)``: between 0, label smoothing, and
+            ``log(C - 1)``, a single rival.
+        class_relation_nats: Their mean, each class counting as much as it leaves.
+        instance_relation_nats: Mean KL from a row's own spread to that of its class, counted in the same way;
+            the two add up to the KL from the row's own spread to an even one.
+        pull: On a student, if there is one.
+    """
+
+    rows: int
+    class_rows: Tensor
+    terms: Terms
+    departure: float
+    smoothing: float
+    entropy: float
+    accuracy: float
+    top_probability: float
+    label_probabilities: Tensor
+    class_means: Tensor
+    relations: Tensor
+    relation_divergence: Tensor
+    class_relation_nats: float
+    instance_relation_nats: float
+    pull: Pull | None
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_rows)
+
+    @property
+    def missing(self) -> float:
+        """``E M``: what a row leaves to the wrong classes, on average."""
+        return self.smoothing * (self.classes - 1) / self.classes
+
+    @property
+    def relation_share(self) -> float:
+        """Of the most that relations could say, ``log(C - 1)`` nats; 0 with two classes, which have none."""
+        most = math.log(self.classes - 1)
+        return (self.class_relation_nats + self.instance_relation_nats) / most if most else 0.0
+
+    @property
+    def fresh_weight_spread(self) -> float:
+        """Deviation, within the classes, of ``1 - K M``: the weights ``w_y``, but for a factor T, that KD alone
+        gives to a student that knows nothing yet."""
+        factor = self.classes / (self.classes - 1)
+        return math.sqrt(factor * self.terms.instance_confidence)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A teacher beside synthetic teachers that know less, on the same rows.
+
+    Attributes:
+        temperature: Of the teacher's softmax.
+        unlabelled: Rows that were left out for want of a label.
+        teacher: What it knows.
+        references: By name: ``label_smoothing`` of the teacher's mean strength; ``class_mean``, which answers
+            every row of a class alike; and ``true_prob``, the teacher's ``rho_y`` with an even rest.
+    """
+
+    temperature: float
+    unlabelled: int
+    teacher: Knowledge
+    references: dict[str, Knowledge]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to look at, with the figures that say so."""
+
+    title: str
+    text: str
+
+
+def diagnose(
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    student_logits: Tensor | None = None,
+    weight: float = 0.9,
+    scale_by_temperature: bool = True,
+    floor: float = FLOOR,
+    ignore_index: int = IGNORED,
+    references: bool = True,
+) -> Diagnosis:
+    r"""Split what a teacher says beyond the labels into its levels, and compare it with simpler teachers.
+
+    Works in float64, on some rows at a time.
+
+    Args:
+        teacher_logits: Of the rows to learn from, ``(N, C)``; ``-inf`` is probability 0.
+        target: Their labels, ``(N,)``; rows at `ignore_index` or `luce.UNLABELLED` are left out.
+        temperature: Of the teacher's softmax. Positive, no unit.
+        student_logits: ``(N, C)``, of a student that is to learn, for instance as it is at the start; None
+            leaves `Knowledge.pull` out.
+        weight: Of KD in ``(1 - weight) CE + weight KD``, in [0, 1]; matters only with a student.
+        scale_by_temperature: As in `luce.kd_loss`; matters only with a student.
+        floor: The least ``1 - p_y`` to divide by; matters only with a student.
+        ignore_index: As named.
+        references: Whether to measure the reference teachers too.
+    Raises:
+        ValueError: On wrong shapes or values, a label that names no class, or no label at all.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> rho = torch.tensor([[0.7, 0.2, 0.1], [0.9, 0.06, 0.04], [0.3, 0.6, 0.1],
+        ...                     [0.1, 0.8, 0.1], [0.05, 0.15, 0.8], [0.02, 0.18, 0.8]])
+        >>> found = diagnose(rho.log(), torch.tensor([0, 0, 1, 1, 2, 2]))
+        >>> for name, value in found.teacher.terms.as_dict().items():
+        ...     print(f"{name} {value:.6f}")
+        universe 0.081667
+        class_difficulty 0.003333
+        class_relations 0.005083
+        instance_confidence 0.010000
+        instance_relations 0.002083
+        >>> round(found.references["class_mean"].terms.instance_confidence, 6)
+        0.0
+
+    References:
+        Tang et al., Understanding and Improving Knowledge Distillation, arXiv 2002.03532.
+    """
+    check_temperature(temperature)
+    check_matrix("teacher_logits", teacher_logits)
+    if not isinstance(target, Tensor) or target.shape != teacher_logits.shape[:1]:
+        got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"expected `target` with a label for each of {len(teacher_logits)} rows, got {got}")
+    _check.check_target(target, teacher_logits.shape[:1], teacher_logits)
+    if student_logits is not None:
+        finite_logits("student_logits", student_logits)
+        check_twin("student_logits", student_logits, "teacher_logits", teacher_logits)
+    if not 0 <= weight <= 1:
+        raise ValueError(f"expected `weight` in [0, 1], got {weight!r}")
+    _check.check_positive(floor=floor)
+
+    kept = ((target != ignore_index) & (target != UNLABELLED)).nonzero().squeeze(1)
+    if not len(kept):
+        raise ValueError(f"expected rows with a label in `target`, got none in {len(target)} rows")
+    labels = target[kept].long()
+    if int(labels.min()) < 0 or int(labels.max()) >= teacher_logits.shape[1]:
+        wrong = labels[(labels < 0) | (labels >= teacher_logits.shape[1])]
+        raise _check.wrong_label(int(wrong[0]), teacher_logits.shape[1])
+    rows = _Rows(
+        teacher_logits.detach(),
+        None if student_logits is None else student_logits.detach(),
+        kept,
+        labels,
+        temperature,
+        weight,
+        weight * (temperature if scale_by_temperature else 1 / temperature),
+        floor,
+    )
+    teacher = _measure(rows, lambda rho, _: rho)
+    simpler: dict[str, Spread] = {}
+    if references:
+        means, missing = teacher.class_means, teacher.missing
+        simpler = {
+            "label_smoothing": lambda rho, y: _even(torch.full_like(rho[:, 0], missing), y, rho.shape[1]),
+            "class_mean": lambda _, y: means[y],
+            "true_prob": lambda rho, y: _even(_missing(rho, y), y, rho.shape[1]),
+        }
+    return Diagnosis(
+        temperature=float(temperature),
+        unlabelled=len(target) - len(kept),
+        teacher=teacher,
+        references={name: _measure(rows, spread) for name, spread in simpler.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that have a label, a chunk at a time and in float64."""
+
+    teacher: Tensor
+    student: Tensor | None
+    kept: Tensor
+    labels: Tensor
+    temperature: float
+    weight: float
+    scale: float
+    """Of KD's gradient ``softmax(s/T) - rho``: ``weight * T``, or ``weight / T`` without the factor ``T²``."""
+    floor: float
+
+    def chunks(self, spread: Spread) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Probabilities of a teacher, labels, and logits of the student."""
+        size = max(1, CHUNK // self.teacher.shape[1])
+        for at, labels in zip(self.kept.split(size), self.labels.split(size), strict=True):
+            rho = (self.teacher[at].double() / self.temperature).softmax(-1)
+            if bool(rho.isnan().any()):
+                raise ValueError("expected `teacher_logits` that are numbers or -inf, got NaN or +inf")
+            yield spread(rho, labels), labels, None if self.student is None else self.student[at].double()
+
+
+def _missing(rho: Tensor, labels: Tensor) -> Tensor:
+    """``1 - rho_y`` as the sum of the others, which keeps its digits where the teacher is sure."""
+    return rho.scatter(1, labels[:, None], 0.0).sum(-1)
+
+
+def _even(missing: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """``1 - missing`` at the label, the rest in equal parts."""
+    rho = (missing / (classes - 1))[:, None].expand(-1, classes)
+    return rho.scatter(1, labels[:, None], (1 - missing)[:, None])
+
+
+def _relation(rho: Tensor, missing: Tensor, labels: Tensor) -> Tensor:
+    """What each wrong class has beyond an even share; 0 at the label."""
+    return (rho - (missing / (rho.shape[1] - 1))[:, None]).scatter(1, labels[:, None], 0.0)
+
+
+def _unevenness(rho: Tensor, missing: Tensor, labels: Tensor) -> Tensor:
+    """``M`` times the KL from a row's spread over the wrong classes to an even one."""
+    wrong = rho.scatter(1, labels[:, None], 0.0)
+    share = wrong * (rho.shape[1] - 1) / torch.where(missing == 0, 1, missing)[:, None]
+    return torch.special.xlogy(wrong, share).sum(-1).clamp(min=0)
+
+
+def _measure(rows: _Rows, spread: Spread) -> Knowledge:
+    classes, count = rows.teacher.shape[1], len(rows.labels)
+    device = rows.teacher.device
+    class_rows = torch.bincount(rows.labels, minlength=classes)
+    occurring = class_rows.clamp(min=1).double()
+
+    # Once for the means, and again for the deviations from them: differences of sums would lose their digits.
+    means = torch.zeros(classes, classes, dtype=torch.float64, device=device)
+    class_missing = torch.zeros(classes, dtype=torch.float64, device=device)
+    unevenness = entropy = top = right = departure = 0.0
+    label_probabilities = []
+    for rho, y, _ in rows.chunks(spread):
+        missing = _missing(rho, y)
+        means.index_add_(0, y, rho)
+        class_missing.index_add_(0, y, missing)
+        unevenness += _unevenness(rho, missing, y).sum().item()
+        entropy -= torch.special.xlogy(rho, rho).sum().item()
+        highest = rho.max(-1)
+        top += highest.values.sum().item()
+        right += (highest.indices == y).sum().item()
+        departure += (rho.scatter(1, y[:, None], 0.0).square().sum() + missing.square().sum()).item()
+        label_probabilities.append(rho.gather(1, y[:, None]).squeeze(1))
+    left_over = class_missing.sum().item()
+    means, class_missing = means / occurring[:, None], class_missing / occurring
+
+    every = torch.arange(classes, device=device)
+    factor, share, mean_missing = classes / (classes - 1), class_rows.double() / count, left_over / count
+    class_relation = _relation(means, class_missing, every)
+    class_unevenness = _unevenness(means, class_missing, every)
+    within_missing = within_relation = 0.0
+    for rho, y, _ in rows.chunks(spread):
+        missing = _missing(rho, y)
+        within_missing += (missing - class_missing[y]).square().sum().item()
+        within_relation += (_relation(rho, missing, y) - class_relation[y]).square().sum().item()
+
+    nothing_left = torch.where(class_missing == 0, 1, class_missing)
+    class_nats = count * (share * class_unevenness).sum().item() / (left_over or 1.0)
+    return Knowledge(
+        rows=count,
+        class_rows=class_rows,
+        terms=Terms(
+            universe=factor * mean_missing**2,
+            class_difficulty=factor * (share * (class_missing - mean_missing).square()).sum().item(),
+            class_relations=(share * class_relation.square().sum(-1)).sum().item(),
+            instance_confidence=factor * within_missing / count,
+            instance_relations=within_relation / count,
+        ),
+        departure=departure / count,
+        smoothing=factor * mean_missing,
+        entropy=entropy / count / math.log(classes),
+        accuracy=right / count,
+        top_probability=top / count,
+        label_probabilities=torch.cat(label_probabilities),
+        class_means=means,
+        relations=means.scatter(1, every[:, None], 0.0) / nothing_left[:, None],
+        relation_divergence=class_unevenness / nothing_left,
+        class_relation_nats=class_nats,
+        # A convexity makes this at least 0; rounding may not know.
+        instance_relation_nats=max(unevenness / (left_over or 1.0) - class_nats, 0.0),
+        pull=None if rows.student is None else _pull(rows, spread, means, mean_missing),
+    )
+
+
+def _pull(rows: _Rows, spread: Spread, means: Tensor, mean_missing: float) -> Pull:
+    classes, count = rows.teacher.shape[1], len(rows.labels)
+    weights, confidence, losses = [], [], []
+    floored = 0
+    norms = dict.fromkeys(("cross_entropy", "universe", "domain", "instance"), 0.0)
+    squares, products = dict(norms), dict(norms)
+    for rho, y, student in rows.chunks(spread):
+        assert student is not None
+        at = y[:, None]
+        p, soft = student.softmax(-1), (student / rows.temperature).softmax(-1)
+        missing = _missing(p, y)
+        floored += int((missing < rows.floor).sum())
+        # rho_y - soft_y by what both leave to the others, which keeps its digits where both are sure.
+        gain = _missing(soft, y) - _missing(rho, y)
+        weights.append(1 - rows.weight + rows.scale * gain / missing.clamp(min=rows.floor))
+        confidence.append(rho.gather(1, at).squeeze(1))
+        losses.append(-student.log_softmax(-1).gather(1, at).squeeze(1))
+
+        plain = p.scatter(1, at, -missing[:, None])
+        universe = _even(torch.full_like(missing, mean_missing), y, classes)
+        domain = means[y]
+        parts = {
+            "cross_entropy": plain,
+            "universe": rows.scale * (soft - universe),
+            "domain": rows.scale * (universe - domain),
+            "instance": rows.scale * (domain - rho),
+        }
+        for name, part in parts.items():
+            norms[name] += part.norm(dim=-1).sum().item()
+            squares[name] += part.square().sum().item()
+            products[name] += (part * plain).sum().item()
+    every = torch.cat(weights)
+    return Pull(
+        weights=every,
+        floored=floored,
+        floor=rows.floor,
+        negative=(every < 0).double().mean().item(),
+        correlation=_correlation(torch.cat(confidence), torch.cat(losses)),
+        norms={name: value / count for name, value in norms.items()},
+        cosines={
+            name: _cosine(products[name], squares[name], squares["cross_entropy"])
+            for name in ("universe", "domain", "instance")
+        },
+    )
+
+
+def _cosine(product: float, square: float, other: float) -> float | None:
+    """None where one of the two is nothing but rounding beside the other."""
+    if min(square, other) <= NOTHING**2 * max(square, other):
+        return None
+    return product / math.sqrt(square * other)
+
+
+def _correlation(one: Tensor, other: Tensor) -> float | None:
+    deviations = [values - values.mean() for values in (one, other)]
+    squares = [values.square().sum().item() for values in deviations]
+    for values, square in zip((one, other), squares, strict=True):
+        if square <= NOTHING**2 * values.square().sum().item():
+            return None
+    return (deviations[0] * deviations[1]).sum().item() / math.sqrt(squares[0] * squares[1])
+
+
+# What to look at ---------------------------------------------------------------------------------------------
+
+FLAT_RELATIONS = 0.1
+"""A heuristic: below this part of the most that relations could say, a finding draws attention to them."""
+EVEN_CONFIDENCE = 0.05
+"""A heuristic: below this deviation of a fresh student's weights a finding draws attention to it."""
+
+
+def findings(train: Diagnosis, held_out: Diagnosis | None = None) -> tuple[Finding, ...]:
+    """The two ways in which the paper's analysis lets KD fail, where the figures look like them.
+
+    No bound is known that would tell a bad teacher from a good one. `FLAT_RELATIONS` and `EVEN_CONFIDENCE`
+    are heuristics that only choose what to point at; the text compares with the reference teachers.
+
+    Args:
+        train: On the rows to learn from.
+        held_out: Of the same teacher, on rows it was not trained on.
+    Example:
+        >>> even = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.9, 0.05]]).log()
+        >>> [finding.title for finding in findings(diagnose(even, torch.tensor([0, 1])))]
+        ['It looks like label smoothing in disguise.', 'It hardly tells hard rows from easy ones.']
+    """
+    found = []
+    teacher, percent = train.teacher, "{:.1%}".format
+    if teacher.classes > 2 and teacher.relation_share < FLAT_RELATIONS:
+        nats, shares = teacher.class_relation_nats + teacher.instance_relation_nats, teacher.terms.shares
+        found.append(
+            Finding(
+                "It looks like label smoothing in disguise.",
+                f"How the teacher spreads what it leaves to wrong classes says {nats:.3f} nats, "
+                f"{percent(teacher.relation_share)} of the most it could ({math.log(teacher.classes - 1):.2f}: "
+                f"a single rival); label smoothing of the same strength, {teacher.smoothing:.3f}, says 0. "
+                f"Relations are {percent(shares['class_relations'] + shares['instance_relations'])} of the "
+                "departure from the labels; for label_smoothing and true_prob they are 0%. "
+                "So looks a teacher that was itself trained with label smoothing, and any teacher at a high "
+                f"temperature (here {train.temperature:g}): try a lower one. "
+                f"(Pointed at below {percent(FLAT_RELATIONS)}, a heuristic of ours, not a known bound.)",
+            )
+        )
+    if teacher.fresh_weight_spread < EVEN_CONFIDENCE:
+        beside = "for label_smoothing and class_mean that is 0"
+        if held_out is not None:
+            beside += f", for this teacher on held-out rows {held_out.teacher.fresh_weight_spread:.4f}"
+        found.append(
+            Finding(
+                "It hardly tells hard rows from easy ones.",
+                "Within the classes, the weights that its confidence gives the rows in the eyes of a student "
+                f"that knows nothing yet have a standard deviation of {teacher.fresh_weight_spread:.4f}; "
+                f"{beside}. It leaves {percent(teacher.missing)} to wrong classes on average and is right on "
+                f"{percent(teacher.accuracy)} of the rows. So looks a teacher that knows its training rows by "
+                "heart, and one that knows nothing: in the first case try a higher temperature. "
+                f"(Pointed at below {EVEN_CONFIDENCE:g}, a heuristic of ours, not a known bound.)",
+            )
+        )
+    return tuple(found)

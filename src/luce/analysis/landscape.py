@@ -1,0 +1,221 @@
+"""The shape of a loss over a plane of student logits.
+
+The plane is that of appendix J of the PLD paper, as we know it second-hand: ``s = t + a d1 + b d2``, with *a*
+and *b* in ``[-5 ||t||, 5 ||t||]`` and orthonormal directions, random ones for more than three classes. With
+three classes the directions span all logits of a given mean, which is all that a loss can tell apart unless
+it looks at the mean: that picture is complete, and the one to look at first.
+
+References:
+    Plackett-Luce Distillation, arXiv 2506.12542, appendix J.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..losses import _check
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+THREE = torch.tensor([[0.0, -1.0, 1.0], [2.0, -1.0, -1.0]], dtype=torch.float64)
+"""Class 0 is up, class 1 lower left, class 2 lower right."""
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A loss on a square grid around the teacher's logits.
+
+    Attributes:
+        name: Of the loss.
+        teacher_logits: ``(C,)``, the middle of the grid.
+        label: A class.
+        directions: d1 and d2, ``(2, C)``, orthonormal.
+        steps: The values of *a* and of *b*, ``(P,)``, from minus to plus the radius.
+        values: ``(P, P)``; the entry ``[i, j]`` is the loss at ``a = steps[j]``, ``b = steps[i]``.
+    """
+
+    name: str
+    teacher_logits: Tensor
+    label: int
+    directions: Tensor
+    steps: Tensor
+    values: Tensor
+
+    @property
+    def radius(self) -> float:
+        return self.steps[-1].item()
+
+    @property
+    def minimum(self) -> tuple[float, float, float]:
+        """*a*, *b* and the loss at the lowest point of the grid; the nearest to the teacher of equals."""
+        lowest = self.values.nan_to_num(nan=math.inf).min()
+        places = (self.values == lowest).nonzero()
+        if not len(places):
+            return math.nan, math.nan, math.nan
+        nearest = places[self.steps[places].square().sum(-1).argmin()]
+        b, a = self.steps[nearest].tolist()
+        return a, b, lowest.item()
+
+    @property
+    def minimum_on_edge(self) -> bool:
+        """Whether the loss still falls where the grid ends, so that its minimum lies beyond, if anywhere."""
+        a, b, _ = self.minimum
+        return max(abs(a), abs(b)) >= self.radius
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; a loss that is not finite is None."""
+        a, b, value = self.minimum
+        return {
+            "loss": self.name,
+            "teacher_logits": self.teacher_logits.tolist(),
+            "label": self.label,
+            "directions": self.directions.tolist(),
+            "steps": self.steps.tolist(),
+            "minimum": {"a": a, "b": b, "value": value, "on_edge": self.minimum_on_edge},
+            "values": [[v if math.isfinite(v) else None for v in row] for row in self.values.tolist()],
+        }
+
+
+def landscape(
+    loss: Callable[..., Tensor | Mapping[str, Tensor]],
+    teacher_logits: Tensor,
+    label: int,
+    *,
+    name: str = "",
+    radius: float | None = None,
+    points: int = 81,
+    seed: int = 0,
+) -> Landscape:
+    """Evaluate a loss at every point of a grid around the teacher's logits, in float64.
+
+    Each point is a batch of its own: a loss that couples the rows of a batch must not see others.
+
+    Args:
+        loss: Called as ``loss(student_logits, teacher_logits, target)`` with one row; a scalar, or a mapping
+            whose ``"loss"`` is one.
+        teacher_logits: Finite, ``(C,)``, at least two classes.
+        label: In ``[0, C)``.
+        name: What the picture calls it.
+        radius: Half the side of the square, in logits; five times the norm of the teacher's logits unless
+            given (5 if they are 0).
+        points: Along each side, odd, so that the teacher is one of them.
+        seed: Of the directions where there are not three classes.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> from luce import KDLoss
+        >>> found = landscape(KDLoss(), torch.tensor([2.0, 0.5, -1.0]), 0, points=11)
+        >>> found.minimum[:2], found.minimum_on_edge
+        ((0.0, 0.0), False)
+    """
+    _check.check_logits("teacher_logits", teacher_logits)
+    if teacher_logits.ndim != 1 or len(teacher_logits) < 2 or not bool(teacher_logits.isfinite().all()):
+        raise ValueError(
+            f"expected `teacher_logits` as one row of at least 2 finite logits, got {teacher_logits.tolist()}"
+        )
+    if not 0 <= label < len(teacher_logits):
+        raise ValueError(f"expected `label` in [0, {len(teacher_logits)}), got {label}")
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"expected `points` as an odd number of at least 3, got {points}")
+    t = teacher_logits.detach().double()
+    radius = 5 * (t.norm().item() or 1.0) if radius is None else radius
+    _check.check_positive(radius=radius)
+    directions, target = _directions(len(t), seed), torch.tensor([label])
+    half = points // 2
+    steps = torch.arange(-half, half + 1, dtype=torch.float64) / half * radius  # with a 0 that is one
+    b, a = torch.meshgrid(steps, steps, indexing="ij")
+    grid = t + a.reshape(-1, 1) * directions[0] + b.reshape(-1, 1) * directions[1]
+    with torch.no_grad():
+        values = [_scalar(loss(row[None], t[None], target)) for row in grid]
+    return Landscape(name, t, label, directions, steps, torch.tensor(values).double().reshape(points, points))
+
+
+def _directions(classes: int, seed: int) -> Tensor:
+    if classes == 3:
+        return THREE / THREE.norm(dim=-1, keepdim=True)
+    random = torch.randn(classes, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(random).Q.T
+
+
+def _scalar(value: Tensor | Mapping[str, Tensor]) -> float:
+    return (value if isinstance(value, Tensor) else value["loss"]).item()
+
+
+# The picture -------------------------------------------------------------------------------------------------
+
+
+def picture(landscapes: Sequence[Landscape]) -> bytes:
+    """A PNG with a panel for each landscape, three in a row."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from ..reports.canvas import STYLE
+
+    columns = min(3, len(landscapes))
+    lines = math.ceil(len(landscapes) / columns)
+    style: Any = STYLE
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.3 * columns, 4.2 * lines + 0.6), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False).flat
+        for axes, found in zip(panels, landscapes, strict=False):
+            _paint(figure, axes, found)
+        for axes in list(panels)[len(landscapes) :]:
+            axes.set_axis_off()
+        marks = "plus: the student says what the teacher says\ndot: lowest point"
+        if len(landscapes[0].teacher_logits) == 3:
+            marks += "; lines: the student's first choice changes"
+        figure.supxlabel(marks, fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _paint(figure: Figure, axes: Axes, found: Landscape) -> None:
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    from ..reports.canvas import INK
+
+    values = np.ma.masked_invalid(found.values.numpy())
+    steps, radius = found.steps.numpy(), found.radius
+    flat = values.count() == 0 or np.ptp(values.compressed()) < 1e-12
+    if values.count():
+        filled = axes.contourf(steps, steps, values, levels=1 if flat else 24, cmap="viridis")
+        if not flat:
+            axes.contour(steps, steps, values, levels=24, colors="white", linewidths=0.3, alpha=0.5)
+        figure.colorbar(filled, ax=axes, shrink=0.75, pad=0.02, ticks=MaxNLocator(6))
+    if len(found.teacher_logits) == 3:
+        _mark_classes(axes, found)
+    axes.plot(0, 0, "+", color="white", markersize=11, markeredgewidth=2.2, clip_on=False)
+    a, b, value = found.minimum
+    if math.isfinite(value) and not flat:
+        axes.plot(a, b, "o", color="#D55E00", markeredgecolor="white", markersize=7, clip_on=False, zorder=4)
+    where = "is flat" if flat else f"lowest {value:.3g}" + (" at the edge" if found.minimum_on_edge else "")
+    axes.set_title(f"{found.name}\n{where}", fontsize=8.5, color=INK)
+    axes.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal", xlabel="a", ylabel="b")
+    axes.grid(visible=False)
+
+
+def _mark_classes(axes: Axes, found: Landscape) -> None:
+    """Where the student's first choice changes, and its classes by name."""
+    from matplotlib.patheffects import withStroke
+
+    middle = -(found.directions @ found.teacher_logits)  # where the three logits are equal
+    for index, towards in enumerate(found.directions.T):
+        unit = towards / towards.norm()
+        end = middle - 10 * found.radius * unit
+        axes.plot(*zip(middle.tolist(), end.tolist(), strict=True), color="white", linewidth=1, alpha=0.8)
+        x, y = (middle + 0.72 * found.radius * unit).tolist()
+        name = f"class {index}" + (", the label" if index == found.label else "")
+        text = axes.text(x, y, name, color="white", ha="center", va="center", fontsize=8, clip_on=True)
+        text.set_path_effects([withStroke(linewidth=2, foreground="#00000088")])
