@@ -1,4 +1,4 @@
-"""The split of a teacher's knowledge: golden values, what must add up, and second ways to the same figures."""
+"""The split of a teacher's knowledge: golden values, what must add up, and second ways to the figures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from luce.analysis import diagnose as module_or_function
 from luce.analysis.diagnose import EVEN_CONFIDENCE, FLAT_RELATIONS, Diagnosis, diagnose, findings
 
 RHO = torch.tensor(
-    [[0.7, 0.2, 0.1], [0.9, 0.06, 0.04], [0.3, 0.6, 0.1], [0.1, 0.8, 0.1], [0.05, 0.15, 0.8], [0.02, 0.18, 0.8]],
+    [
+        *[[0.7, 0.2, 0.1], [0.9, 0.06, 0.04]],
+        *[[0.3, 0.6, 0.1], [0.1, 0.8, 0.1]],
+        *[[0.05, 0.15, 0.8], [0.02, 0.18, 0.8]],
+    ],
     dtype=torch.float64,
-)  # fmt: skip
+)
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
 SAMPLE = {  # C = 4, y = 0
     "student": torch.tensor([[1.0, 0.5, -0.5, 0.0]], dtype=torch.float64),
@@ -27,7 +31,9 @@ SAMPLE = {  # C = 4, y = 0
 }
 
 
-def example(rows: int = 60, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def example(
+    rows: int = 60, classes: int = 5, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     target = torch.randint(classes, (rows,), generator=random)
     teacher, student = torch.randn(2, rows, classes, dtype=torch.float64, generator=random)
@@ -69,7 +75,8 @@ def test_five_terms_by_hand() -> None:
 def test_relations_are_ratios_of_sums_by_hand() -> None:
     found = diagnose(RHO.log(), LABELS).teacher
     expected = torch.tensor(
-        [[0, 0.26 / 0.4, 0.14 / 0.4], [0.4 / 0.6, 0, 0.2 / 0.6], [0.07 / 0.4, 0.33 / 0.4, 0]], dtype=torch.float64
+        [[0, 0.26 / 0.4, 0.14 / 0.4], [0.4 / 0.6, 0, 0.2 / 0.6], [0.07 / 0.4, 0.33 / 0.4, 0]],
+        dtype=torch.float64,
     )
     torch.testing.assert_close(found.relations, expected)
     first = 0.65 * math.log(0.65 * 2) + 0.35 * math.log(0.35 * 2)
@@ -85,7 +92,11 @@ def test_relations_are_ratios_of_sums_by_hand() -> None:
 @pytest.mark.parametrize(("temperature", "weight"), [(1.0, 0.771724), (2.0, 1.027715)])
 def test_the_weight_of_a_row_is_that_of_the_golden_example(temperature: float, weight: float) -> None:
     found = diagnose(
-        SAMPLE["teacher"], SAMPLE["target"], temperature=temperature, student_logits=SAMPLE["student"], weight=0.9
+        SAMPLE["teacher"],
+        SAMPLE["target"],
+        temperature=temperature,
+        student_logits=SAMPLE["student"],
+        weight=0.9,
     )
     assert found.teacher.pull.weights.item() == pytest.approx(weight, abs=5e-7)
     smoothing = {1.0: 0.184293, 2.0: 0.492273}[temperature]
@@ -179,7 +190,12 @@ def test_weights_are_ratios_of_the_losses_own_gradients(temperature: float, scal
     kd = luce.KDLoss(temperature=temperature, scale_by_temperature=scaled, reduction="sum")
     mixed = luce.WeightedSum({"ce": (0.3, plain), "kd": (0.7, kd)})
     found = diagnose(
-        teacher, target, temperature=temperature, student_logits=student, weight=0.7, scale_by_temperature=scaled
+        teacher,
+        target,
+        temperature=temperature,
+        student_logits=student,
+        weight=0.7,
+        scale_by_temperature=scaled,
     ).teacher.pull
     of_mixed, of_plain = (gradient(loss, student, teacher, target) for loss in (mixed, plain))
     at = target[:, None]
@@ -353,7 +369,7 @@ def test_findings_look_at_one_failure_at_a_time() -> None:
     assert titles(one_rival.log().double(), target) == ["It hardly tells hard rows from easy ones."]
 
 
-# What cannot be -----------------------------------------------------------------------------------------------
+# What cannot be ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ def test_every_point_is_the_loss_there(loss: torch.nn.Module) -> None:
 def test_directions_are_orthonormal_and_the_teacher_is_in_the_middle(classes: int) -> None:
     teacher = torch.linspace(-1, 1, classes)
     found = landscape(luce.KDLoss(), teacher, 0, points=5)
-    torch.testing.assert_close(found.directions @ found.directions.T, torch.eye(2).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        found.directions @ found.directions.T, torch.eye(2).double(), atol=1e-12, rtol=0
+    )
     assert found.steps[2] == 0
     assert found.radius == pytest.approx(5 * teacher.norm().item())
     assert found.values[2, 2].item() == pytest.approx(0, abs=1e-15)
@@ -84,7 +86,11 @@ def test_sums_and_seeds() -> None:
 
 
 def test_plain_values_and_pictures() -> None:
-    found = [look(luce.KDLoss(), name="KD"), look(luce.PLDLoss(), name="<PLD> $1"), look(luce.CrossEntropyLoss())]
+    found = [
+        look(luce.KDLoss(), name="KD"),
+        look(luce.PLDLoss(), name="<PLD> $1"),
+        look(luce.CrossEntropyLoss()),
+    ]
     plain = json.loads(json.dumps(found[0].as_dict(), allow_nan=False))
     assert plain["loss"] == "KD"
     assert plain["minimum"] == {"a": 0, "b": 0, "value": pytest.approx(0, abs=1e-15), "on_edge": False}

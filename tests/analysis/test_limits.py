@@ -122,7 +122,9 @@ def test_gradients_have_mean_zero_and_offsets_do_not_matter(
 
     found = gradient(loss, student.to(dtype))
     assert (found.sum(-1).abs() <= tolerance * found.abs().sum(-1)).all()
-    assert loss(student.to(dtype) + 3).item() == pytest.approx(loss(student.to(dtype)).item(), rel=10 * tolerance)
+    assert loss(student.to(dtype) + 3).item() == pytest.approx(
+        loss(student.to(dtype)).item(), rel=10 * tolerance
+    )
 
 
 def test_logit_matching_has_neither() -> None:
@@ -201,7 +203,10 @@ def test_descent_ends_at_the_teacher_but_for_the_means() -> None:
 
 def test_rows_are_averaged() -> None:
     student, teacher, _ = batch()
-    found, single = limits(student, teacher), [limits(s[None], t[None]) for s, t in zip(student, teacher, strict=True)]
+    found, single = (
+        limits(student, teacher),
+        [limits(s[None], t[None]) for s, t in zip(student, teacher, strict=True)],
+    )
     for name in ("matching", "regularization", "limit", "c1", "mean_gap"):
         assert getattr(found, name) == pytest.approx(sum(getattr(one, name) for one in single) / 7)
     assert found.chosen.kd == pytest.approx(sum(one.chosen.kd for one in single) / 7)
@@ -210,7 +215,8 @@ def test_rows_are_averaged() -> None:
 
 def test_the_verdict_tells_how_far() -> None:
     assert limits(Z, UNEQUAL, temperature=100).verdict.startswith(
-        "At T = 100 KD is 0.8% away from its limit at infinite temperature; the cosine of their gradients is 1.0000."
+        "At T = 100 KD is 0.8% away from its limit at infinite temperature; "
+        "the cosine of their gradients is 1.0000."
     )
     near = limits(Z, UNEQUAL, temperature=1).verdict
     assert "79.6% away" in near

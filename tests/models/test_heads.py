@@ -20,13 +20,17 @@ def teacher_logits() -> Tensor:
     return 3 * torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 300, temperature: float = 4.0) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 300, temperature: float = 4.0
+) -> list[float]:
     """KD and cross-entropy; the largest mean logit before each step."""
     teacher, means = teacher_logits(), []
     for _ in range(steps):
         logits = model(INPUTS)
         means.append(logits.mean(-1).abs().max().item())
-        loss = luce.kd_loss(logits, teacher, temperature=temperature) + luce.cross_entropy_loss(logits, LABELS)
+        loss = luce.kd_loss(logits, teacher, temperature=temperature) + luce.cross_entropy_loss(
+            logits, LABELS
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

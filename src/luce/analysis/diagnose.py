@@ -156,8 +156,8 @@ class Knowledge:
 
     @property
     def fresh_weight_spread(self) -> float:
-        """Deviation, within the classes, of ``1 - K M``: the weights ``w_y``, but for a factor T, that KD alone
-        gives to a student that knows nothing yet."""
+        """Deviation, within the classes, of ``1 - K M``: of the weights ``w_y``, but for a factor T, that KD
+        alone gives to a student that knows nothing yet."""
         factor = self.classes / (self.classes - 1)
         return math.sqrt(factor * self.terms.instance_confidence)
 
@@ -293,7 +293,7 @@ class _Rows:
     temperature: float
     weight: float
     scale: float
-    """Of KD's gradient ``softmax(s/T) - rho``: ``weight * T``, or ``weight / T`` without the factor ``T²``."""
+    """What KD's ``softmax(s/T) - rho`` is multiplied by: ``weight * T``, or ``weight / T`` unscaled."""
     floor: float
 
     def chunks(self, spread: Spread) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -454,7 +454,7 @@ def _correlation(one: Tensor, other: Tensor) -> float | None:
     return (deviations[0] * deviations[1]).sum().item() / math.sqrt(squares[0] * squares[1])
 
 
-# What to look at ---------------------------------------------------------------------------------------------
+# What to look at --------------------------------------------------------------------------------------------
 
 FLAT_RELATIONS = 0.1
 """A heuristic: below this part of the most that relations could say, a finding draws attention to them."""
@@ -484,8 +484,8 @@ def findings(train: Diagnosis, held_out: Diagnosis | None = None) -> tuple[Findi
             Finding(
                 "It looks like label smoothing in disguise.",
                 f"How the teacher spreads what it leaves to wrong classes says {nats:.3f} nats, "
-                f"{percent(teacher.relation_share)} of the most it could ({math.log(teacher.classes - 1):.2f}: "
-                f"a single rival); label smoothing of the same strength, {teacher.smoothing:.3f}, says 0. "
+                f"{percent(teacher.relation_share)} of the most it could "
+                f"({math.log(teacher.classes - 1):.2f}: a single rival); label smoothing of the same strength, {teacher.smoothing:.3f}, says 0. "
                 f"Relations are {percent(shares['class_relations'] + shares['instance_relations'])} of the "
                 "departure from the labels; for label_smoothing and true_prob they are 0%. "
                 "So looks a teacher that was itself trained with label smoothing, and any teacher at a high "
@@ -503,8 +503,8 @@ def findings(train: Diagnosis, held_out: Diagnosis | None = None) -> tuple[Findi
                 "Within the classes, the weights that its confidence gives the rows in the eyes of a student "
                 f"that knows nothing yet have a standard deviation of {teacher.fresh_weight_spread:.4f}; "
                 f"{beside}. It leaves {percent(teacher.missing)} to wrong classes on average and is right on "
-                f"{percent(teacher.accuracy)} of the rows. So looks a teacher that knows its training rows by "
-                "heart, and one that knows nothing: in the first case try a higher temperature. "
+                f"{percent(teacher.accuracy)} of the rows. So looks a teacher that knows its training rows "
+                "by heart, and one that knows nothing: in the first case try a higher temperature. "
                 f"(Pointed at below {EVEN_CONFIDENCE:g}, a heuristic of ours, not a known bound.)",
             )
         )

@@ -137,7 +137,8 @@ def landscape(
     grid = t + a.reshape(-1, 1) * directions[0] + b.reshape(-1, 1) * directions[1]
     with torch.no_grad():
         values = [_scalar(loss(row[None], t[None], target)) for row in grid]
-    return Landscape(name, t, label, directions, steps, torch.tensor(values).double().reshape(points, points))
+    square = torch.tensor(values, dtype=torch.float64).reshape(points, points)
+    return Landscape(name, t, label, directions, steps, square)
 
 
 def _directions(classes: int, seed: int) -> Tensor:
@@ -151,7 +152,7 @@ def _scalar(value: Tensor | Mapping[str, Tensor]) -> float:
     return (value if isinstance(value, Tensor) else value["loss"]).item()
 
 
-# The picture -------------------------------------------------------------------------------------------------
+# The picture ------------------------------------------------------------------------------------------------
 
 
 def picture(landscapes: Sequence[Landscape]) -> bytes:

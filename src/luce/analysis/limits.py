@@ -13,7 +13,8 @@ That KD tends to logit matching and an extra term is the claim of the paper belo
 only, so that the terms, the rate *c1* and their proofs are our own, checked in float64.
 
 References:
-    Chen et al., Exploring the Connection between Knowledge Distillation and Logits Matching, arXiv 2109.06458.
+    Chen et al., Exploring the Connection between Knowledge Distillation and Logits Matching, arXiv
+    2109.06458.
 """
 
 from __future__ import annotations
@@ -135,7 +136,9 @@ def limits(
     s, t = student_logits.detach().double(), teacher_logits.detach().double()
     a, b = s - s.mean(-1, keepdim=True), t - t.mean(-1, keepdim=True)
     gap = s.mean(-1) - t.mean(-1)
-    matching, matching_gradient = _with_gradient(lambda z: 0.5 * logit_matching_loss(z, t, reduction="sum"), s)
+    matching, matching_gradient = _with_gradient(
+        lambda z: 0.5 * logit_matching_loss(z, t, reduction="sum"), s
+    )
     apart = a - b
     if apart.abs().max() <= 1e-12 * (s.abs().max() + t.abs().max()):
         apart = torch.zeros_like(apart)  # all that is left of a common offset is rounding

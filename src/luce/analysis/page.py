@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..reports.canvas import BLUE, OTHERS, Plot, draw
+from ..reports.canvas import BLUE, OTHERS, draw
 from ..reports.html import Gallery, write_page
 from ..reports.plots import paint_reliability
 from ..reports.runs import Bin
@@ -96,7 +96,7 @@ def answers(report: Report) -> list[str]:
     return said
 
 
-# The table ---------------------------------------------------------------------------------------------------
+# The table --------------------------------------------------------------------------------------------------
 
 
 def table(report: Report) -> Table:
@@ -171,7 +171,7 @@ def _figure(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}".replace("-", "−")
 
 
-# The page ----------------------------------------------------------------------------------------------------
+# The page ---------------------------------------------------------------------------------------------------
 
 
 def write_html(report: Report, path: Path) -> Path:
@@ -193,7 +193,10 @@ def write_html(report: Report, path: Path) -> Path:
             "command": report.command,
             "recipe": "",
             "facts": [
-                ("rows", ", ".join(f"{found.teacher.rows:,} {name}" for name, found in report.splits.items())),
+                (
+                    "rows",
+                    ", ".join(f"{found.teacher.rows:,} {name}" for name, found in report.splits.items()),
+                ),
                 *([("held-out rows", report.held_out_rows)] if report.held_out is not None else []),
                 ("temperature", f"{report.train.temperature:g}"),
                 ("student", report.student),
@@ -217,9 +220,7 @@ def _galleries(report: Report) -> list[Gallery]:
             f"Reliability on {name} rows: "
             + ", ".join(f"{number(b.confidence)}% sure, {number(b.accuracy)}% right" for b in bins),
             (2.3, 2.2),
-            lambda figure, bins=bins, index=index: paint_reliability(
-                figure, bins=bins, colour=(BLUE, OTHERS[0])[index]
-            ),
+            partial(paint_reliability, bins=bins, colour=(BLUE, OTHERS[0])[index]),
         )
         for index, (name, bins) in enumerate(report.reliability.items())
     ]
@@ -228,15 +229,16 @@ def _galleries(report: Report) -> list[Gallery]:
             "What it says beyond the labels",
             "Shares of the squared distance between the teacher's probabilities and the labels, which stands "
             "on the right. Grey is what label smoothing gives for free; warm colours tell of classes: how "
-            "hard each is, and what it resembles; blue ones of single rows: how hard this one is, and what it "
-            "resembles. The lower bars are made-up teachers that each know less, to compare with.",
+            "hard each is, and what it resembles; blue ones of single rows: how hard this one is, and what "
+            "it resembles. The lower bars are made-up teachers that each know less, to compare with.",
             [plots.shares(report.columns)],
             wide=True,
         ),
         Gallery(
             "What each class resembles",
             "Of what the teacher leaves to wrong classes on the rows of a class, the part that each of them "
-            f"gets, in percent. An even spread would be {number(1 / (train.teacher.classes - 1))}% everywhere. "
+            "gets, in percent. An even spread would be "
+            f"{number(1 / (train.teacher.classes - 1))}% everywhere. "
             f"Strongest: {strongest(report)}."
             + (
                 " Classes stand in an order that keeps relatives together."
@@ -258,8 +260,8 @@ def _galleries(report: Report) -> list[Gallery]:
         Gallery(
             "What it does to a student",
             "The probability of the label over the rows: a teacher that knows its training rows by heart is "
-            "equally sure of all of them, and has nothing to say about which are hard. The factor by which it "
-            f"changes the cross-entropy's pull on each row's label, for {report.student}: beside it, label "
+            "equally sure of all of them, and has nothing to say about which are hard. The factor by which "
+            f"it changes the cross-entropy's pull on each row's label, for {report.student}: beside it, label "
             "smoothing of the same strength, whose weights vary with the student alone; below zero the label "
             "is pushed down. Last, the length of the gradient's parts and their cosine with cross-entropy's.",
             [
@@ -270,8 +272,8 @@ def _galleries(report: Report) -> list[Gallery]:
         ),
         Gallery(
             "Over temperatures",
-            "Left, the shares as above; the colours are those of the first plot. Right, how strong each level "
-            "is: what is left to wrong classes, how uneven its spread is (of the most it could be), and how "
+            "Left, the shares as above; the colours are those of the first plot. Right, how strong each "
+            "level is: what is left to wrong classes, how uneven its spread is (of the most it could be), and how "
             "far the weights of rows deviate. The dashed line is the chosen temperature.",
             plots.over_temperatures(report.sweep, train.temperature),
         ),
@@ -291,7 +293,7 @@ def strongest(report: Report, count: int = 5) -> str:
     return ", ".join(f"{one} as {other} {number(share)}%" for one, other, share in pairs) or "none"
 
 
-# Plain values ------------------------------------------------------------------------------------------------
+# Plain values -----------------------------------------------------------------------------------------------
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def _paint_relations(figure: Figure, *, relations: Tensor, classes: Sequence[str
     if len(names) <= MOST_NAMES:
         labels = [short(name, 14) for name in names]
         slanted = max(map(len, labels)) > 2
-        axes.set_xticks(range(len(names)), labels, rotation=60 if slanted else 0, ha="right" if slanted else "center")
+        axes.set_xticks(
+            range(len(names)), labels, rotation=60 if slanted else 0, ha="right" if slanted else "center"
+        )
         axes.set_yticks(range(len(names)), labels)
     else:
         axes.set(xticks=[], yticks=[])
@@ -134,10 +136,13 @@ def weights(columns: Mapping[str, Pull]) -> Plot:
     low, high = np.quantile(every, [0.005, 0.995])
     margin = 0.05 * (high - low) or 0.05
     told = ", ".join(
-        f"{name} mean {pull.weights.mean():.3f}, {pull.negative:.1%} negative" for name, pull in columns.items()
+        f"{name} mean {pull.weights.mean():.3f}, {pull.negative:.1%} negative"
+        for name, pull in columns.items()
     )
     values = {name: pull.weights for name, pull in columns.items()}
-    paint = partial(_paint_histogram, values=values, low=low - margin, high=high + margin, label="weight of the row")
+    paint = partial(
+        _paint_histogram, values=values, low=low - margin, high=high + margin, label="weight of the row"
+    )
     return draw("weights", "Gradient weights", f"Histogram of the weights: {told}.", (WIDE, 2.6), paint)
 
 
@@ -164,7 +169,9 @@ def gradients(pull: Pull) -> Plot:
     """How long each part of the gradient is, and whether it points where cross-entropy points."""
     told = ", ".join(f"{name} {norm:.3f}" for name, norm in pull.norms.items())
     size = (WIDE, 2.6)
-    return draw("gradients", "Gradient by part", f"Mean norms: {told}.", size, partial(_paint_gradients, pull=pull))
+    return draw(
+        "gradients", "Gradient by part", f"Mean norms: {told}.", size, partial(_paint_gradients, pull=pull)
+    )
 
 
 def _paint_gradients(figure: Figure, *, pull: Pull) -> None:
@@ -268,7 +275,15 @@ def _paint_lines(
     axes = figure.subplots()
     for index, (name, (values, colour)) in enumerate(lines.items()):
         level = len(set(values)) == 1
-        axes.plot(at, values, color=colour, label=name, linewidth=1.5, linestyle=DASHED if level else "-", zorder=3 - index)
+        axes.plot(
+            at,
+            values,
+            color=colour,
+            label=name,
+            linewidth=1.5,
+            linestyle=DASHED if level else "-",
+            zorder=3 - index,
+        )
     axes.set_ylabel(label)
     axes.legend(frameon=False)
     _temperature_axis(axes, at, chosen, INK)

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, unknown_name
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..analysis.page import Report
     from ..data import Data, Examples
     from ..training.recipe import Recipe
@@ -167,7 +165,7 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
     assert known is not None
     parts = {"training": train, "held out": held_out}
     teacher = {
-        name: source.logits[part.indices]
+        name: source.signal({"index": part.indices}).logits
         for (name, part), source in zip(parts.items(), (known.train, known.test), strict=True)
     }
     student = {name: torch.zeros_like(logits, dtype=torch.float32) for name, logits in teacher.items()}

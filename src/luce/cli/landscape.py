@@ -16,7 +16,7 @@ the grids as JSON beside it.
 
   luce landscape --loss PLDLoss --loss KDLoss temperature=4
   luce landscape --loss PLDLoss teacher_temperature=0.5 --loss PLDLoss teacher_temperature=2
-  luce landscape --loss CrossEntropyLoss weight=0.1 + KDLoss weight=0.9 temperature=4 --teacher 0,3,1 --label 0"""
+  luce landscape --loss CrossEntropyLoss weight=0.1 + KDLoss weight=0.9 --teacher 0,3,1 --label 0"""
 
 
 def main(words: Sequence[str]) -> None:
@@ -33,7 +33,9 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--teacher", type=numbers, metavar="LOGITS", help="such as 2,0.5,-1, which it is")
     parser.add_argument("--classes", type=int, help="a random teacher of unit norm with so many classes")
     parser.add_argument("--label", type=int, help="a class; the teacher's first choice unless given")
-    parser.add_argument("--radius", type=float, help="half the side; 5 times the norm of the teacher's logits")
+    parser.add_argument(
+        "--radius", type=float, help="half the side; 5 times the norm of the teacher's logits"
+    )
     parser.add_argument("--points", type=int, default=81, help="along each side, odd: 81")
     parser.add_argument("--seed", type=int, default=0, help="of the random teacher and directions: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/landscape.png"), help="runs/landscape.png")
@@ -121,4 +123,6 @@ def read_loss(words: Sequence[str]) -> dict[str, dict[str, Any]]:
                 term[name] = yaml.safe_load(value)
             except yaml.YAMLError as error:
                 raise UserError(f"cannot read the value of `{word}`") from error
+    if fresh:
+        raise UserError("expected a loss after `+`")
     return terms

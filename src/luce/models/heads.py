@@ -62,9 +62,9 @@ def center_head_(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
             "theirs under `.head`"
         )
     row = head.weight.mean(0)
-    head.weight -= row
+    head.weight.sub_(row)
     if head.bias is None:
         return row, None
     bias = head.bias.mean()
-    head.bias -= bias
+    head.bias.sub_(bias)
     return row, bias

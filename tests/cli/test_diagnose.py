@@ -1,0 +1,233 @@
+"""``luce diagnose`` and ``luce landscape`` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from luce import data
+from luce.analysis import diagnose as of_tensors
+from luce.cli.landscape import read_loss
+from luce.errors import UserError
+from luce.training import checkpoint, run
+from luce.training.recipe import DataOptions, ModelOptions, Recipe, TrainingOptions
+
+STUDENT = {"method": "PLD", "loss": {"task": {"loss": "PLDLoss"}}, "teacher": {"checkpoint": "runs/teacher"}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run for all tests here, which only read it."""
+    recipe = Recipe(
+        method="teacher",
+        data=DataOptions(name="sklearn:iris", validation=0.2),
+        student=ModelOptions(name="mlp", options={"hidden": [8]}),
+        loss={"task": {"loss": "CrossEntropyLoss"}},
+        training=TrainingOptions(epochs=2, batch_size=32, lr=0.05),
+    )
+    folder = tmp_path_factory.mktemp("run")
+    run(recipe, folder)
+    return folder
+
+
+@pytest.fixture
+def teacher(trained: Path, place: Path) -> Path:
+    """The run at runs/teacher."""
+    return Path(shutil.copytree(trained, place / "runs" / "teacher"))
+
+
+def test_a_run_is_diagnosed_on_its_own_split(teacher: Path, luce, place: Path) -> None:
+    answer = luce("diagnose", "runs/teacher", "sklearn:iris", "--out", "out", "--temperature", "2")
+    assert (answer.status, answer.err) == (0, "")
+    for word in (
+        "Departure from the labels",
+        "instance confidence %",
+        "label smoothing",
+        "page: out/diagnose.html",
+    ):
+        assert word in answer.out
+    assert sorted(path.name for path in (place / "out").iterdir()) == ["diagnose.html", "diagnose.json"]
+    figures = json.loads((place / "out/diagnose.json").read_text())
+    network, _ = checkpoint.load_student(teacher)
+    train, validation, _ = data.split(data.load("sklearn:iris"), validation=0.2, seed=0)
+    for name, part in (("training", train), ("held_out", validation)):
+        with torch.no_grad():
+            logits = network(part.batch(range(len(part)))["input"])
+        expected = of_tensors(logits, part.targets, temperature=2.0).teacher
+        assert figures[name]["teacher"]["rows"] == len(part)
+        assert figures[name]["teacher"]["departure"] == pytest.approx(expected.departure, rel=1e-4)
+    assert figures["held_out"]["which"] == "validation rows"
+    assert figures["classes"] == list(data.load("sklearn:iris").classes)
+    assert "luce diagnose runs/teacher sklearn:iris" in (place / "out/diagnose.html").read_text()
+
+
+def test_json_is_all_that_is_printed(teacher: Path, luce) -> None:
+    answer = luce("diagnose", "runs/teacher", "sklearn:iris", "--json", "--held-out", "test")
+    assert (answer.status, answer.err) == (0, "")
+    figures = json.loads(answer.out)
+    assert figures["held_out"]["which"] == "test rows"
+    assert figures["held_out"]["teacher"]["rows"] == len(data.load("sklearn:iris").test)
+    assert figures["temperature"] == 1
+    assert "knows nothing yet" in figures["student"]
+
+
+def test_a_student_is_pulled_at(teacher: Path, write, luce) -> None:
+    assert luce("distill", write("student.yaml", **STUDENT), "--out", "runs/student").status == 0
+    words = ("diagnose", "runs/teacher", "sklearn:iris", "--json")
+    by, fresh = (
+        json.loads(luce(*words, *more).out)["training"]["teacher"]["pull"]
+        for more in (("--student", "runs/student", "--weight", "0.5"), ())
+    )
+    assert by["norms"]["cross_entropy"] != fresh["norms"]["cross_entropy"]
+    assert by["correlation"] is not None
+    assert fresh["correlation"] is None
+
+
+def test_a_network_by_name_is_diagnosed_on_all_training_rows(teacher: Path, luce) -> None:
+    weights = teacher / "student.safetensors"
+    words = ("--checkpoint", str(weights), "--teacher.options.hidden", "[8]", "--json")
+    figures = json.loads(luce("diagnose", "mlp", "sklearn:iris", *words).out)
+    iris = data.load("sklearn:iris")
+    assert figures["training"]["teacher"]["rows"] == len(iris.train)
+    assert figures["held_out"]["which"] == "test rows"
+    few = json.loads(luce("diagnose", "mlp", "sklearn:iris", *words, "--data.labels_per_class", "3").out)
+    assert few["training"]["teacher"]["rows"] == 9
+    assert few["training"]["unlabelled"] == len(iris.train) - 9
+
+
+def test_files_that_are_there_are_replaced(teacher: Path, luce, place: Path) -> None:
+    for temperature in ("1", "4"):
+        assert (
+            luce(
+                "diagnose", "runs/teacher", "sklearn:iris", "--out", "out", "--temperature", temperature
+            ).status
+            == 0
+        )
+    assert json.loads((place / "out/diagnose.json").read_text())["temperature"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "arguments are required: TEACHER, DATA"),
+        (["runs/teacher"], "arguments are required: DATA"),
+        (["runs/nowhere", "sklearn:iris"], "expected a run folder or the name of a network"),
+        (["mlpp", "sklearn:iris"], "unknown model `mlpp`; did you mean `mlp`"),
+        (["mlp", "sklearn:iris"], "a fresh `mlp` has none"),
+        (["mlp", "sklearn:iris", "--checkpoint", "no.pt"], "cannot read the checkpoint no.pt"),
+        (["runs/teacher", "sklearn:iris", "--checkpoint", "x.pt"], "no `--checkpoint` beside runs/teacher"),
+        (["runs/teacher", "sklearn:irises"], "did you mean `sklearn:iris`"),
+        (["runs/teacher", "sklearn:wine"], "for the inputs of `sklearn:wine`"),
+        (["runs/teacher", "sklearn:digits"], "for the 10 classes of `sklearn:digits`"),
+        (["runs/teacher", "sklearn:iris", "--student", "runs"], "finished run with an exported student"),
+        (["runs/teacher", "sklearn:iris", "--temperatur", "2"], "did you mean `--temperature`"),
+        (["runs/teacher", "sklearn:iris", "--temperature", "0"], "`temperature` to be a finite number"),
+        (["runs/teacher", "sklearn:iris", "--temperature", "hot"], "invalid float value: 'hot'"),
+        (["runs/teacher", "sklearn:iris", "--weight", "2"], "`weight` in [0, 1]"),
+        (["runs/teacher", "sklearn:iris", "--held-out", "train"], "invalid choice: 'train'"),
+        (["runs/teacher", "sklearn:iris", "--data.validatio", "0.3"], "did you mean `data.validation`"),
+        (["runs/teacher", "sklearn:iris", "--out", "file"], "expected a folder that can be written to"),
+        (["python:toy.nan", "sklearn:iris"], "got NaN"),
+        (["python:toy.five", "sklearn:iris"], "logits of shape (1, 5)"),
+        (["python:toy.one", "python:toy.one_class"], "at least 2 classes, got"),
+        (["runs/teacher", "python:toy.unlabelled"], "got -1 .. -1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_diagnosed(
+    words: list[str], reason: str, teacher: Path, refuses, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy
+
+    rows = torch.utils.data.TensorDataset(torch.rand(40, 4), torch.zeros(40).long())
+    monkeypatch.setattr(toy, "one", lambda: torch.nn.Linear(4, 1), raising=False)
+    monkeypatch.setattr(toy, "one_class", lambda: data.from_datasets(rows), raising=False)
+    (place / "file").write_text("mine")
+    assert reason in refuses("diagnose", *words)
+    assert (place / "file").read_text() == "mine"
+
+
+def test_a_folder_without_a_recipe_can_be_a_teacher(teacher: Path, luce, place: Path) -> None:
+    (place / "bare").mkdir()
+    for name in ("student.json", "student.safetensors"):
+        shutil.copy(teacher / name, place / "bare" / name)
+    figures = json.loads(luce("diagnose", "bare", "sklearn:iris", "--json").out)
+    assert figures["held_out"]["which"] == "test rows"
+
+
+# Landscapes -------------------------------------------------------------------------------------------------
+
+
+def test_landscapes_are_drawn_and_written_down(luce, place: Path) -> None:
+    losses = (
+        "--loss",
+        "PLDLoss",
+        "--loss",
+        "KDLoss",
+        "temperature=4",
+        "--loss",
+        "CrossEntropyLoss",
+        "weight=0.1",
+        "+",
+        "KDLoss",
+    )
+    answer = luce("landscape", *losses, "--points", "9", "--out", "out/shape.png")
+    assert (answer.status, answer.err) == (0, "")
+    assert "KDLoss temperature=4: lowest 0 at a = 0, b = 0" in answer.out
+    assert (place / "out/shape.png").read_bytes().startswith(b"\x89PNG")
+    grids = json.loads((place / "out/shape.json").read_text())["landscapes"]
+    assert [grid["loss"] for grid in grids] == [
+        " ".join(words) for words in (losses[1:2], losses[3:5], losses[6:])
+    ]
+    assert grids[0]["label"] == 0
+    assert sorted(path.name for path in (place / "out").iterdir()) == ["shape.json", "shape.png"]
+
+
+def test_teachers_of_landscapes(luce, place: Path) -> None:
+    words = ("landscape", "--loss", "KDLoss", "--points", "5")
+    assert luce(*words, "--teacher", "[0, 3.5, -1]", "--label", "2").status == 0
+    grid = json.loads((place / "runs/landscape.json").read_text())["landscapes"][0]
+    assert (grid["teacher_logits"], grid["label"]) == ([0, 3.5, -1], 2)
+    assert luce(*words, "--teacher=-1,0,2").status == 0
+    assert json.loads((place / "runs/landscape.json").read_text())["landscapes"][0]["label"] == 2
+    assert luce(*words, "--classes", "6", "--radius", "3").status == 0
+    grid = json.loads((place / "runs/landscape.json").read_text())["landscapes"][0]
+    assert len(grid["teacher_logits"]) == 6
+    assert sum(value**2 for value in grid["teacher_logits"]) == pytest.approx(1)
+    assert grid["steps"][-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "expected at least one loss"),
+        (["--loss", "PLDLos"], "unknown loss in `loss.1`: `PLDLos`; did you mean `PLDLoss`"),
+        (["--loss", "KDLoss", "temp=3"], "did you mean `temperature`"),
+        (["--loss", "KDLoss", "temperature"], "option of KDLoss as option=value, got `temperature`"),
+        (["--loss", "KDLoss", "temperature=-3"], "`temperature`"),
+        (["--loss", "KDLoss", "temperature=["], "cannot read the value of `temperature=[`"),
+        (["--loss"], "expected at least one argument"),
+        (["--loss", "KDLoss", "--teacher", "a,b"], "expected numbers such as 2,0.5,-1"),
+        (["--loss", "KDLoss", "--teacher", "1"], "at least 2 finite logits"),
+        (["--loss", "KDLoss", "--label", "3"], "`label` in [0, 3), got 3"),
+        (["--loss", "KDLoss", "--classes", "1"], "`--classes` of at least 2"),
+        (["--loss", "KDLoss", "--classes", "4", "--teacher", "1,2"], "got both"),
+        (["--loss", "KDLoss", "--points", "4"], "odd"),
+        (["--loss", "KDLoss", "--out", "x.svg"], "ends in .png"),
+        (["--loss", "KDLoss", "--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn(words: list[str], reason: str, refuses, place: Path) -> None:
+    assert reason in refuses("landscape", *words)
+    assert not list(place.rglob("*.png"))
+
+
+def test_reading_losses() -> None:
+    assert read_loss(["KDLoss", "temperature=4", "scale_by_temperature=false"]) == {
+        "1": {"loss": "KDLoss", "temperature": 4, "scale_by_temperature": False}
+    }
+    with pytest.raises(UserError, match="expected a loss after `\\+`"):
+        read_loss(["KDLoss", "+"])
