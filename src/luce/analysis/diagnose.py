@@ -480,14 +480,15 @@ def findings(train: Diagnosis, held_out: Diagnosis | None = None) -> tuple[Findi
     teacher, percent = train.teacher, "{:.1%}".format
     if teacher.classes > 2 and teacher.relation_share < FLAT_RELATIONS:
         nats, shares = teacher.class_relation_nats + teacher.instance_relation_nats, teacher.terms.shares
+        most = math.log(teacher.classes - 1)
         found.append(
             Finding(
                 "It looks like label smoothing in disguise.",
                 f"How the teacher spreads what it leaves to wrong classes says {nats:.3f} nats, "
-                f"{percent(teacher.relation_share)} of the most it could "
-                f"({math.log(teacher.classes - 1):.2f}: a single rival); label smoothing of the same strength, {teacher.smoothing:.3f}, says 0. "
-                f"Relations are {percent(shares['class_relations'] + shares['instance_relations'])} of the "
-                "departure from the labels; for label_smoothing and true_prob they are 0%. "
+                f"{percent(teacher.relation_share)} of the most it could ({most:.2f}: a single rival); label "
+                f"smoothing of the same strength, {teacher.smoothing:.3f}, says 0. Relations are "
+                f"{percent(shares['class_relations'] + shares['instance_relations'])} of the departure from "
+                "the labels; for label_smoothing and true_prob they are 0%. "
                 "So looks a teacher that was itself trained with label smoothing, and any teacher at a high "
                 f"temperature (here {train.temperature:g}): try a lower one. "
                 f"(Pointed at below {percent(FLAT_RELATIONS)}, a heuristic of ours, not a known bound.)",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -202,7 +203,7 @@ def _paint(figure: Figure, axes: Axes, found: Landscape) -> None:
     if math.isfinite(value) and not flat:
         axes.plot(a, b, "o", color="#D55E00", markeredgecolor="white", markersize=7, clip_on=False, zorder=4)
     where = "is flat" if flat else f"lowest {value:.3g}" + (" at the edge" if found.minimum_on_edge else "")
-    axes.set_title(f"{found.name}\n{where}", fontsize=8.5, color=INK)
+    axes.set_title("\n".join([*textwrap.wrap(found.name, 44), where]), fontsize=8.5, color=INK)
     axes.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal", xlabel="a", ylabel="b")
     axes.grid(visible=False)
 

@@ -61,6 +61,7 @@ def main(words: Sequence[str]) -> None:
     request, rest = parser.parse_known_args(list(words))
 
     from rich.console import Console
+    from rich.text import Text
 
     from ..analysis import page
     from ..reports import terminal_table
@@ -74,12 +75,12 @@ def main(words: Sequence[str]) -> None:
     if request.json:
         print(json.dumps(page.as_json(report), indent=2))
     else:
-        console = Console()
-        console.print(terminal_table(page.table(report)))
-        print(f"\nClasses that resemble others most: {page.strongest(report)}.")
-        for finding in report.findings:
-            print(f"\n{finding.title} {finding.text}")
-        print("", *page.answers(report), sep="\n")
+        Console().print(
+            terminal_table(page.table(report)),
+            Text(f"\nClasses that resemble others most: {page.strongest(report)}."),
+            *(Text(f"\n{finding.title} {finding.text}") for finding in report.findings),
+            *(Text(f"\n{answer}") for answer in page.answers(report)),
+        )
     if request.out is not None:
         files.write_json(request.out / "diagnose.json", page.as_json(report))
         page.write_html(report, request.out / "diagnose.html")
@@ -115,16 +116,21 @@ def read(request: argparse.Namespace, rest: Sequence[str]) -> tuple[Recipe, bool
         raise UserError(f"expected a run folder or the name of a network as TEACHER, got {request.teacher}")
     else:
         teacher = {"name": request.teacher, "checkpoint": request.checkpoint}
-    data = {**data, "name": request.data, "augment": "none"}
+    data = {**data, "name": request.data}
     if request.root is not None:
         data["root"] = request.root
     content = {
         "data": data,
-        "teacher": {**teacher, "remember": True},
+        "teacher": teacher,
         "student": {"checkpoint": request.student},
         "training": {"cpu": request.cpu},
     }
-    return parse(Recipe, merge(content, nested)), same_data
+    recipe = parse(Recipe, merge(content, nested))
+    # Whatever was asked for: every row is looked at once, as it is.
+    recipe.data.augment = "none"
+    assert recipe.teacher is not None
+    recipe.teacher.remember = True
+    return recipe, same_data
 
 
 def rows(recipe: Recipe, loaded: Data, held_out: str, *, split: bool) -> tuple[Examples, Examples]:
@@ -132,14 +138,18 @@ def rows(recipe: Recipe, loaded: Data, held_out: str, *, split: bool) -> tuple[E
     import torch
 
     from .. import data
+    from ..data.sources import as_source
 
     options = recipe.data
-    train, validation, test = data.split(loaded, validation=options.validation, seed=options.split_seed)
-    if not split:
-        train = data.Examples(loaded.train, torch.arange(len(train) + len(validation)))
+    if split:
+        train, validation, test = data.split(loaded, validation=options.validation, seed=options.split_seed)
+    else:
+        train, test = (
+            data.Examples(part, torch.arange(len(as_source(part)))) for part in (loaded.train, loaded.test)
+        )
     if options.labels_per_class is not None:
         train = data.keep_labels(train, per_class=options.labels_per_class, seed=options.split_seed)
-    return train.plain, validation if held_out == "validation" else test
+    return train.plain, validation if held_out == "validation" else test.plain
 
 
 def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, command: str) -> Report:
