@@ -317,6 +317,18 @@ def test_sure_teachers_keep_their_digits() -> None:
     assert diagnose(1e4 * teacher.float(), target).teacher.terms.total == 0
 
 
+def test_the_floor_bounds_a_weight_and_is_counted() -> None:
+    student = torch.tensor([[0.0, -20.0], [0.0, -1.0]], dtype=torch.float64)
+    teacher = torch.tensor([[0.0, -1.0], [0.0, -1.0]], dtype=torch.float64)
+    found = diagnose(
+        teacher, torch.zeros(2).long(), student_logits=student, weight=1.0, floor=1e-3
+    ).teacher.pull
+    unsure, sure = 1 / (1 + math.exp(1)), 1 / (1 + math.exp(20))
+    assert found.floored == 1
+    assert found.weights.tolist() == pytest.approx([(sure - unsure) / 1e-3, 0], abs=1e-12)
+    assert found.negative == 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_dtypes_are_only_data(dtype: torch.dtype) -> None:
     teacher, target, student = example()

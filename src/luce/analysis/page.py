@@ -274,8 +274,8 @@ def _galleries(report: Report) -> list[Gallery]:
         Gallery(
             "Over temperatures",
             "Left, the shares as above; the colours are those of the first plot. Right, how strong each "
-            "level is: what is left to wrong classes, how uneven its spread is (of the most it could be), and "
-            "how far the weights of rows deviate. The dashed line is the chosen temperature.",
+            "level is: what is left to wrong classes, how uneven its spread is (of the most it could be), "
+            "and how far the weights of rows deviate. The dashed line is the chosen temperature.",
             plots.over_temperatures(report.sweep, train.temperature),
         ),
         Gallery(

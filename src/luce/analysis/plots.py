@@ -85,13 +85,17 @@ def strongest(found: Knowledge, classes: Sequence[str], count: int) -> list[tupl
 
 
 def _paint_relations(figure: Figure, *, relations: Tensor, classes: Sequence[str]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     values, names = relations.cpu().numpy(), list(classes)
     if len(names) > MOST_NAMES:
         order = _relatives_together(values)
         values = values[np.ix_(order, order)]
     axes = figure.subplots()
     image = axes.imshow(values, cmap="Blues", vmin=0, vmax=max(values.max(), 1e-12), aspect="auto")
-    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, format="{x:.0%}")
+    ticks = MaxNLocator(5, steps=[1, 2, 5, 10])
+    percent = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
+    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, ticks=ticks, format=percent)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     if len(names) <= MOST_NAMES:

@@ -75,12 +75,15 @@ def main(words: Sequence[str]) -> None:
     if request.json:
         print(json.dumps(page.as_json(report), indent=2))
     else:
-        Console().print(
-            terminal_table(page.table(report)),
-            Text(f"\nClasses that resemble others most: {page.strongest(report)}."),
-            *(Text(f"\n{finding.title} {finding.text}") for finding in report.findings),
-            *(Text(f"\n{answer}") for answer in page.answers(report)),
-        )
+        console = Console()
+        console.print(terminal_table(page.table(report)))
+        sentences = [
+            f"Classes that resemble others most: {page.strongest(report)}.",
+            *(f"{finding.title} {finding.text}" for finding in report.findings),
+            *page.answers(report),
+        ]
+        for sentence in sentences:
+            console.print(Text(f"\n{sentence}"))
     if request.out is not None:
         files.write_json(request.out / "diagnose.json", page.as_json(report))
         page.write_html(report, request.out / "diagnose.html")
