@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +32,7 @@ def report(
         held_out_rows="validation rows",
         sweep=tuple(diagnose(teacher, target, temperature=t, references=False) for t in (0.5, 1.0, 2.0, 8.0)),
         limits=limits(student, teacher, temperature=2.0),
+        suggested_temperature=3.25,
         reliability={"training": [Bin(0.5, 0.4, 3), Bin(0.9, 1.0, 20)]},
         command="luce diagnose teacher toy",
         facts=(("luce", "1"),),
@@ -60,7 +60,7 @@ def test_the_page_tells_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert "<b>teacher</b>" not in text
     assert "<co>" not in text
     assert "luce diagnose teacher toy" in text
-    assert "Suggested" not in text
+    assert "Suggested teacher temperature for PLD: 3.25;" in text
     # shares, two heat maps, a reliability plot, three on the student, two sweeps, two of the limit
     assert len(re.findall(r'<svg [^>]*role="img" aria-label="[^"]{20,}', text)) == 11
     assert not re.search(r"<script|@import|url\((?!#)|(src|href)=\"(?!#|data:)", text)
@@ -69,12 +69,6 @@ def test_the_page_tells_everything_and_needs_nothing(tmp_path: Path) -> None:
     for sentence in page.answers(found):
         assert sentence in text
     assert html(found, tmp_path) == text
-
-
-def test_a_suggestion_has_its_place(tmp_path: Path) -> None:
-    found = replace(report(), suggested_temperature=3.25)
-    assert "Suggested teacher temperature: 3.25." in html(found, tmp_path)
-    assert page.as_json(found)["suggested_temperature"] == 3.25
 
 
 def test_findings_are_on_the_page(tmp_path: Path) -> None:

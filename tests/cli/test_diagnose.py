@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from luce import data
+from luce import data, suggest_temperature
 from luce.analysis import diagnose as of_tensors
 from luce.cli.landscape import read_loss
 from luce.errors import UserError
@@ -60,6 +60,8 @@ def test_a_run_is_diagnosed_on_its_own_split(teacher: Path, luce, place: Path) -
         expected = of_tensors(logits, part.targets, temperature=2.0).teacher
         assert figures[name]["teacher"]["rows"] == len(part)
         assert figures[name]["teacher"]["departure"] == pytest.approx(expected.departure, rel=1e-4)
+        if name == "training":
+            assert figures["suggested_temperature"] == pytest.approx(suggest_temperature(logits), rel=1e-4)
     assert figures["held_out"]["which"] == "validation rows"
     assert figures["classes"] == list(data.load("sklearn:iris").classes)
     assert "luce diagnose runs/teacher sklearn:iris" in (place / "out/diagnose.html").read_text()

@@ -38,10 +38,10 @@ class Report:
         held_out_rows: Which rows these are, in words.
         sweep: On rows to learn from, at other temperatures.
         limits: Student and teacher between KD and logit matching, on rows to learn from.
+        suggested_temperature: `luce.suggest_temperature` of the rows to learn from.
         reliability: Of the teacher at temperature 1, by split.
         command: That makes the report again.
         facts: Further lines for the end of the page.
-        suggested_temperature: For the teacher's softmax; None says nothing of it.
     """
 
     teacher: str
@@ -53,10 +53,10 @@ class Report:
     held_out_rows: str
     sweep: tuple[Diagnosis, ...]
     limits: Limits
+    suggested_temperature: float
     reliability: Mapping[str, Sequence[Bin]]
     command: str
     facts: tuple[tuple[str, str], ...] = ()
-    suggested_temperature: float | None = None
 
     @property
     def splits(self) -> dict[str, Diagnosis]:
@@ -91,8 +91,10 @@ def answers(report: Report) -> list[str]:
             f"{number(other.accuracy)}%: the gap shows how much it knows by heart."
         )
     said.append(report.limits.verdict)
-    if report.suggested_temperature is not None:
-        said.append(f"Suggested teacher temperature: {report.suggested_temperature:.3g}.")
+    said.append(
+        f"Suggested teacher temperature for PLD: {report.suggested_temperature:.3g}; there its first choice "
+        "has a probability of 0.9 on average over the training rows."
+    )
     return said
 
 

@@ -163,7 +163,7 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
     """
     import torch
 
-    from .. import __version__, analysis, data
+    from .. import __version__, analysis, data, suggest_temperature
     from ..analysis.page import Report
     from ..reports.runs import Bin
     from ..training import metrics
@@ -210,6 +210,7 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
             )
             for temperature in sorted({*SWEEP, request.temperature})
         )
+        suggested = suggest_temperature(teacher["training"])
         limits = analysis.limits(
             student["training"][some], teacher["training"][some], temperature=request.temperature
         )
@@ -231,6 +232,7 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
         held_out_rows=f"{which} rows",
         sweep=sweep,
         limits=limits,
+        suggested_temperature=suggested,
         reliability=reliability,
         command=command,
         facts=(("teacher", size), ("luce", __version__), ("torch", torch.__version__)),
