@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
 
 from ..errors import UserError
+from ._parser import Parser
 
 DESCRIPTION = """Measure losses and ops against what people use instead: candidate and baselines take turns
 in one process on the same random logits. Cases are named by the beginning of a name (softmax, pld, kd,
@@ -18,13 +18,8 @@ there are no figures. A line for each case and number of threads is added to --o
 beside it show the last run. Close everything else: a busy machine makes figures useless."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; luce bench --help tells more")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="luce bench", description=DESCRIPTION, add_help=False, allow_abbrev=False)
+    parser = Parser("bench", description=DESCRIPTION)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases; all unless given")
     parser.add_argument("--list", action="store_true", help="list the cases and their goals, measure nothing")
     parser.add_argument(
