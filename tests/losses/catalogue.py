@@ -25,6 +25,7 @@ class Loss:
         needs_label: Rows without a label do not count.
         uses_label: The value depends on the label.
         couples_rows: A row's value depends on the other rows.
+        grows_with_rows: And is a sum over them, not a mean.
         shift_invariant: Blind to a constant added to a row, of either network.
         zero_at_equality: 0 when the student has the teacher's logits.
         ranks: Sees the teacher's logits as a ranking, so that a rounding may reorder near ties.
@@ -40,6 +41,7 @@ class Loss:
     needs_label: bool = False
     uses_label: bool = False
     couples_rows: bool = False
+    grows_with_rows: bool = False
     shift_invariant: bool = True
     zero_at_equality: bool = False
     ranks: bool = False
@@ -195,6 +197,58 @@ LOSSES = (
         bad_options=(*TEMPERATURES, ("correct_probability", 0.0), ("correct_probability", 1.0)),
         needs_label=True,
         uses_label=True,
+    ),
+    Loss(
+        luce.partial_kd_loss,
+        luce.PartialKDLoss,
+        options=(
+            {},
+            {"temperature": 4.0, "scale_by_temperature": False},
+            {"keep": "uniform", "temperature": 2.0, "label_smoothing": 0.2},
+            {"keep": "topk", "top_k": 2},
+            {"keep": "topk", "top_k": 0.4, "always_keep_true": True},
+        ),
+        bad_options=(
+            *TEMPERATURES,
+            ("keep", "nothing"),
+            ("label_smoothing", 1.0),
+            ("label_smoothing", -0.1),
+            ("top_k", 0),
+            ("top_k", -1),
+            ("top_k", 1.5),
+            ("top_k", 0.0),
+            ("top_k", True),
+        ),
+        needs_label=True,
+        uses_label=True,
+    ),
+    Loss(
+        luce.decomposed_kd_loss,
+        luce.DecomposedKDLoss,
+        options=(
+            {},
+            {"temperature": 4.0},
+            {"w_guidance": 0.5, "w_smooth": 2.0, "w_relation": 1.5, "scale_by_temperature": False},
+        ),
+        bad_options=(*TEMPERATURES, ("w_guidance", -1.0), ("w_smooth", -1.0), ("w_relation", -1.0)),
+        needs_label=True,
+        uses_label=True,
+    ),
+    Loss(
+        luce.mlld_loss,
+        luce.MLLDLoss,
+        options=({}, {"temperatures": (1.0, 4.0), "w_instance": 0.5, "w_batch": 2.0, "w_class": 0.1}),
+        bad_options=(
+            ("temperatures", ()),
+            ("temperatures", 4.0),
+            ("temperatures", (2.0, 0.0)),
+            ("w_instance", -1.0),
+            ("w_batch", -1.0),
+            ("w_class", -1.0),
+        ),
+        couples_rows=True,
+        grows_with_rows=True,
+        zero_at_equality=True,
     ),
 )
 

@@ -32,7 +32,7 @@ def test_every_module_has_an_entry():
     assert {module.__name__ for module in here} <= set(luce.__all__)
 
 
-PER_BATCH = ("row_weight", "teacher_order")
+PER_BATCH = ("relation", "row_weight", "teacher_order")
 
 
 def test_every_option_of_a_function_is_one_of_its_module_with_the_same_default():

@@ -405,3 +405,116 @@ def test_dist_is_made_of_correlations(temperature):
     for i, options in enumerate(({"beta": 1.0, "gamma": 0.0}, {"beta": 0.0, "gamma": 1.0})):
         result = value(luce.dist_loss, S3, T3, **options, temperature=temperature, scale_by_temperature=False)
         assert result == pytest.approx(expected[i], rel=1e-4)
+
+
+# Partial KD, and KD in three parts
+
+
+Z, V = [1.0, 0.5, -0.5, 0.0], [4.0, 2.0, -1.0, 0.0]
+ANY = (7.0, 7.0, 7.0, 7.0)
+RELATION = tensor([[0.0, 0.6, 0.1, 0.3], ANY, ANY, ANY])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.861780, 0.046073, 0.046073, 0.046073]),
+        ({"temperature": 2.0}, [0.630796, 0.123068, 0.123068, 0.123068]),
+        ({"keep": "topk", "top_k": 2}, [0.861780, 0.116629, 0.010795, 0.010795]),
+        ({"keep": "topk", "top_k": 0.5, "temperature": 2.0}, [0.630796, 0.232057, 0.068574, 0.068574]),
+        (
+            {"keep": "true_prob+weight_sim", "relation": RELATION, "temperature": 2.0},
+            [0.630796, 0.221523, 0.036920, 0.110761],
+        ),
+        ({"keep": "class_mean", "relation": RELATION, "temperature": 2.0}, [0.0, 0.6, 0.1, 0.3]),
+        ({"keep": "uniform", "temperature": 2.0}, [0.925, 0.025, 0.025, 0.025]),
+        ({"keep": "uniform", "label_smoothing": 0.4}, [0.7, 0.1, 0.1, 0.1]),
+    ],
+    ids=lambda x: x.get("keep", "true_prob") if isinstance(x, dict) else "",
+)
+def test_partial_targets(options, expected):
+    target = luce.partial_target(tensor([V]), torch.tensor([0]), **options)
+    assert target[0].tolist() == digits(expected)
+    temperature = options.get("temperature", 1.0)
+    log_q = formulas.log_softmax(Z, temperature)
+    kl = sum(a * (log(a) - b) for a, b in zip(target[0].tolist(), log_q, strict=True) if a)
+    assert value(luce.partial_kd_loss, [Z], [V], [0], **options) == pytest.approx(temperature**2 * kl)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "parts", "whole"),
+    [
+        (1.0, (0.678513, 0.247046, -0.055411), 0.870147),
+        (2.0, (0.662346, 0.572273, -0.045069), 1.189549),
+    ],
+)
+def test_kd_in_three_parts(temperature, parts, whole):
+    options = {"temperature": temperature, "scale_by_temperature": False}
+    names = ("w_guidance", "w_smooth", "w_relation")
+    found = [
+        value(
+            luce.decomposed_kd_loss,
+            [Z],
+            [V],
+            [0],
+            **options,
+            **{other: float(other == name) for other in names},
+        )
+        for name in names
+    ]
+    assert found == digits(list(parts))
+    assert value(luce.decomposed_kd_loss, [Z], [V], [0], **options) == digits(whole)
+    p, log_q = formulas.softmax(V, temperature), formulas.log_softmax(Z, temperature)
+    m = (p[1] + p[2] + p[3]) / 3
+    assert found[0] == pytest.approx(-p[0] * log_q[0])
+    assert found[1] == pytest.approx(-m * sum(log_q[1:]))
+    assert found[2] == pytest.approx(-sum((a - m) * b for a, b in zip(p[1:], log_q[1:], strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    [
+        (1.0, [-0.420548, 0.171038, 0.096310, 0.153199]),
+        (2.0, [-0.560049, 0.100448, 0.214485, 0.245117]),
+    ],
+)
+def test_the_gradient_that_a_teacher_rescales(temperature, expected):
+    """A tenth of cross-entropy and nine of KD, whose parts together are KD."""
+    task = gradient(lambda s, t, y: luce.cross_entropy_loss(s, y), [Z], [V], [0])
+    kd = gradient(luce.decomposed_kd_loss, [Z], [V], [0], temperature=temperature)
+    assert [0.1 * a + 0.9 * b for a, b in zip(task[0], kd[0], strict=True)] == digits(expected)
+
+
+# Multi-level logit distillation
+
+
+@pytest.mark.parametrize(
+    ("rows", "temperature", "batch", "classes"),
+    [(3, 1.0, 0.064820, 0.218987), (3, 4.0, 0.000304, 0.013994), (2, 4.0, 0.000121, 0.010495)],
+)
+def test_mlld(rows, temperature, batch, classes):
+    s, t = S3[:rows], T3[:rows]
+    off = {"w_instance": 0.0, "w_batch": 0.0, "w_class": 0.0}
+    instance, of_rows, of_classes = (
+        value(luce.mlld_loss, s, t, temperatures=[temperature], **{**off, name: 1.0}) for name in off
+    )
+    assert instance == pytest.approx(value(luce.kd_loss, s, t, temperature=temperature), rel=1e-12)
+    assert of_rows == digits(batch)
+    assert of_classes == digits(classes)
+    weights = {"w_instance": 0.5, "w_batch": 3.0, "w_class": 0.25}
+    whole = value(luce.mlld_loss, s, t, temperatures=[temperature], **weights)
+    assert whole == pytest.approx(0.5 * instance + 3 * of_rows + 0.25 * of_classes)
+
+
+def test_mlld_spelled_out():
+    """One row, two classes: a student that knows nothing, a teacher that is sure."""
+    options = {"temperatures": [1.0], "w_instance": 0.0}
+    sure, even = [[200.0, 0.0]], [[0.0, 0.0]]
+    # 1 x 1: (1 - 1/2)^2; 2 x 2: [[1, 0], [0, 0]] against quarters, over two classes.
+    assert value(luce.mlld_loss, even, sure, w_class=0.0, **options) == pytest.approx(0.25)
+    assert value(luce.mlld_loss, even, sure, w_batch=0.0, **options) == pytest.approx((9 / 16 + 3 / 16) / 2)
+
+
+def test_the_temperatures_of_mlld_add_up():
+    parts = [value(luce.mlld_loss, S3, T3, temperatures=[t]) for t in (2.0, 3.0, 4.0, 5.0, 6.0)]
+    assert value(luce.mlld_loss, S3, T3) == pytest.approx(sum(parts), rel=1e-12)

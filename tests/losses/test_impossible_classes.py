@@ -33,6 +33,9 @@ INF_IF_THE_STUDENT_EXCLUDES_THE_LABEL = {
     "tvd_loss": False,
     "wsld_loss": True,
     "tfkd_loss": True,
+    "partial_kd_loss": True,
+    "decomposed_kd_loss": True,
+    "mlld_loss": True,
 }
 INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "cross_entropy_loss": False,
@@ -52,6 +55,9 @@ INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "tvd_loss": False,
     "wsld_loss": False,
     "tfkd_loss": False,
+    "partial_kd_loss": False,
+    "decomposed_kd_loss": False,
+    "mlld_loss": False,
 }
 
 

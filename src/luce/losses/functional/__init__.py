@@ -6,15 +6,25 @@ from .embeddings import cc_loss, pkt_loss, rkd_loss, sp_loss
 from .listwise import listmle_loss, listnet_loss, p_listmle_loss, pld_loss
 from .maps import at_loss, cwd_loss, fitnet_loss, fsp_loss, ickd_loss, mgd_loss, nst_loss, ofd_loss, vid_loss
 from .matching import logit_matching_loss
+from .multilevel import mlld_loss
 from .normalized import normdkd_loss, normkd_loss, standardize
+from .partial import (
+    class_relations,
+    decomposed_kd_loss,
+    partial_kd_loss,
+    partial_target,
+    weight_similarity,
+)
 from .relation import dist_loss
 from .reweighted import nkd_loss, tfkd_loss, tvd_loss, wsld_loss
 
 __all__ = [
     "at_loss",
     "cc_loss",
+    "class_relations",
     "cross_entropy_loss",
     "cwd_loss",
+    "decomposed_kd_loss",
     "dist_loss",
     "dkd_loss",
     "fitnet_loss",
@@ -26,12 +36,15 @@ __all__ = [
     "listnet_loss",
     "logit_matching_loss",
     "mgd_loss",
+    "mlld_loss",
     "nkd_loss",
     "normdkd_loss",
     "normkd_loss",
     "nst_loss",
     "ofd_loss",
     "p_listmle_loss",
+    "partial_kd_loss",
+    "partial_target",
     "pkt_loss",
     "pld_loss",
     "reverse_kl_loss",
@@ -42,5 +55,6 @@ __all__ = [
     "tfkd_loss",
     "tvd_loss",
     "vid_loss",
+    "weight_similarity",
     "wsld_loss",
 ]

@@ -8,7 +8,9 @@ from .features import FeatureLoss
 from .listwise import ListMLELoss, ListNetLoss, PLDLoss, PListMLELoss
 from .maps import ATLoss, CWDLoss, FitNetLoss, FSPLoss, ICKDLoss, MGDLoss, NSTLoss, OFDLoss, VIDLoss
 from .matching import LogitMatchingLoss
+from .multilevel import MLLDLoss
 from .normalized import NormDKDLoss, NormKDLoss, Standardized
+from .partial import DecomposedKDLoss, PartialKDLoss
 from .relation import DISTLoss
 from .reweighted import NKDLoss, TfKDLoss, TVDLoss, WSLDLoss
 from .weighted_sum import WeightedSum
@@ -21,6 +23,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DISTLoss",
     "DKDLoss",
+    "DecomposedKDLoss",
     "FSPLoss",
     "FeatureLoss",
     "FitNetLoss",
@@ -32,6 +35,7 @@ __all__ = [
     "LogitLoss",
     "LogitMatchingLoss",
     "MGDLoss",
+    "MLLDLoss",
     "NKDLoss",
     "NSTLoss",
     "NormDKDLoss",
@@ -40,6 +44,7 @@ __all__ = [
     "PKTLoss",
     "PLDLoss",
     "PListMLELoss",
+    "PartialKDLoss",
     "RKDLoss",
     "ReverseKLLoss",
     "SPLoss",

@@ -1,0 +1,131 @@
+"""Distillation at several levels at once: each row, how rows resemble each other, and how classes do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.kd import forward_kl
+from .. import _check
+from .._reduce import Reduction, Rows
+
+
+def mlld_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+    w_instance: float = 1.0,
+    w_batch: float = 1.0,
+    w_class: float = 1.0,
+    ignore_index: int = -100,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Multi-level logit distillation: KD, and the Gram matrices of rows and of classes, softened variously.
+
+    .. math:: \sum_T \left[ w_i \frac{T^2}{N} \sum_n \mathrm{KL}(P_n \,\|\, Q_n)
+        + \frac{w_b}{N} \big\| P P^\top - Q Q^\top \big\|_F^2
+        + \frac{w_c}{C} \big\| P^\top P - Q^\top Q \big\|_F^2 \right]
+
+    where the rows of P and Q are the teacher's and the student's softmax at the temperature T. The second
+    term grows with the number of rows and the third with its square: weights that suit one batch size do not
+    suit another, nor gradient accumulation. Under ``reduction="none"`` a row has its own part of the second
+    term and an even share of the third.
+
+    This is the loss as its formulas stand. The authors' code departs from them, which is not copied here: it
+    multiplies the mean of the first term by a mask of unsure rows, and the third by one of rare classes,
+    after averaging, which makes each a factor of about one half; in the strongly augmented view it
+    takes two of the temperatures from the weak view's logits; and it drops that view's second and third term.
+    Masks that select rows or classes are left out altogether. The code weighs every term 0.9, beside a
+    cross-entropy of 0.1 on both views; see `luce.methods.TwoViewMethod` for those.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices, used only to drop rows labelled `ignore_index`.
+        temperatures: Each positive, no unit; at least one. The default is that of the code on CIFAR-100.
+        w_instance: Weight of the first term, at least 0.
+        w_batch: Weight of the second term, at least 0.
+        w_class: Weight of the third term, at least 0.
+        ignore_index: Rows with this label do not count, in any term.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0. In the matrices a row counts in proportion to it, N being
+            the rows of a weight above 0, so that the unit of the weights does not matter.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Nats and squared probabilities; 0 for equal probabilities. A class at ``-inf`` in both networks does
+        not exist; at ``-inf`` in the student alone it makes the first term ``+inf``. Needs room for matrices
+        of N x N and of C x C; a weight of 0 spares that.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3], [1.2, 0.1, -0.7, 0.4]])
+        >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0], [0.2, 2.5, -0.3, 0.9]])
+        >>> mlld_loss(student_logits, teacher_logits, temperatures=[4.0], w_instance=0, w_batch=0)
+        tensor(0.0105)
+
+    References:
+        Jin, Wang and Lin, Multi-Level Logit Distillation, CVPR 2023.
+    """
+    _check_temperatures(temperatures)
+    _check.check_not_negative(w_instance=w_instance, w_batch=w_batch, w_class=w_class)
+    rows = Rows.of(
+        student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
+    )
+    counts = rows.weight != 0
+    classes = (counts[:, None] & rows.present()).any(0).sum().clamp(min=1)
+    total = rows.weight.sum()
+    weight = rows.weight * counts.sum() / torch.where(total == 0, 1, total)
+    values = torch.zeros_like(rows.weight)
+    for temperature in temperatures:
+        p, q = ((logits / temperature).softmax(-1) for logits in (rows.teacher, rows.student))
+        if w_instance:
+            kl = forward_kl(rows.student, rows.teacher, temperature)
+            values = values + w_instance * temperature**2 * kl
+        if w_batch:
+            gap = product(p, p.T) - product(q, q.T)
+            values = values + w_batch * (gap.square() * weight).sum(-1)
+        if w_class:
+            gap = product((weight[:, None] * p).T, p) - product((weight[:, None] * q).T, q)
+            values = values + w_class * gap.square().sum() / classes
+    return rows.reduce(values, reduction)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in its own dtype under autocast too, also on the way back.
+
+    The squares of small differences have no digits left in 16 bits.
+    """
+    result: Tensor = _Product.apply(a, b)
+    return result
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return product(slope, b.T), product(a.T, slope)
+
+
+def _check_temperatures(temperatures: Sequence[float]) -> None:
+    if not isinstance(temperatures, Sequence) or not temperatures:
+        raise ValueError(f"expected `temperatures` to be a sequence of at least one, got {temperatures!r}")
+    try:
+        _check.check_positive(**{f"temperatures[{i}]": value for i, value in enumerate(temperatures)})
+    except ValueError as error:
+        raise ValueError(
+            f"expected `temperatures` of finite numbers above 0, got {temperatures!r}"
+        ) from error

@@ -1,0 +1,427 @@
+"""KD from a part of what the teacher knows: targets that keep one kind of knowledge, and KD in three parts.
+
+The kinds are those of Tang et al.: that no class is impossible (universe), how classes relate (domain), and
+how hard a row is, which rescales its gradient (instance).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops._rows import wide_dtype
+from ...ops.kd.reference import relative_entropy
+from .. import _check
+from .._reduce import UNLABELLED, Reduction, Rows
+
+Keep = Literal[
+    "uniform",
+    "true_prob",
+    "class_mean",
+    "weight_sim",
+    "true_prob+class_mean",
+    "true_prob+weight_sim",
+    "topk",
+]
+KEEPS: tuple[str, ...] = get_args(Keep)
+RELATED = ("class_mean", "weight_sim", "true_prob+class_mean", "true_prob+weight_sim")
+"""What cannot be kept without a relation between the classes."""
+
+CHUNK = 1 << 24
+"""Numbers that are widened to float64 at a time."""
+
+
+def class_relations(teacher_logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""The teacher's mean softened distribution over the rows of each class.
+
+    .. math:: R_{yc} = \frac{1}{N_y} \sum_{n:\, y_n = y} \mathrm{softmax}(t_n / T)_c
+
+    Args:
+        teacher_logits: Of the training rows, shape ``(N, C)``.
+        target: Class indices, shape ``(N,)``. Rows with a negative label do not count.
+        temperature: Positive, no unit.
+    Returns:
+        ``(C, C)``, one distribution per class; a class without rows has a row of zeros. Summed in float64,
+        in the order of the rows, and returned in the dtype of the logits, at least float32.
+    Raises:
+        ValueError: On a wrong shape or value, and on a label of C or above.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> logits = torch.tensor([[0.8, 0.2], [0.6, 0.4]]).log()
+        >>> class_relations(logits, torch.tensor([0, 0]))
+        tensor([[0.7000, 0.3000],
+                [0.0000, 0.0000]])
+    """
+    _check.check_positive(temperature=temperature)
+    _check.check_logits("teacher_logits", teacher_logits)
+    if teacher_logits.ndim != 2:
+        raise ValueError(f"expected `teacher_logits` of shape (N, C), got {tuple(teacher_logits.shape)}")
+    _check.check_target(target, teacher_logits.shape[:1], teacher_logits)
+    classes = teacher_logits.shape[1]
+    if target.numel() and int(target.max()) >= classes:
+        raise _check.wrong_label(int(target.max()), classes)
+    wide = torch.float32 if teacher_logits.device.type == "mps" else torch.float64
+    sums = torch.zeros(classes, classes, dtype=wide, device=teacher_logits.device)
+    size = max(1, CHUNK // classes)
+    for logits, labels in zip(teacher_logits.detach().split(size), target.split(size), strict=True):
+        counts = labels >= 0
+        sums.index_add_(0, labels[counts], (logits[counts].to(wide) / temperature).softmax(-1))
+    rows = target[target >= 0].bincount(minlength=classes)
+    return (sums / rows.clamp(min=1)[:, None]).to(wide_dtype(teacher_logits))
+
+
+def weight_similarity(weight: Tensor, alpha: float = 1.0) -> Tensor:
+    r"""How alike the classes are to a linear classifier: a softmax over the cosines of their weights.
+
+    .. math:: R_{yc} = \mathrm{softmax}_c\big(\alpha \cos(w_y, w_c)\big)
+
+    The power alpha of a distribution, normalised again, is a softmax of alpha times its logits. The bias is
+    not looked at.
+
+    Args:
+        weight: Of the teacher's last linear layer, shape ``(C, D)``.
+        alpha: At least 0, no unit: 0 gives even rows, a large one rows that know their own class alone.
+    Returns:
+        ``(C, C)``, one distribution per class.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> weight_similarity(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), alpha=0.0)
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    _check.check_not_negative(alpha=alpha)
+    _check.check_logits("weight", weight)
+    if weight.ndim != 2:
+        raise ValueError(f"expected `weight` of shape (C, D), got {tuple(weight.shape)}")
+    unit = F.normalize(weight.detach().to(wide_dtype(weight)), dim=-1)
+    return (alpha * (unit @ unit.T)).softmax(-1)
+
+
+def partial_target(
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    keep: Keep = "true_prob",
+    temperature: float = 1.0,
+    relation: Tensor | None = None,
+    label_smoothing: float = 0.1,
+    top_k: int | float | None = None,
+    always_keep_true: bool = False,
+    ignore_index: int = -100,
+    unlabelled_index: int = UNLABELLED,
+    class_dim: int = 1,
+) -> Tensor:
+    r"""What is left of the teacher's softened distribution when only one kind of knowledge is kept.
+
+    With :math:`\rho = \mathrm{softmax}(t/T)` and the label y, the target has
+
+    ======================= =========================================================== ====================
+    ``keep``                on y; on another class c                                    keeps
+    ======================= =========================================================== ====================
+    ``uniform``             :math:`1 - \epsilon + \epsilon/C`; :math:`\epsilon/C`       universe
+    ``true_prob``           :math:`\rho_y`; :math:`(1 - \rho_y)/(C - 1)`                universe, instance
+    ``class_mean``          :math:`R_{yy}; R_{yc}` of `class_relations`                 universe, domain
+    ``weight_sim``          :math:`R_{yy}; R_{yc}` of `weight_similarity`               universe, domain
+    ``true_prob+...``       :math:`\rho_y`; :math:`(1 - \rho_y) R_{yc}/(1 - R_{yy})`    all but what relates
+                                                                                        single rows to classes
+    ``topk``                :math:`\rho` of the k largest; the others evenly            all, without noise
+    ======================= =========================================================== ====================
+
+    where ``...`` is ``class_mean`` or ``weight_sim``. The three kinds of knowledge are those of the paper's
+    abstract. ``true_prob``, ``weight_sim``, their sum and ``topk`` follow what we recall of the methods that
+    it calls KD-pt, KD-sim, KD-pt+sim and KD-topk; we have neither its text nor its code to compare with, and
+    the form of the similarity is the least certain. ``class_mean`` is an addition of ours. So are these
+    rules: everything is built on the softened :math:`\rho`, but the temperature leaves label smoothing and
+    the relation as they are; the relation of the sums divides means, not row by row; ties rank the lower
+    class first.
+
+    Args:
+        teacher_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        target: Class indices, the shape of the logits without their class dimension.
+        keep: What to keep.
+        temperature: Positive, no unit.
+        relation: Shape ``(C, C)``, not negative, for every ``keep`` with ``class_mean`` or ``weight_sim``,
+            which differ in nothing else. Only proportions within a row matter; a row of zeros, or one that
+            leaves nothing to other classes where it should, is taken as even.
+        label_smoothing: Epsilon of ``uniform``, in [0, 1).
+        top_k: How many classes ``topk`` keeps: an integer of at least 1, or a fraction of them in (0, 1].
+        always_keep_true: Let ``topk`` count the label as the largest. With ``top_k=1`` it is ``true_prob``.
+        ignore_index: Rows with this label have no target.
+        unlabelled_index: Rows with this label have none either.
+        class_dim: Dimension of the classes.
+    Returns:
+        Probabilities in the shape of the logits, at least float32, without gradient; zeros in rows without a
+        label. Classes at ``-inf`` do not exist and get nothing.
+    Raises:
+        ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
+        TypeError: On a wrong dtype, or a missing relation.
+    Example:
+        >>> logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
+        >>> partial_target(logits, torch.tensor([0]))
+        tensor([[0.7000, 0.1500, 0.1500]])
+        >>> partial_target(logits, torch.tensor([2]), keep="topk", top_k=1)
+        tensor([[0.7000, 0.1500, 0.1500]])
+
+    References:
+        Tang et al., Understanding and Improving Knowledge Distillation, arXiv 2002.03532.
+    """
+    _check.check_logits("teacher_logits", teacher_logits)
+    rows = Rows.of(
+        teacher_logits.detach(),
+        None,
+        target,
+        None,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+        needs_label=True,
+        needs_teacher=False,
+    )
+    probs = _target(rows, keep, temperature, relation, label_smoothing, top_k, always_keep_true)
+    probs = torch.where(rows.weight[:, None] == 0, 0, rows.weight[:, None] * probs)
+    axis = _check.class_axis(teacher_logits, class_dim)
+    return probs.reshape(*rows.shape, probs.shape[-1]).movedim(-1, axis)
+
+
+def partial_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    keep: Keep = "true_prob",
+    temperature: float = 1.0,
+    relation: Tensor | None = None,
+    label_smoothing: float = 0.1,
+    top_k: int | float | None = None,
+    always_keep_true: bool = False,
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    unlabelled_index: int = UNLABELLED,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Partial KD: KD from a target that keeps one kind of the teacher's knowledge.
+
+    .. math:: T^2\,\mathrm{KL}\big(r \,\|\, \mathrm{softmax}(s/T)\big)
+
+    where r is `partial_target`, whose docstring says what each ``keep`` is and where it comes from. A
+    cross-entropy with r has the same gradient; the KL divergence is 0 where the student says r itself.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices. Rows without a label do not count: they have nothing to keep by.
+        keep: What to keep; see `partial_target`, also for the next five.
+        temperature: Positive, no unit.
+        relation: Shape ``(C, C)``: `class_relations` or `weight_similarity`, where ``keep`` names either.
+        label_smoothing: Of ``uniform``, in [0, 1).
+        top_k: Of ``topk``: an integer of at least 1, or a fraction of the classes in (0, 1].
+        always_keep_true: Of ``topk``.
+        scale_by_temperature: Multiply by ``temperature**2``.
+        ignore_index: Rows with this label do not count.
+        unlabelled_index: Rows with this label have none.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Nats times ``temperature**2``. A class at ``-inf`` in both networks does not exist; at ``-inf`` in the
+        student alone it makes the loss ``+inf``, unless the target has nothing there.
+    Raises:
+        ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
+        TypeError: On a wrong dtype, or a missing relation.
+    Example:
+        >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
+        >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
+        >>> partial_kd_loss(student_logits, teacher_logits, torch.tensor([2]), temperature=4.0)
+        tensor(0.8966)
+
+    References:
+        Tang et al., Understanding and Improving Knowledge Distillation, arXiv 2002.03532.
+    """
+    rows = Rows.of(
+        student_logits,
+        teacher_logits,
+        target,
+        row_weight,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+        needs_label=True,
+    )
+    r = _target(rows, keep, temperature, relation, label_smoothing, top_k, always_keep_true)
+    log_q = (rows.student / temperature).log_softmax(-1)
+    values = relative_entropy(r, r.masked_fill(r == 0, 1).log(), log_q.exp(), log_q)
+    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
+
+
+def decomposed_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    w_guidance: float = 1.0,
+    w_smooth: float = 1.0,
+    w_relation: float = 1.0,
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    unlabelled_index: int = UNLABELLED,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""KD in three parts, each with its own weight: towards the label, away from certainty, between classes.
+
+    .. math:: -T^2 \Big[ w_g\, p_y \log q_y + w_s\, m \sum_{c \ne y} \log q_c
+        + w_r \sum_{c \ne y} (p_c - m) \log q_c \Big], \quad m = \frac{1 - p_y}{C - 1}
+
+    with p and q the softened distributions of teacher and student. With all weights 1 this is the
+    cross-entropy between them: `kd_loss` plus the teacher's entropy, with the same gradient. Without the last
+    part it is, up to a constant, `partial_kd_loss` with ``keep="true_prob"``. The identity holds exactly; the
+    split is, as we recall it, that of a later paper on why larger networks teach badly, and the names of the
+    weights are ours.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Class indices. Rows without a label do not count: they have no guidance to split off.
+        w_guidance: Weight of the part that pushes the label up, at least 0.
+        w_smooth: Weight of the part that pushes all other classes up alike, at least 0.
+        w_relation: Weight of the part that tells them apart, at least 0. Above `w_smooth` it may push a class
+            down without end, and make the loss negative.
+        temperature: Positive, no unit.
+        scale_by_temperature: Multiply by ``temperature**2``.
+        ignore_index: Rows with this label do not count.
+        unlabelled_index: Rows with this label have none.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
+    Returns:
+        Nats times ``temperature**2``. Classes at ``-inf`` are treated as in `partial_kd_loss`.
+    Raises:
+        ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> student_logits = torch.tensor([[1.0, 0.5, -0.5, 0.0]])
+        >>> teacher_logits = torch.tensor([[4.0, 2.0, -1.0, 0.0]])
+        >>> decomposed_kd_loss(student_logits, teacher_logits, torch.tensor([0]))
+        tensor(0.8701)
+        >>> decomposed_kd_loss(student_logits, teacher_logits, torch.tensor([0]), w_guidance=0, w_relation=0)
+        tensor(0.2470)
+
+    References:
+        Tang et al., Understanding and Improving Knowledge Distillation, arXiv 2002.03532.
+    """
+    _check.check_positive(temperature=temperature)
+    _check.check_not_negative(w_guidance=w_guidance, w_smooth=w_smooth, w_relation=w_relation)
+    rows = Rows.of(
+        student_logits,
+        teacher_logits,
+        target,
+        row_weight,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+        needs_label=True,
+    )
+    p = (rows.teacher / temperature).softmax(-1)
+    log_q = (rows.student / temperature).log_softmax(-1)
+    at_label = _at_label(rows)
+    others = rows.present() & ~at_label
+    rest = p.masked_fill(at_label, 0).sum(-1, keepdim=True)
+    even = others * (rest / others.sum(-1, keepdim=True).clamp(min=1))
+    share = torch.where(at_label, w_guidance * p, (w_smooth - w_relation) * even + w_relation * p)
+    values = -(share * torch.where(share == 0, 0, log_q)).sum(-1)
+    return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
+
+
+def _target(
+    rows: Rows,
+    keep: Keep,
+    temperature: float,
+    relation: Tensor | None,
+    label_smoothing: float,
+    top_k: int | float | None,
+    always_keep_true: bool,
+) -> Tensor:
+    """`partial_target` of rows ``(N, C)``: the teacher's probability of some classes as it is, and what that
+    leaves spread over the others in proportion to something else.
+    """
+    _check.check_positive(temperature=temperature)
+    _check.check_choice("keep", keep, KEEPS)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"expected `label_smoothing` in [0, 1), got {label_smoothing!r}")
+    _check_top_k(top_k, needed=keep == "topk")
+    rho = (rows.teacher / temperature).softmax(-1)
+    at_label, present = _at_label(rows), rows.present()
+    kept, weights = torch.zeros_like(present), torch.ones_like(rho)
+    if keep == "topk":
+        assert top_k is not None
+        kept = _largest(rows.teacher, present, at_label if always_keep_true else kept, top_k)
+    elif keep.startswith("true_prob"):
+        kept = at_label
+    if keep in RELATED:
+        weights = _checked(relation, keep, rho).to(rho)[rows.labels().clamp(0, rho.shape[-1] - 1)]
+    elif keep == "uniform":
+        even = present.to(rho) / present.sum(-1, keepdim=True).clamp(min=1)
+        weights = (1 - label_smoothing) * at_label.to(rho) + label_smoothing * even
+    return rho.masked_fill(~kept, 0) + _spread(rho.masked_fill(kept, 0), weights, present & ~kept)
+
+
+def _spread(mass: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+    """The mass of each row over some of its places, in proportion to weights; evenly where those are 0."""
+    weights = weights.masked_fill(~places, 0)
+    total = weights.sum(-1, keepdim=True)
+    even = places.to(weights) / places.sum(-1, keepdim=True).clamp(min=1)
+    share = torch.where(total == 0, even, weights / torch.where(total == 0, 1, total))
+    return mass.sum(-1, keepdim=True) * share
+
+
+def _at_label(rows: Rows) -> Tensor:
+    return rows.labels()[:, None] == torch.arange(rows.teacher.shape[-1], device=rows.teacher.device)
+
+
+def _largest(teacher: Tensor, present: Tensor, first: Tensor, top_k: int | float) -> Tensor:
+    """True at so many largest logits of each row, of equal ones the first; `first` counts as the largest."""
+    # By the logits, which round nothing; and what does not exist comes after what the teacher excludes.
+    worth = teacher.clamp(min=torch.finfo(teacher.dtype).min).masked_fill(~present, -torch.inf)
+    order = worth.masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)
+    if isinstance(top_k, float):
+        return rank < (top_k * present.sum(-1, keepdim=True)).round().clamp(min=1)
+    return rank < top_k
+
+
+def _check_top_k(top_k: int | float | None, needed: bool) -> None:
+    if top_k is None and not needed:
+        return
+    if isinstance(top_k, float):
+        good = 0 < top_k <= 1
+    else:
+        good = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1
+    if not good:
+        raise ValueError(
+            "expected `top_k` to be an integer of at least 1 or a fraction of the classes in (0, 1], "
+            f"got {top_k!r}"
+        )
+
+
+def _checked(relation: Tensor | None, keep: str, like: Tensor) -> Tensor:
+    if not isinstance(relation, Tensor):
+        raise TypeError(
+            f"expected `relation` to be a torch.Tensor for `keep={keep!r}`, got {type(relation).__name__}; "
+            "see `luce.class_relations` and `luce.weight_similarity`"
+        )
+    classes = like.shape[-1]
+    if relation.shape != (classes, classes):
+        raise ValueError(
+            f"expected `relation` of shape {(classes, classes)}, a row for each class of the logits, "
+            f"got {tuple(relation.shape)}"
+        )
+    return relation.detach()

@@ -1,0 +1,21 @@
+"""Module of multi-level logit distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..functional import multilevel
+from .base import LogitLoss
+
+
+@dataclass(eq=False, repr=False)
+class MLLDLoss(LogitLoss):
+    """Module of `luce.mlld_loss`: KD, and the Gram matrices of rows and of classes, softened variously."""
+
+    function = staticmethod(multilevel.mlld_loss)
+
+    temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0)
+    w_instance: float = 1.0
+    w_batch: float = 1.0
+    w_class: float = 1.0

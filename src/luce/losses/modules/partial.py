@@ -1,0 +1,117 @@
+"""Modules of partial KD and of KD in three parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from .._reduce import UNLABELLED
+from ..functional import partial
+from ..functional.partial import RELATED, Keep
+from .base import LogitLoss
+
+
+@dataclass(eq=False, repr=False)
+class PartialKDLoss(LogitLoss):
+    """Module of `luce.partial_kd_loss`: KD from a target that keeps one kind of the teacher's knowledge.
+
+    Where ``keep`` names ``class_mean``, the relation between the classes is `luce.class_relations` of the
+    training rows as they look without augmentation, at this temperature. `luce distill` and `luce.distill`
+    take care of that; in a loop of your own, call `prepare` once before the first batch. Where it names
+    ``weight_sim``, call `use_weight` first; a recipe cannot, as not every teacher has a last linear layer to
+    be found, and takes ``class_mean`` instead. Either way the relation is a buffer, ``relation``, ``(C, C)``,
+    and is saved with the module.
+
+    Example:
+        >>> loss = PartialKDLoss(keep="class_mean", temperature=2.0)
+        >>> teacher_logits, target = torch.randn(50, 3), torch.randint(3, (50,))
+        >>> loss.prepare(teacher_logits, target)
+        {}
+        >>> loss.relation.shape
+        torch.Size([3, 3])
+    """
+
+    function = staticmethod(partial.partial_kd_loss)
+    uses_unlabelled = False
+
+    keep: Keep = "true_prob"
+    temperature: float = 1.0
+    label_smoothing: float = 0.1
+    top_k: int | float | None = None
+    always_keep_true: bool = False
+    scale_by_temperature: bool = True
+    unlabelled_index: int = UNLABELLED
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.relation: Tensor | None
+        self.register_buffer("relation", None)
+
+    @property
+    def wants_preparation(self) -> bool:
+        return "class_mean" in self.keep or ("weight_sim" in self.keep and self.relation is None)
+
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
+        if "class_mean" in self.keep:
+            bare = (target == self.ignore_index) | (target == self.unlabelled_index)
+            labels = target.masked_fill(bare, UNLABELLED)
+            self.relation = partial.class_relations(teacher_logits, labels, self.temperature)
+        elif self.wants_preparation:
+            raise UserError(
+                f"expected `use_weight(weight)` before training with `keep={self.keep!r}`, which needs the "
+                "weight of the teacher's last linear layer; a recipe cannot give it, use `class_mean` there"
+            )
+        return {}
+
+    def use_weight(self, weight: Tensor, alpha: float = 1.0) -> None:
+        """Relate the classes by the weight ``(C, D)`` of the teacher's last layer; `weight_similarity`."""
+        if "weight_sim" not in self.keep:
+            raise ValueError(f"expected `keep` with `weight_sim` to use a weight, got {self.keep!r}")
+        self.relation = partial.weight_similarity(weight, alpha)
+
+    def options(self) -> dict[str, object]:
+        """The options as keyword arguments of the function, and the relation where it needs one."""
+        if self.keep not in RELATED:
+            return super().options()
+        # There is no buffer yet while the constructor checks the options on two classes.
+        return {**super().options(), "relation": self._buffers.get("relation", torch.eye(2))}
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        target: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        if self.keep in RELATED and self.relation is None:
+            call = "prepare(teacher_logits, target)" if "class_mean" in self.keep else "use_weight(weight)"
+            raise RuntimeError(
+                f"expected `{call}` before the first batch: "
+                f"`keep={self.keep!r}` needs to know how the classes relate"
+            )
+        return super().forward(student_logits, teacher_logits, target, row_weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        saved = state_dict.get(f"{prefix}relation")
+        if self.relation is None and saved is not None:
+            self.relation = torch.empty_like(saved)
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+@dataclass(eq=False, repr=False)
+class DecomposedKDLoss(LogitLoss):
+    """Module of `luce.decomposed_kd_loss`: KD in three parts, each with its own weight."""
+
+    function = staticmethod(partial.decomposed_kd_loss)
+    uses_unlabelled = False
+
+    w_guidance: float = 1.0
+    w_smooth: float = 1.0
+    w_relation: float = 1.0
+    temperature: float = 1.0
+    scale_by_temperature: bool = True
+    unlabelled_index: int = UNLABELLED
