@@ -88,6 +88,30 @@ def test_augmentation_sees_whole_batches_and_follows_the_global_generator(exampl
     assert not all(a.equal(b["input"]) for a, b in zip(first, batches, strict=True))
 
 
+def test_a_strong_view_is_another_draw_of_the_augmentation_with_more_on_top(examples):
+    def noise(inputs):
+        return inputs + torch.rand_like(inputs)
+
+    def shift(inputs):
+        return inputs + 100
+
+    batches = loader(examples, batch_size=10, seed=0, augment=noise, strong_augment=shift)
+    state = torch.get_rng_state()
+    views = list(batches)
+    for batch in views:
+        plain = batch["index"][:, None].float()
+        drawn = batch["input"] - plain, batch["strong"] - 100 - plain
+        assert all(((x >= 0) & (x < 1)).all() for x in drawn)
+        assert not torch.equal(*drawn)
+    torch.set_rng_state(state)
+    again = list(batches)
+    assert all(a["strong"].equal(b["strong"]) for a, b in zip(views, again, strict=True))
+    (alone, *_) = loader(examples, batch_size=10, seed=0, strong_augment=shift)
+    assert alone["strong"].equal(alone["input"] + 100)
+    (single, *_) = loader(examples, batch_size=10, seed=0)
+    assert "strong" not in single
+
+
 @pytest.mark.parametrize("prepare", [False, True])
 def test_evaluating_leaves_the_global_generator_alone(examples, prepare):
     batches = loader(examples, batch_size=10, seed=None)

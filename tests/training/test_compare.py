@@ -147,6 +147,7 @@ def test_methods_are_paired_by_their_seeds(make: Any, tmp_path: Path) -> None:
 def test_the_teacher_learns_from_all_labels(make: Any, tmp_path: Path) -> None:
     recipe = make(data={"labels_per_class": 3}).teacher_recipe()
     assert recipe.data.labels_per_class is None
+    assert make(data={"strong_augment": "strong"}).teacher_recipe().data.strong_augment == "none"
     assert recipe.teacher is None
     assert recipe.student.options == {"hidden": [32]}
 

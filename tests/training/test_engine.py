@@ -17,9 +17,9 @@ from torch.utils.data import TensorDataset
 from luce import CrossEntropyLoss, KDLoss, PLDLoss, WeightedSum, data
 from luce.data import Examples
 from luce.errors import MissingExtra, UserError
-from luce.methods import LogitMethod
+from luce.methods import LogitMethod, Method, TwoViewMethod
 from luce.models import Classifier
-from luce.signals import LiveTeacher
+from luce.signals import LiveTeacher, RememberedTeacher, Teacher
 from luce.training import Fit, TrainingError, TrainingOptions, fit
 from luce.training.engine import Bookkeeping, learning_rate
 
@@ -444,6 +444,55 @@ def test_augmentation_comes_before_teacher_and_student_alike() -> None:
     )
     assert len(seen["student"]) == len(seen["teacher"]) == 2
     assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+
+
+def two_views(method: Method, teacher: Teacher | None, **options: Any) -> Fit:
+    return fit(
+        Classifier(linear()),
+        method,
+        examples(16),
+        teacher=teacher,
+        options=TrainingOptions(
+            epochs=1, batch_size=8, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.5
+        ),
+        **options,
+    )
+
+
+def test_student_and_teacher_are_asked_about_both_views() -> None:
+    seen: list[Tensor] = []
+    body = linear(11)
+    body.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].clone()))
+    loss = KDLoss(temperature=2.0)
+    two = two_views(
+        TwoViewMethod(LogitMethod(loss)), LiveTeacher(Classifier(body)), strong_augment=lambda x: 2 * x + 1
+    )
+    # Student's and teacher's answers to the first view, to the second, and again in the second batch.
+    first, second, third, fourth = seen
+    assert torch.equal(second, 2 * first + 1)
+    assert torch.equal(fourth, 2 * third + 1)
+
+    by_hand, teacher = linear(), linear(11)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.5)
+    for step, x in enumerate((first, third)):
+        optimizer.param_groups[0]["lr"] = 0.5 * (0.5 * (1 + math.cos(math.pi * step / 2)))
+        value = sum(loss(by_hand(view), teacher(view).detach()) for view in (x, 2 * x + 1))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    torch.testing.assert_close(two.student.body.weight, by_hand.weight)
+
+
+def test_two_views_need_a_second_one_and_a_teacher_that_sees_it() -> None:
+    live, method = LiveTeacher(linear(11)), LogitMethod(KDLoss())
+    for wrong, options in ((TwoViewMethod(method), {}), (method, {"strong_augment": torch.neg})):
+        with pytest.raises(UserError, match="expected `strong_augment` for a method of two views"):
+            two_views(wrong, live, **options)
+    remembered = RememberedTeacher(torch.zeros(16, CLASSES))
+    with pytest.raises(UserError, match="asked about a second view, got one that remembers"):
+        two_views(TwoViewMethod(method), remembered, strong_augment=torch.neg)
+    alone = TwoViewMethod(LogitMethod(CrossEntropyLoss()))  # asks nobody
+    assert two_views(alone, remembered, strong_augment=torch.neg).lines
 
 
 # Precision, devices, several trainings in one process -------------------------------------------------------

@@ -46,6 +46,13 @@ SETTINGS = {
             "kd": {"loss": "KDLoss", "standardize": True},
         }
     },
+    "what a loss has found out about the teacher": {
+        "loss": {"pld": {"loss": "PartialKDLoss", "keep": "class_mean", "temperature": 2.0}}
+    },
+    "two views": {
+        "data": {"augment": "crop_flip", "strong_augment": "strong"},
+        "loss": {"pld": {"loss": "MLLDLoss"}, "task": {"loss": "CrossEntropyLoss", "weight": 0.1}},
+    },
 }
 
 

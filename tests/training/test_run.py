@@ -283,6 +283,36 @@ def test_a_remembered_teacher_refuses_augmentation(make_recipe: Make) -> None:
         prepare(make_recipe(teacher={"remember": True}, data={"augment": "flip"}))
 
 
+def test_a_remembered_teacher_refuses_a_second_view(make_recipe: Make, tmp_path: Path) -> None:
+    recipe = make_recipe(teacher={"remember": True}, data={"strong_augment": "strong"})
+    with pytest.raises(UserError, match=r"`teacher.remember`.*a second view by `strong_augment: strong`"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_of_two_views(make_recipe: Make, tmp_path: Path) -> None:
+    both = {"kd": {"loss": "KDLoss"}, "task": {"loss": "CrossEntropyLoss"}, "pld": {"loss": "PLDLoss"}}
+    run(make_recipe(data={"strong_augment": "strong"}, loss=both), tmp_path)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["train"]
+    total = line.pop("loss")
+    assert line.keys() == {f"{view}{name}" for view in ("", "strong.") for name in both}
+    assert total == pytest.approx(sum(line.values()), rel=1e-5)
+    with pytest.raises(UserError, match="unknown augmentation `strange`; did you mean `strong`"):
+        run(make_recipe(data={"strong_augment": "strange"}), tmp_path / "wrong")
+
+
+def test_a_recipe_of_partial_kd(make_recipe: Make, tmp_path: Path) -> None:
+    for keep in ("class_mean", "true_prob+class_mean"):
+        result = run(
+            make_recipe(loss={"pld": {"loss": "PartialKDLoss", "keep": keep}}, training={"epochs": 1}),
+            tmp_path / keep,
+        )
+        assert result["epochs"] == 1
+    recipe = make_recipe(loss={"pld": {"loss": "PartialKDLoss", "keep": "weight_sim"}})
+    with pytest.raises(UserError, match="a recipe cannot give it, use `class_mean` there"):
+        run(recipe, tmp_path / "weight_sim")
+
+
 def test_a_remembered_teacher_refuses_data_that_crops_at_random(make_recipe: Make, tmp_path: Path) -> None:
     for part, shade in itertools.product(("train", "val"), (0, 255)):
         folder = tmp_path / part / f"shade-{shade}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from luce.data import augmentations
 from luce.data.examples import Examples, Rows, checked_seed
 from luce.errors import UserError
 
@@ -46,6 +47,7 @@ def loader(
     batch_size: int,
     seed: int | None,
     augment: Callable[[Tensor], Tensor] | None = None,
+    strong_augment: Callable[[Tensor], Tensor] | None = None,
     workers: int = 0,
     drop_last: bool = False,
 ) -> DataLoader[dict[str, Any]]:
@@ -61,6 +63,8 @@ def loader(
             does not change a training run. An integer shuffles, each epoch anew.
         augment: Applied to the whole input batch; draws from torch's global generator, so that restoring
             its state between epochs reproduces an epoch. See :mod:`luce.data.augmentations`.
+        strong_augment: Makes a second view of the batch, ``strong``, of the same shape as ``input``: it is
+            applied to ``augment`` drawn anew.
         workers: Processes that read; 0 reads in this one, which is fastest for data in memory.
         drop_last: Leave out a smaller last batch.
 
@@ -80,7 +84,7 @@ def loader(
         sampler=None if seed is None else EpochSampler(len(examples), seed),
         # An iterator draws a base seed as it starts: from here if nothing is shuffled, else globally.
         generator=torch.Generator() if seed is None else None,
-        collate_fn=partial(_collate, augment=augment),
+        collate_fn=partial(_collate, augment=augment, strong_augment=strong_augment),
         # Not persistent: fresh workers are seeded from the global generator, so an epoch can be reproduced.
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
@@ -88,8 +92,15 @@ def loader(
     )
 
 
-def _collate(rows: Rows, augment: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+def _collate(
+    rows: Rows,
+    augment: Callable[[Tensor], Tensor] | None,
+    strong_augment: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Tensor]:
     batch = rows.collated()
-    if augment is not None:
-        batch["input"] = augment(batch["input"])
+    augment = augment or augmentations.none
+    plain = batch["input"]
+    batch["input"] = augment(plain)
+    if strong_augment is not None:
+        batch["strong"] = strong_augment(augment(plain))
     return batch

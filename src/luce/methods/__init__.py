@@ -2,5 +2,6 @@
 
 from .base import Method
 from .logits import LogitMethod, Loss
+from .views import TwoViewMethod, strong_view
 
-__all__ = ["LogitMethod", "Loss", "Method"]
+__all__ = ["LogitMethod", "Loss", "Method", "TwoViewMethod", "strong_view"]

@@ -19,11 +19,13 @@ class Method(nn.Module, ABC):
         needs_teacher: Whether a step looks at a signal.
         uses_unlabelled: Whether a row without a label can teach anything.
         wants_preparation: Whether `prepare` must be called before training.
+        two_views: Whether a step looks at ``batch["strong"]``, a second view of the same rows, too.
     """
 
     needs_teacher: bool = True
     uses_unlabelled: bool = True
     wants_preparation: bool = False
+    two_views: bool = False
 
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         """Learn what must be known of the teacher before training.

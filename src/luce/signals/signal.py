@@ -10,9 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """The logit of every class, ``(N, C)``, without gradient."""
+    """The logit of every class, ``(N, C)``, without gradient.
+
+    Attributes:
+        logits: About the batch's ``input``.
+        strong: What the teacher said about its ``strong`` view; None if there is none.
+    """
 
     logits: Tensor
+    strong: DenseSignal | None = None
 
 
 Signal: TypeAlias = DenseSignal

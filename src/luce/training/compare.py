@@ -86,7 +86,7 @@ class ComparisonRecipe:
         assert self.teacher_training is not None
         return Recipe(
             method="teacher",
-            data=dataclasses.replace(self.data, labels_per_class=None),
+            data=dataclasses.replace(self.data, labels_per_class=None, strong_augment="none"),
             student=ModelOptions(
                 **{f.name: getattr(self.teacher, f.name) for f in dataclasses.fields(ModelOptions)}
             ),

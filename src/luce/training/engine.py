@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from .. import data
 from ..data import Examples
 from ..errors import UserError, import_optional, unknown_name
-from ..methods import Method
+from ..methods import Method, strong_view
 from ..models import Classifier
-from ..signals import Teacher
+from ..signals import RememberedTeacher, Signal, Teacher
 from . import checkpoint, files, metrics
 from .processes import processes
 from .progress import Bar
@@ -74,6 +74,7 @@ def fit(
     teacher: Teacher | None = None,
     options: TrainingOptions,
     augment: Callable[[Tensor], Tensor] | None = None,
+    strong_augment: Callable[[Tensor], Tensor] | None = None,
     workers: int = 0,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -92,6 +93,7 @@ def fit(
         teacher: Answers the method's batches.
         options: How to train.
         augment: Applied to each training batch, before teacher and student see it.
+        strong_augment: Makes the second view for a method of two views; see `luce.data.loader`.
         workers: Processes that read.
         folder: Of the run; None keeps everything in memory.
         progress: Bars to add this training to.
@@ -101,6 +103,12 @@ def fit(
     """
     if method.needs_teacher and teacher is None:
         raise UserError("expected a teacher for a loss that compares with one; add `teacher` to the recipe")
+    if method.two_views != (strong_augment is not None):
+        raise UserError("expected `strong_augment` for a method of two views, and for no other")
+    if method.two_views and method.needs_teacher and isinstance(teacher, RememberedTeacher):
+        raise UserError(
+            "expected a teacher that can be asked about a second view, got one that remembers its answers"
+        )
     if options.trackers and folder is None:
         raise UserError("expected a folder to track the training in, got none; give one or no `trackers`")
     known = train
@@ -110,7 +118,12 @@ def fit(
     accelerator = new_accelerator(options, folder)
     set_seed(options.seed, device_specific=True)
     batches = data.loader(
-        train, batch_size=options.batch_size, seed=options.seed, augment=augment, workers=workers
+        train,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        augment=augment,
+        strong_augment=strong_augment,
+        workers=workers,
     )
     session = Session(accelerator, student, method, teacher, batches, options)
     prepared: dict[str, float] = {}
@@ -245,8 +258,7 @@ class Session:
         for count, batch in enumerate(self.batches, start=1):
             with accelerator.accumulate(self.student):
                 with accelerator.autocast():
-                    signal = None if self.teacher is None else self.teacher.signal(batch)
-                    terms = self.method.step(self.student, batch, signal)
+                    terms = self.method.step(self.student, batch, self.signal(batch))
                 if on_cpu or count % FINITE_CHECK_STEPS == 0:
                     check_finite(terms, number)
                 share = len(batch["target"]) / self.batch_size
@@ -270,6 +282,15 @@ class Session:
         check_finite(sums, number)
         means = accelerator.reduce({name: total / count for name, total in sums.items()}, "mean")
         return {name: mean.item() for name, mean in means.items()}
+
+    def signal(self, batch: Mapping[str, Tensor]) -> Signal | None:
+        """What the teacher says about a batch, and about its second view if it has one."""
+        if self.teacher is None:
+            return None
+        signal = self.teacher.signal(batch)
+        if "strong" in batch:
+            signal = replace(signal, strong=self.teacher.signal(strong_view(batch)))
+        return signal
 
     def scale_gradients(self, factor: float) -> None:
         """Make a sum over micro-batches the mean over their rows, of which an epoch's last step has fewer."""

@@ -39,7 +39,9 @@ class DataOptions:
         validation: Share of the training rows kept apart to choose epochs by.
         split_seed: Of the validation split and of the choice of labels; compared runs share it.
         labels_per_class: Keep only so many labels; the other rows stay as unlabelled ones. None keeps all.
-        augment: none, flip or crop_flip.
+        augment: none, flip, crop_flip or strong.
+        strong_augment: Likewise, applied to a second view of each training batch, on top of augment drawn
+            anew; the loss is then the sum over both views. none for one view alone.
         workers: Processes that read; 0 for data in memory.
     """
 
@@ -50,6 +52,7 @@ class DataOptions:
     split_seed: int = 0
     labels_per_class: int | None = None
     augment: str = "none"
+    strong_augment: str = "none"
     workers: int = 0
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import data, models
 from ..data import Data, Examples
 from ..errors import UserError
-from ..methods import LogitMethod
+from ..methods import LogitMethod, Method, TwoViewMethod
 from ..signals import LiveTeacher, RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
 from .engine import Fit, fit, new_accelerator
@@ -72,14 +72,15 @@ def prepare_data(recipe: Recipe) -> Materials:
     train, validation, test = data.split(loaded, validation=options.validation, seed=options.split_seed)
     if options.labels_per_class is not None:
         train = data.keep_labels(train, per_class=options.labels_per_class, seed=options.split_seed)
-    augmentation(recipe)
+    augmentation(options.augment)
+    augmentation(options.strong_augment)
     build_network(recipe.student, loaded)
     return Materials(loaded, train, validation, test, teacher=None)
 
 
-def augmentation(recipe: Recipe) -> Callable[[Tensor], Tensor] | None:
-    """What the recipe does to training batches; None for nothing."""
-    return None if recipe.data.augment == "none" else data.augment(recipe.data.augment)
+def augmentation(name: str) -> Callable[[Tensor], Tensor] | None:
+    """What a recipe does to training batches; None for nothing."""
+    return None if name == "none" else data.augment(name)
 
 
 def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifier, dict[str, Any]]:
@@ -148,8 +149,11 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
             f"expected weights for the teacher, and a fresh `{options.name}` has none: "
             "name a run folder or a file as `teacher.checkpoint`"
         )
-    if options.remember and (recipe.data.augment != "none" or materials.train.random):
+    augmented = recipe.data.augment != "none" or recipe.data.strong_augment != "none"
+    if options.remember and (augmented or materials.train.random):
         what = f"`augment: {recipe.data.augment}`"
+        if recipe.data.strong_augment != "none":
+            what = f"a second view by `strong_augment: {recipe.data.strong_augment}`"
         if materials.train.random:
             what = "the random transforms of the data itself"
         raise UserError(
@@ -194,7 +198,10 @@ def run(
     done = folder / "result.json"
     if holds(folder, "recipe.yaml", asdict(recipe)) and done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    method = LogitMethod(build_loss(recipe.loss))
+    method: Method = LogitMethod(build_loss(recipe.loss))
+    strong_augment = augmentation(recipe.data.strong_augment)
+    if strong_augment is not None:
+        method = TwoViewMethod(method)
     materials = materials or prepare(recipe)
     teacher = materials.teacher
     claim(folder, "recipe.yaml", asdict(recipe))
@@ -209,7 +216,8 @@ def run(
         materials.validation,
         teacher=None if teacher is None else teacher.train,
         options=recipe.training,
-        augment=augmentation(recipe),
+        augment=augmentation(recipe.data.augment),
+        strong_augment=strong_augment,
         workers=recipe.data.workers,
         folder=folder,
         progress=progress,

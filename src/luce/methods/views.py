@@ -1,0 +1,73 @@
+"""Any method on two views of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..losses import _check
+from ..signals import Signal
+from .base import Method
+
+
+def strong_view(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch as its strongly augmented view shows it.
+
+    Example:
+        >>> strong_view({"input": 1, "target": 2, "strong": 3})
+        {'input': 3, 'target': 2}
+    """
+    view = {**batch, "input": batch["strong"]}
+    del view["strong"]
+    return view
+
+
+class TwoViewMethod(Method):
+    """A step of another method for each of two views of a batch, and the sum of both losses.
+
+    The second view, ``batch["strong"]``, shows the same rows with a strong augmentation; student and teacher
+    are asked about each view by itself. `luce.data.loader` makes it, and ``data.strong_augment`` in a recipe.
+
+    Args:
+        method: What a step does with one view.
+        weight: Of the loss of ``batch["input"]``, above 0.
+        strong_weight: Of the loss of ``batch["strong"]``, above 0.
+    Raises:
+        ValueError: On a weight that is not positive.
+    Example:
+        >>> from luce import KDLoss
+        >>> from luce.methods import LogitMethod
+        >>> TwoViewMethod(LogitMethod(KDLoss()), strong_weight=0.5).two_views
+        True
+    """
+
+    two_views = True
+
+    def __init__(self, method: Method, weight: float = 1.0, strong_weight: float = 1.0) -> None:
+        super().__init__()
+        _check.check_positive(weight=weight, strong_weight=strong_weight)
+        self.method = method
+        self.weight, self.strong_weight = float(weight), float(strong_weight)
+        self.needs_teacher = method.needs_teacher
+        self.uses_unlabelled = method.uses_unlabelled
+        self.wants_preparation = method.wants_preparation
+
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
+        return self.method.prepare(teacher_logits, target)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.method.set_epoch(epoch)
+
+    def step(
+        self, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
+    ) -> dict[str, Tensor]:
+        """The terms of both views; those of the second are called ``strong.NAME``."""
+        terms = self.method.step(student, batch, signal)
+        strong = self.method.step(student, strong_view(batch), None if signal is None else signal.strong)
+        loss = self.weight * terms.pop("loss") + self.strong_weight * strong.pop("loss")
+        return {
+            **{name: self.weight * value for name, value in terms.items()},
+            **{f"strong.{name}": self.strong_weight * value for name, value in strong.items()},
+            "loss": loss,
+        }
