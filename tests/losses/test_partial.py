@@ -84,7 +84,7 @@ def slope(loss, student, *others, **options):
 # Targets
 
 
-@laws
+@settings(laws, max_examples=100)
 @given(questions())
 def test_a_target_is_its_formula_and_the_loss_its_divergence(question):
     s, t, y, options = question
@@ -129,6 +129,20 @@ def test_the_largest_one_alone_is_the_true_probability_where_the_teacher_is_righ
     assert (one[~right] != expected[~right]).any(-1).all()
     always = luce.partial_target(teacher, target, keep="topk", top_k=1, always_keep_true=True)
     assert_close(always, expected)
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.3, 2), (0.35, 2), (0.59, 3), (1.0, 5)])
+def test_a_fraction_of_the_classes(fraction, count):
+    """Rounded, but at least one; of the classes that exist."""
+    _, teacher, target = batch(6)
+    for logits in (teacher, torch.cat([teacher, torch.full((6, 5), -inf)], dim=-1)):
+        expected = luce.partial_target(logits, target, keep="topk", top_k=count)
+        assert_close(luce.partial_target(logits, target, keep="topk", top_k=fraction), expected)
+
+
+def test_of_many_equal_logits_the_first_are_kept():
+    kept = partial._largest(torch.zeros(1, 500), torch.ones(1, 500) > 0, torch.zeros(1, 500) > 0, 40)
+    assert kept[0].nonzero().flatten().tolist() == list(range(40))
 
 
 def test_of_equal_logits_the_first_are_kept():
@@ -202,7 +216,8 @@ def test_targets_come_in_the_shape_of_the_logits():
     assert_close(luce.partial_target(teacher.movedim(-1, 1), target), last.movedim(-1, 1))
     assert_close(luce.partial_target(teacher[0, 0], target[0, 0]), last[0, 0])
     assert luce.partial_target(teacher.bfloat16(), target, class_dim=-1).dtype == torch.float32
-    assert not luce.partial_target(teacher.requires_grad_(), target, class_dim=-1).requires_grad
+    options = {"keep": "class_mean", "relation": RELATION.clone().requires_grad_(), "class_dim": -1}
+    assert not luce.partial_target(teacher.requires_grad_(), target, **options).requires_grad
 
 
 def test_classes_that_do_not_exist_get_nothing():

@@ -389,9 +389,8 @@ def _at_label(rows: Rows) -> Tensor:
 
 def _largest(teacher: Tensor, present: Tensor, first: Tensor, top_k: int | float) -> Tensor:
     """True at so many largest logits of each row, of equal ones the first; `first` counts as the largest."""
-    # By the logits, which round nothing; and what does not exist comes after what the teacher excludes.
-    worth = teacher.clamp(min=torch.finfo(teacher.dtype).min).masked_fill(~present, -torch.inf)
-    order = worth.masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    # By the logits, which round nothing.
+    order = teacher.masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(-1)
     if isinstance(top_k, float):
         return rank < (top_k * present.sum(-1, keepdim=True)).round().clamp(min=1)
