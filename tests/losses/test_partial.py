@@ -220,6 +220,15 @@ def test_targets_come_in_the_shape_of_the_logits():
     assert not luce.partial_target(teacher.requires_grad_(), target, **options).requires_grad
 
 
+def test_what_is_known_of_a_class_does_not_reach_rows_without_a_label():
+    _, teacher, target = batch(3)
+    target[:] = torch.tensor([1, UNLABELLED, 2])
+    relation = RELATION.clone()
+    relation[0] = nan
+    found = luce.partial_target(teacher, target, keep="class_mean", relation=relation)
+    assert_close(found.sum(-1), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
+
+
 def test_classes_that_do_not_exist_get_nothing():
     _, teacher, target = batch(4)
     relation = torch.rand(5, 5, dtype=torch.float64)
@@ -316,6 +325,12 @@ def test_a_relation_under_compile(keep):
     assert_close(slope(compiled, student, teacher, target), slope(loss, student, teacher, target))
     target[2] = 99  # where asking would stall: NaN, and no index out of range
     assert compiled(student, teacher, target).isnan()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def targets(logits, labels):
+        return luce.partial_target(logits, labels, keep=keep, relation=RELATION)
+
+    assert targets(teacher, target).isnan().all(-1).tolist() == [False, False, True, False, False, False]
 
 
 def test_nan_in_a_relation_is_not_hidden():

@@ -172,7 +172,7 @@ def partial_target(
     """
     _check.check_logits("teacher_logits", teacher_logits)
     rows = Rows.of(
-        teacher_logits.detach(),
+        teacher_logits,
         None,
         target,
         None,
