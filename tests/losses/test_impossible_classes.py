@@ -33,6 +33,10 @@ INF_IF_THE_STUDENT_EXCLUDES_THE_LABEL = {
     "tvd_loss": False,
     "wsld_loss": True,
     "tfkd_loss": True,
+    "rkkd_loss": False,
+    "ranking_hinge_loss": True,
+    "ranking_logistic_loss": True,
+    "rankdistil_loss": True,
 }
 INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "cross_entropy_loss": False,
@@ -52,6 +56,10 @@ INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "tvd_loss": False,
     "wsld_loss": False,
     "tfkd_loss": False,
+    "rkkd_loss": False,
+    "ranking_hinge_loss": False,
+    "ranking_logistic_loss": False,
+    "rankdistil_loss": False,
 }
 
 

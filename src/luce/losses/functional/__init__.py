@@ -7,8 +7,10 @@ from .listwise import listmle_loss, listnet_loss, p_listmle_loss, pld_loss
 from .maps import at_loss, cwd_loss, fitnet_loss, fsp_loss, ickd_loss, mgd_loss, nst_loss, ofd_loss, vid_loss
 from .matching import logit_matching_loss
 from .normalized import normdkd_loss, normkd_loss, standardize
+from .pairwise import ranking_hinge_loss, ranking_logistic_loss, rkkd_loss
 from .relation import dist_loss
 from .reweighted import nkd_loss, tfkd_loss, tvd_loss, wsld_loss
+from .sampled import rankdistil_loss
 
 __all__ = [
     "at_loss",
@@ -34,8 +36,12 @@ __all__ = [
     "p_listmle_loss",
     "pkt_loss",
     "pld_loss",
+    "rankdistil_loss",
+    "ranking_hinge_loss",
+    "ranking_logistic_loss",
     "reverse_kl_loss",
     "rkd_loss",
+    "rkkd_loss",
     "sp_loss",
     "standardize",
     "tempered_kd",

@@ -9,8 +9,10 @@ from .listwise import ListMLELoss, ListNetLoss, PLDLoss, PListMLELoss
 from .maps import ATLoss, CWDLoss, FitNetLoss, FSPLoss, ICKDLoss, MGDLoss, NSTLoss, OFDLoss, VIDLoss
 from .matching import LogitMatchingLoss
 from .normalized import NormDKDLoss, NormKDLoss, Standardized
+from .pairwise import RankingHingeLoss, RankingLogisticLoss, RKKDLoss
 from .relation import DISTLoss
 from .reweighted import NKDLoss, TfKDLoss, TVDLoss, WSLDLoss
+from .sampled import RankDistilLoss
 from .weighted_sum import WeightedSum
 
 __all__ = [
@@ -41,6 +43,10 @@ __all__ = [
     "PLDLoss",
     "PListMLELoss",
     "RKDLoss",
+    "RKKDLoss",
+    "RankDistilLoss",
+    "RankingHingeLoss",
+    "RankingLogisticLoss",
     "ReverseKLLoss",
     "SPLoss",
     "Standardized",
