@@ -15,7 +15,7 @@
 namespace luce::LUCE_ISA {
 namespace {
 
-enum Slot { STUDENT = 12, TEACHER, GRADIENT, PRESENT, ORDER, RANKS, RANKED, TREE };  // rows.h and order.h have those before
+enum Slot { STUDENT = 12, TEACHER, GRADIENT, PRESENT, ORDER, RANKS, RANKED, TREE };  // order.h has the slots before
 
 template <class T>
 constexpr T INF = std::numeric_limits<T>::infinity();
@@ -183,7 +183,7 @@ struct Range {
       high = std::max(high, x[i]);
     }
   }
-  T span() const { return high > low ? high - low : T(0); }
+  T span() const { return high > low ? high - low : T(1); }  // above 0: there may be -inf to tell apart
 };
 
 // From how many classes on the clipped form is sorted.
@@ -215,11 +215,12 @@ struct Tree {
   int64_t size_;
 };
 
-// As all_pairs for the clipped form, which is sgn(t_i - t_j) times k (s_i - s_j) for classes that the student has within
-// 1/k of each other, and a sign for all others. Sorted by the student's logits, those near class i are a window, and what
-// the teacher's signs sum up to over the first classes is a difference of two counts. The gradient of class i is that sum
-// over its window, G_i. As the G_i sum to 0, sum_i s_i G_i is the sum over all gaps of neighbours s_i - s_{i+1} of the gap
-// times G_1 + ... + G_i: nothing cancels, and the sums of counts are exact. The ranges must be finite.
+// As all_pairs for the clipped form, which is sgn(t_i - t_j) times k (s_i - s_j) for classes that the student has
+// within 1/k of each other, and a sign for all others. Sorted by the student's logits, those near class i are a window,
+// and what the teacher's signs sum up to over the first classes is a difference of two counts. The gradient of class i
+// is that sum over its window, G_i. As the G_i sum to 0, sum_i s_i G_i is the sum over all gaps of neighbours
+// s_i - s_{i+1} of the gap times G_1 + ... + G_i: nothing cancels, and the sums of counts are exact. The ranges must be
+// finite.
 template <class T>
 double clipped_pairs(const T* s, Range<T> range_s, const T* t, Range<T> range_t, int64_t n, T k, double* gradient) {
   uint32_t* order = scratch().get<uint32_t>(ORDER, n + 1);

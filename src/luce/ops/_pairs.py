@@ -27,7 +27,9 @@ def sum_over_pairs(
     if width >= classes:
         return part(s, t, 0, classes)
     parts = (
-        checkpoint(part, s, t, first, min(width, classes - first), use_reentrant=False, preserve_rng_state=False)
+        checkpoint(
+            part, s, t, first, min(width, classes - first), use_reentrant=False, preserve_rng_state=False
+        )
         for first in range(0, classes, width)
     )
     return sum(parts, start=s.new_zeros(()))

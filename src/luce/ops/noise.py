@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.library.custom_op("luce::seeded_uniform", mutates_args=())
 def seeded_uniform(like: Tensor, size: int, seed: int) -> Tensor:
-    """Uniform in [0, 1), ``(C, size)`` for `like` of shape ``(..., C)``; a larger C begins with the same numbers."""
+    """Uniform in [0, 1), ``(C, size)`` for `like` of C columns; a larger C begins with the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(like.shape[-1], size, dtype=torch.float64, generator=generator).to(like)
 

@@ -243,7 +243,9 @@ def ranking_logistic_loss(
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
-    return rows.reduce(_mean_over_ordered_pairs(rows, lambda lead: -F.logsigmoid(steepness * lead)), reduction)
+    return rows.reduce(
+        _mean_over_ordered_pairs(rows, lambda lead: -F.logsigmoid(steepness * lead)), reduction
+    )
 
 
 def _mean_over_ordered_pairs(rows: Rows, cost: Callable[[Tensor], Tensor]) -> Tensor:

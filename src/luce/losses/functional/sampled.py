@@ -89,7 +89,7 @@ def rankdistil_loss(
 
 
 def _draws(t: Tensor, sample_size: int, seed: int | None) -> Tensor:
-    """Rankings drawn from a Plackett-Luce model: ``(N, C)`` sorted logits to ``(N, sample_size, C)`` places."""
+    """Draw rankings from a Plackett-Luce model: sorted ``(N, C)`` to places ``(N, sample_size, C)``."""
     rows, classes = t.shape
     if seed is None:
         uniform = torch.rand(rows, classes, sample_size, dtype=t.dtype, device=t.device)

@@ -34,7 +34,9 @@ def rkkd_rows(
     return weighted_rows(formula, student, teacher, weight)
 
 
-def rkkd_in_blocks(student: Tensor, teacher: Tensor, form: str, steepness: float, width: int | None) -> Tensor:
+def rkkd_in_blocks(
+    student: Tensor, teacher: Tensor, form: str, steepness: float, width: int | None
+) -> Tensor:
     """`reference.rkkd` with memory for ``(N, C, width)``."""
     s, t = widened(student), widened(teacher)
 
