@@ -130,11 +130,12 @@ def test_standardized_rkkd_is_rkkd_of_z_scores():
 
 def test_rows_without_variance_are_standardized_to_zero():
     """0.1 is no number of any of these dtypes, and the mean of equals not always one of them."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        even, teacher = torch.full((1, 7), 0.1, dtype=dtype), torch.randn(1, 7).to(dtype)
+    for dtype, classes in itertools.product([torch.float64, torch.float32, torch.bfloat16], [3, 6, 7]):
+        even, teacher = torch.full((1, classes), 0.1, dtype=dtype), torch.randn(1, classes).to(dtype)
         value, gradient = value_and_gradient(luce.rkkd_loss, even, teacher, standardize=True)
         assert value == 1
         assert (gradient.argsort() == teacher.argsort(descending=True)).all()  # it learns the order from here
+        assert gradient.abs().max() <= 2 / classes
         value, gradient = value_and_gradient(luce.rkkd_loss, teacher, even, standardize=True)
         assert value == 1
         assert (gradient == 0).all()
