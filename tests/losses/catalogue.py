@@ -207,9 +207,8 @@ LOSSES = (
             {"form": "product", "steepness": 0.1},
             {"form": "sigmoid", "steepness": 2.0, "backend": "reference"},
             {"form": "clip", "steepness": 0.05},
-            {"standardize": True},
             {"channels": "top", "share": 3},
-            {"standardize": True, "channels": "bottom", "share": 0.7},
+            {"channels": "bottom", "share": 0.7},
         ),
         bad_options=(
             ("form", "kendall"),

@@ -113,44 +113,15 @@ def test_the_least_value_of_rkkd_is_not_at_the_teacher():
     assert luce.rkkd_loss(100 * teacher, teacher).item() == pytest.approx(least)
 
 
-def test_standardized_rkkd_is_rkkd_of_z_scores():
+def test_standardized_rkkd_needs_no_unit():
+    """The z-scores leave the gradient no part along the logits: their size is up to other losses."""
     student, teacher, _ = batch(4, classes=9)
-    s, t = (
-        (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) for x in (student.numpy(), teacher.numpy())
-    )
-    value, gradient = value_and_gradient(luce.rkkd_loss, student, teacher, standardize=True)
-    assert_close(value, luce.rkkd_loss(torch.from_numpy(s), torch.from_numpy(t)))
-    # Neither unit nor offset of either network matters, and so the gradient has no part along the logits.
-    scaled = luce.rkkd_loss(7 * student - 3, teacher / 5 + 1, standardize=True)
-    assert_close(scaled, value)
+    loss = luce.Standardized(luce.RKKDLoss(steepness=2.0))
+    value, gradient = value_and_gradient(loss, student, teacher)
+    expected = luce.rkkd_loss(luce.standardize(student), luce.standardize(teacher), steepness=2.0)
+    assert_close(value, expected)
+    assert_close(loss(7 * student - 3, teacher / 5 + 1), value)
     assert_close((gradient * student).sum(-1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-14)
-    _, scaled_gradient = value_and_gradient(luce.rkkd_loss, 7 * student, teacher, standardize=True)
-    assert_close(scaled_gradient, gradient / 7)
-
-
-def test_rows_without_variance_are_standardized_to_zero():
-    """0.1 is no number of any of these dtypes, and the mean of equals not always one of them."""
-    for dtype, classes in itertools.product([torch.float64, torch.float32, torch.bfloat16], [3, 6, 7]):
-        even, teacher = torch.full((1, classes), 0.1, dtype=dtype), torch.randn(1, classes).to(dtype)
-        value, gradient = value_and_gradient(luce.rkkd_loss, even, teacher, standardize=True)
-        assert value == 1
-        assert (gradient.argsort() == teacher.argsort(descending=True)).all()  # it learns the order from here
-        assert gradient.abs().max() <= 2 / classes
-        value, gradient = value_and_gradient(luce.rkkd_loss, teacher, even, standardize=True)
-        assert value == 1
-        assert (gradient == 0).all()
-
-
-def test_what_a_network_excludes_is_no_part_of_its_mean():
-    student, teacher, _ = batch(3, classes=6)
-    student[:, 2] = teacher[:, 4] = -inf
-
-    def z(x):
-        finite = x[x != -inf]
-        return (x - finite.mean()) / finite.std(correction=0)
-
-    s, t = (torch.stack([z(row) for row in x]) for x in (student, teacher))
-    assert_close(luce.rkkd_loss(student, teacher, standardize=True), luce.rkkd_loss(s, t))
 
 
 @every_form
@@ -206,7 +177,7 @@ def test_the_share_is_of_the_classes_that_exist():
     assert gradient[1, 3] != 0
 
 
-@pytest.mark.parametrize("options", [{}, {"standardize": True}, {"channels": "top"}, {"channels": "bottom"}])
+@pytest.mark.parametrize("options", [{}, {"channels": "top"}, {"channels": "bottom"}])
 def test_a_single_class_has_no_pair(options):
     student, teacher, _ = batch(3, classes=1)
     value, gradient = value_and_gradient(luce.rkkd_loss, student, teacher, reduction="none", **options)
@@ -366,7 +337,7 @@ def test_no_array_of_all_pairs(loss):
     "options",
     [
         {"channels": "top", "share": 100},
-        {"channels": "bottom", "share": 0.001, "standardize": True},
+        {"channels": "bottom", "share": 0.001},
         pytest.param(
             {"form": "clip"}, marks=pytest.mark.skipif(WHY_NOT is not None, reason=f"native only: {WHY_NOT}")
         ),

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...ops._library import Backend
 from ...ops._pairs import sum_over_pairs
-from ...ops._rows import wide_dtype
 from ...ops.rkkd import FORMS, Form, rkkd
 from ...ops.rkkd.reference import differences, nan_if_undefined, pairs_exist, widened
 from .. import _check
@@ -28,7 +27,6 @@ def rkkd_loss(
     *,
     form: Form = "tanh",
     steepness: float = 1.0,
-    standardize: bool = False,
     channels: Channels = "all",
     share: float = 0.1,
     ignore_index: int = -100,
@@ -46,8 +44,8 @@ def rkkd_loss(
     to another loss with `luce.WeightedSum`: alone it says nothing of the size of the logits, and all forms
     but ``"clip"`` let it grow.
 
-    The idea is the paper's. That its main form is this product, and that its best steepness is 100, we know
-    from a review only; the other forms, `standardize` and the choice of classes by `share` are ours.
+    What is verified in the paper is the idea alone. That its main form is this product, that its best
+    steepness is 100 and that it compares ends of the order, we know from a review; `share` is our rule.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
@@ -56,9 +54,8 @@ def rkkd_loss(
         form: ``"tanh"``, ``"sign_tanh"``, ``"product"``, ``"sigmoid"`` or ``"clip"``. On the CPU ``"clip"``
             takes C log C steps, each other form C squared, in memory for one row.
         steepness: *k* above 0, per logit (``"product"``: per squared logit). The larger it is, the closer the
-            value is to Kendall's tau and the fewer pairs have a gradient: those within a few *1/k*.
-        standardize: First bring each row of both networks to mean 0 and variance 1, so that one steepness,
-            between 1 and 10 say, suits logits of any size.
+            value is to Kendall's tau and the fewer pairs have a gradient: those within a few *1/k*. On the
+            z-scores that `luce.Standardized` makes, one between 1 and 10 suits logits of any size.
         channels: Compare ``"all"`` classes, or those which the teacher ranks at the ``"top"`` or at the
             ``"bottom"`` of the row.
         share: How many these are: a fraction of the row's classes, rounded, or, if an integer, their number;
@@ -94,38 +91,16 @@ def rkkd_loss(
     blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
-    teacher = blocks.given_teacher()
-    dtype = wide_dtype(blocks.student, teacher)
 
     def rows(weight: Tensor | None) -> Tensor:
-        s, t = blocks.student, teacher
-        if standardize:
-            if weight is not None:  # what stands in a row that does not count must not come back as 0 * NaN
-                idle = (weight == 0).unsqueeze(1)
-                s, t = s.masked_fill(idle, 0), t.masked_fill(idle, 0)
-            s, t = _standardized(s), _standardized(t)
+        s, t = blocks.student, blocks.given_teacher()
         if channels != "all":
             s, t = _end_of_the_order(s, t, channels, share)
         if s.shape[1] == 1:  # to the operator one class is an error, beside one that does not exist it is not
             s, t = (torch.cat([x, torch.full_like(x, -torch.inf)], 1) for x in (s, t))
-        return rkkd(s, t, form=form, steepness=steepness, weight=weight, backend=backend).to(dtype)
+        return rkkd(s, t, form=form, steepness=steepness, weight=weight, backend=backend)
 
     return blocks.reduce(rows, reduction)
-
-
-def _standardized(x: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the classes of each row, ``(N, C, ...)``, that are not at ``-inf``.
-
-    In float64 where there is one. A row of equals, which has no variance, becomes 0 and keeps its gradient.
-    """
-    x = widened(x)
-    finite = x != -torch.inf
-    count = finite.sum(1, keepdim=True).clamp(min=1)
-    x = torch.where(finite, x - x.detach().amax(1, keepdim=True), 0)  # equals are now 0 to the last digit
-    x = torch.where(finite, x - x.sum(1, keepdim=True) / count, 0)
-    variance = x.square().sum(1, keepdim=True) / count
-    x = x / torch.where(variance == 0, 1, variance).sqrt()
-    return x.masked_fill(~finite, -torch.inf)
 
 
 def _end_of_the_order(s: Tensor, t: Tensor, channels: Channels, share: float) -> tuple[Tensor, Tensor]:
@@ -137,8 +112,8 @@ def _end_of_the_order(s: Tensor, t: Tensor, channels: Channels, share: float) ->
     order = ranked.argsort(dim=1, descending=True, stable=True)
     present = classes - absent.sum(1, keepdim=True)
     size = (torch.full_like(present, share) if isinstance(share, int) else (share * present).round()).long()
-    size = torch.minimum(size.clamp(min=2), present)
     most = min(classes, max(2, share if isinstance(share, int) else round(share * classes)))
+    size = torch.minimum(size.clamp(2, most), present)
     place = torch.arange(most, device=s.device).reshape(-1, *[1] * (s.ndim - 2))
     first = present - size if channels == "bottom" else torch.zeros_like(size)
     chosen = order.gather(1, (first + place).clamp(max=classes - 1))

@@ -16,22 +16,17 @@ class RKKDLoss(LogitLoss):
     """Module of `luce.rkkd_loss`: a differentiable Kendall tau, to be added to another loss.
 
     Example:
+        >>> import torch
         >>> from luce import KDLoss, WeightedSum
-        >>> WeightedSum({"kd": (0.9, KDLoss(temperature=4.0)), "rank": (0.9, RKKDLoss(standardize=True))})
-        WeightedSum(
-          kd: 0.9, rank: 0.9
-          (losses): ModuleDict(
-            (kd): KDLoss(temperature=4.0)
-            (rank): RKKDLoss(standardize=True)
-          )
-        )
+        >>> loss = WeightedSum({"kd": (0.9, KDLoss(temperature=4.0)), "rank": (0.9, RKKDLoss())})
+        >>> loss(torch.tensor([[1.2, 0.7, -0.4]]), torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([0]))
+        {'kd': tensor(0.1604), 'rank': tensor(0.2820), 'loss': tensor(0.4424)}
     """
 
     function = staticmethod(pairwise.rkkd_loss)
 
     form: Form = "tanh"
     steepness: float = 1.0
-    standardize: bool = False
     channels: Channels = "all"
     share: float = 0.1
     backend: Backend = "auto"
