@@ -2,19 +2,20 @@
 //
 // The loss is the mean over pairs of classes i < j of 1 - a(s_i - s_j, t_i - t_j), where the agreement a goes from -1 to
 // 1. Pairs are antisymmetric: what one adds to the gradient of class i it takes from that of class j. Nothing is stored
-// but the row and its gradient.
+// but the row and its gradient. Of the clipped form only the order of a long row is visited, in C log C steps.
 
 #include "../rkkd.h"
 
 #include <algorithm>
 #include <cmath>
 
+#include "order.h"
 #include "rows.h"
 
 namespace luce::LUCE_ISA {
 namespace {
 
-enum Slot { STUDENT = 3, TEACHER, GRADIENT, PRESENT };  // rows.h has the slots before
+enum Slot { STUDENT = 12, TEACHER, GRADIENT, PRESENT, ORDER, RANKS, RANKED, TREE };  // order.h has the slots before
 
 template <class T>
 constexpr T INF = std::numeric_limits<T>::infinity();
@@ -171,6 +172,95 @@ double all_pairs(RkkdForm form, const T* s, const T* t, int64_t n, T k, double* 
   return 0;
 }
 
+// The least and the largest number of a row that are not -inf.
+template <class T>
+struct Range {
+  T low = INF<T>, high = -INF<T>;
+
+  Range(const T* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      low = x[i] > -INF<T> ? std::min(low, x[i]) : low;
+      high = std::max(high, x[i]);
+    }
+  }
+  T span() const { return high > low ? high - low : T(1); }  // above 0: there may be -inf to tell apart
+};
+
+// From how many classes on the clipped form is sorted.
+constexpr int64_t SORTED_FROM = 160;
+
+// How many classes of each rank, in a binary indexed tree: of those before the window, and of those before its end.
+struct Tree {
+  struct Counts {
+    int32_t begin = 0, end = 0;
+  };
+
+  Tree(Counts* nodes, int64_t size) : nodes_(nodes), size_(size) { std::fill(nodes, nodes + size + 1, Counts()); }
+
+  void add(int32_t rank, int32_t Counts::* to) {
+    for (int64_t node = rank; node <= size_; node += node & -node) ++(nodes_[node].*to);
+  }
+
+  Counts up_to(int32_t rank) const {
+    Counts sum;
+    for (int64_t node = rank; node > 0; node &= node - 1) {
+      sum.begin += nodes_[node].begin;
+      sum.end += nodes_[node].end;
+    }
+    return sum;
+  }
+
+ private:
+  Counts* nodes_;
+  int64_t size_;
+};
+
+// As all_pairs for the clipped form, which is sgn(t_i - t_j) times k (s_i - s_j) for classes that the student has
+// within 1/k of each other, and a sign for all others. Sorted by the student's logits, those near class i are a window,
+// and what the teacher's signs sum up to over the first classes is a difference of two counts. The gradient of class i
+// is that sum over its window, G_i. As the G_i sum to 0, sum_i s_i G_i is the sum over all gaps of neighbours
+// s_i - s_{i+1} of the gap times G_1 + ... + G_i: nothing cancels, and the sums of counts are exact. The ranges must be
+// finite.
+template <class T>
+double clipped_pairs(const T* s, Range<T> range_s, const T* t, Range<T> range_t, int64_t n, T k, double* gradient) {
+  uint32_t* order = scratch().get<uint32_t>(ORDER, n + 1);
+  int32_t* rank = scratch().get<int32_t>(RANKS, n);
+  T* value = scratch().get<T>(RANKED, n);
+
+  order_row(t, n, int64_t(-1), range_t.high, range_t.span(), false, order);
+  int32_t ranks = 0;  // the teacher's, from 1 for the largest logit; equals share one
+  for (int64_t i = 0; i < n; ++i) {
+    ranks += i == 0 || t[order[i]] != t[order[i - 1]];
+    rank[order[i]] = ranks;
+  }
+  order_row(s, n, int64_t(-1), range_s.high, range_s.span(), false, order);
+  for (int64_t i = 0; i < n; ++i) value[i] = s[order[i]];
+  const auto near = [&](int64_t above, int64_t below) {  // as pair_of has it; two excluded classes are tied
+    return value[above] == value[below] || (value[above] - value[below]) * k < T(1);
+  };
+
+  Tree tree(scratch().get<Tree::Counts>(TREE, ranks + 1), ranks);
+  int64_t begin = 0, end = 0, discord = 0, across = 0;
+  double within = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (; begin < i && !near(begin, i); ++begin) tree.add(rank[order[begin]], &Tree::Counts::begin);
+    for (; end < n && near(i, end); ++end) tree.add(rank[order[end]], &Tree::Counts::end);
+    const int32_t own = rank[order[i]];
+    const Tree::Counts above = tree.up_to(own - 1);
+    Tree::Counts upward = {above.begin, above.end + 1};
+    if (ranks < n) upward = tree.up_to(own);
+    // Sums of sgn(t_i - t_j): how many the teacher ranks below i, less those above.
+    const int64_t before = begin - upward.begin - above.begin;
+    const int64_t window = value[i] == -INF<T> ? 0 : end - upward.end - above.end - before;
+    if (across != 0) within += (double(value[i - 1]) - double(value[i])) * double(across);
+    across += window;
+    discord += before;
+    gradient[order[i]] = double(window);
+  }
+  const int64_t pairs = n * (n - 1) / 2;
+  return double(pairs + discord) - double(k) * within;
+}
+
 // The loss of a row; at g, if given, its gradient times `weight`.
 template <class T>
 double rkkd_row(const RkkdArguments& arguments, const T* s, const T* t, int64_t n, double weight, T* g) {
@@ -199,11 +289,18 @@ double rkkd_row(const RkkdArguments& arguments, const T* s, const T* t, int64_t 
   if (g) std::fill(g, g + n, T(0));
   if (count < 2) return 0;
 
-  const auto span = [count](const T* x) { return *std::max_element(x, x + count) - *std::min_element(x, x + count); };
-  const bool infinite = !(span(student) < INF<T> && span(teacher) < INF<T>);
-  const T k = static_cast<T>(arguments.steepness);
-  const double sum = infinite ? all_pairs<true>(arguments.form, student, teacher, count, k, gradient)
-                              : all_pairs<false>(arguments.form, student, teacher, count, k, gradient);
+  const Range<T> range_s(student, count), range_t(teacher, count);
+  const bool overflow = !(range_s.span() < INF<T> && range_t.span() < INF<T>);
+  const auto excludes = [count](const T* x) { return std::find(x, x + count, -INF<T>) != x + count; };
+  const T k = static_cast<T>(std::min<double>(arguments.steepness, std::numeric_limits<T>::max()));
+  double sum;
+  if (arguments.form == RkkdForm::clip && count >= SORTED_FROM && !overflow) {
+    sum = clipped_pairs(student, range_s, teacher, range_t, count, k, gradient);
+  } else if (overflow || excludes(student) || excludes(teacher)) {
+    sum = all_pairs<true>(arguments.form, student, teacher, count, k, gradient);
+  } else {
+    sum = all_pairs<false>(arguments.form, student, teacher, count, k, gradient);
+  }
   const double pairs = 0.5 * static_cast<double>(count) * static_cast<double>(count - 1);
   const double scale = -arguments.steepness / pairs * weight;
   for (int64_t c = 0; g && c < count; ++c) g[present[c]] = static_cast<T>(scale * gradient[c]);

@@ -28,6 +28,7 @@ class Loss:
         grows_with_rows: And is a sum over them, not a mean.
         shift_invariant: Blind to a constant added to a row, of either network.
         zero_at_equality: 0 when the student has the teacher's logits.
+        has_margin: 0 for other students too: those that have the teacher's order by a margin.
         ranks: Sees the teacher's logits as a ranking, so that a rounding may reorder near ties.
         scale_blind: Sees each row in units of its spread, and so not the scale of the student's logits.
         detached: Weighs by something of the student's that gets no gradient, so that differences of the
@@ -44,6 +45,7 @@ class Loss:
     grows_with_rows: bool = False
     shift_invariant: bool = True
     zero_at_equality: bool = False
+    has_margin: bool = False
     ranks: bool = False
     scale_blind: bool = False
     detached: bool = False
@@ -249,6 +251,67 @@ LOSSES = (
         couples_rows=True,
         grows_with_rows=True,
         zero_at_equality=True,
+    ),
+    Loss(
+        luce.rkkd_loss,
+        luce.RKKDLoss,
+        options=(
+            {},
+            {"form": "sign_tanh", "steepness": 0.3},
+            {"form": "product", "steepness": 0.1},
+            {"form": "sigmoid", "steepness": 2.0, "backend": "reference"},
+            {"form": "clip", "steepness": 0.05},
+            {"channels": "top", "share": 3},
+            {"channels": "bottom", "share": 0.7},
+        ),
+        bad_options=(
+            ("form", "kendall"),
+            ("steepness", 0.0),
+            ("steepness", float("inf")),
+            ("channels", "middle"),
+            ("share", 0.0),
+            ("share", 1.5),
+            ("share", float("nan")),
+            ("share", 1),
+            ("share", True),
+            ("backend", "fast"),
+        ),
+        ranks=True,
+    ),
+    Loss(
+        luce.ranking_hinge_loss,
+        luce.RankingHingeLoss,
+        options=({}, {"margin": 5.0}),
+        bad_options=(("margin", 0.0), ("margin", -1.0), ("margin", float("nan"))),
+        has_margin=True,
+        ranks=True,
+    ),
+    Loss(
+        luce.ranking_logistic_loss,
+        luce.RankingLogisticLoss,
+        options=({}, {"steepness": 0.3}),
+        bad_options=(("steepness", 0.0), ("steepness", -1.0), ("steepness", float("inf"))),
+        ranks=True,
+    ),
+    Loss(
+        luce.rankdistil_loss,
+        luce.RankDistilLoss,
+        options=(
+            {"seed": 0},
+            {"top_k": 2, "sample_size": 3, "seed": 1},
+            {"temperature": 2.0, "seed": 2},
+        ),
+        bad_options=(
+            *TEMPERATURES,
+            ("top_k", 0),
+            ("top_k", 1.5),
+            ("sample_size", 0),
+            ("sample_size", 2.5),
+            ("sample_size", True),
+            ("seed", 0.5),
+            ("seed", True),
+        ),
+        ranks=True,
     ),
 )
 

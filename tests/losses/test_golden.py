@@ -518,3 +518,35 @@ def test_mlld_spelled_out():
 def test_the_temperatures_of_mlld_add_up():
     parts = [value(luce.mlld_loss, S3, T3, temperatures=[t]) for t in (2.0, 3.0, 4.0, 5.0, 6.0)]
     assert value(luce.mlld_loss, S3, T3) == pytest.approx(sum(parts), rel=1e-12)
+
+
+# Pairs of classes, and rankings drawn from the teacher
+
+
+def test_rkkd_spelled_out():
+    """The teacher ranks 0, 2, 1 and the student 0, 1, 2: one pair of three disagrees."""
+    tanh = math.tanh
+    agreement = tanh(1.5) * tanh(0.7) + tanh(0.9) * tanh(1.1) - tanh(0.6) * tanh(0.4)
+    student, teacher = [[0.8, 0.1, -0.3]], [[1.2, -0.3, 0.3]]
+    assert value(luce.rkkd_loss, student, teacher) == pytest.approx(1 - agreement / 3, rel=1e-12)
+    assert value(luce.rkkd_loss, student, teacher, steepness=1e6) == pytest.approx(1 - 1 / 3)
+    top = {"channels": "top", "share": 2, "steepness": 0.5}
+    assert value(luce.rkkd_loss, student, teacher, **top) == pytest.approx(1 - tanh(0.45) * tanh(0.55))
+
+
+def test_ranking_losses_spelled_out():
+    """The teacher has 0 before 1, 0 before 2 and 2 before 1; the student's leads are 0.7, 1.1 and -0.4."""
+    student, teacher = [[0.8, 0.1, -0.3]], [[1.2, -0.3, 0.3]]
+    assert value(luce.ranking_hinge_loss, student, teacher) == pytest.approx((0.3 + 0 + 1.4) / 3)
+    expected = (log(1 + exp(-0.7)) + log(1 + exp(-1.1)) + log(1 + exp(0.4))) / 3
+    assert value(luce.ranking_logistic_loss, student, teacher) == pytest.approx(expected, rel=1e-12)
+
+
+def test_rankdistil_spelled_out():
+    """A teacher that is sure of 0, 2, 1 lets nothing else be drawn."""
+    student, teacher = [[log(2.0), log(3.0), 0.0]], [[800.0, 0.0, 400.0]]
+    assert value(luce.rankdistil_loss, student, teacher) == pytest.approx(log(6 / 2) + log(4 / 1), rel=1e-12)
+    assert value(luce.rankdistil_loss, student, teacher, top_k=1) == pytest.approx(log(3), rel=1e-12)
+    # Half of a temperature is twice the logits: worths 4, 9 and 1.
+    cold = value(luce.rankdistil_loss, student, teacher, temperature=0.5)
+    assert cold == pytest.approx(log(14 / 4) + log(10 / 1), rel=1e-12)

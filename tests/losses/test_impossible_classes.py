@@ -36,6 +36,10 @@ INF_IF_THE_STUDENT_EXCLUDES_THE_LABEL = {
     "partial_kd_loss": True,
     "decomposed_kd_loss": True,
     "mlld_loss": True,
+    "rkkd_loss": False,
+    "ranking_hinge_loss": True,
+    "ranking_logistic_loss": True,
+    "rankdistil_loss": True,
 }
 INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "cross_entropy_loss": False,
@@ -58,6 +62,10 @@ INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "partial_kd_loss": False,
     "decomposed_kd_loss": False,
     "mlld_loss": False,
+    "rkkd_loss": False,
+    "ranking_hinge_loss": False,
+    "ranking_logistic_loss": False,
+    "rankdistil_loss": False,
 }
 
 

@@ -6,12 +6,15 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from luce.ops._library import WHY_NOT
+from luce.ops._pairs import PAIRS
 from luce.ops.rkkd import FORMS
 from luce.ops.rkkd import rkkd as public
 from luce.ops.rkkd.plain import rkkd_in_blocks, rkkd_rows
@@ -436,6 +439,26 @@ def test_blocks_can_be_differentiated_twice():
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+def test_memory_is_that_of_a_block_of_pairs(backend):
+    """An array of all pairs of these rows would have 18 million numbers, more than nine times as many."""
+    s, t = torch.randn(2, 2, 3000)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            made = [x.numel() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+            largest = max(largest, *made, 0)
+            return result
+
+    with Watch():
+        _, gradient = with_gradient(public, s, t, backend=backend)
+    assert largest <= (PAIRS if backend == "reference" else s.numel())
+    assert gradient.isfinite().all()
+
+
 # The native engine
 
 
@@ -505,6 +528,86 @@ def test_a_teacher_of_small_differences_keeps_its_digits():
     _, gradient = with_gradient(native, s, t)
     _, expected = exactly(s, t, "tanh", 1.0)
     assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+def clipped(s, t, k):
+    """The clipped form by all pairs, in float64 but for the differences, as the native engine takes them."""
+    d = s[:, :, None] - s[:, None]
+    excluded = d.isnan()
+    x = d.masked_fill(excluded, 0) * torch.tensor(k, dtype=s.dtype)
+    sign = (t[:, :, None] > t[:, None]).double() - (t[:, :, None] < t[:, None]).double()
+    exists = (s > -inf) | (t > -inf)
+    both = exists[:, :, None] & exists[:, None]
+    n = exists.sum(-1).double()
+    total = torch.where(both, sign * x.double().clamp(-1, 1), 0).sum((1, 2))
+    slope = torch.where(both & ~excluded & (x.abs() < 1), sign, 0).sum(-1)
+    return 1 - total / (n * (n - 1)), -2 * k / (n * (n - 1))[:, None] * slope
+
+
+@needs_native
+@pytest.mark.parametrize("classes", [159, 160, 161, 1100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("ties", ["none", "teacher", "student", "both", "all"])
+def test_the_sorted_clipped_form_is_the_sum_over_pairs(classes, dtype, ties):
+    """For every window, also where logits of a lattice stand exactly 1/k apart, and far from 0."""
+    steepness = [1e-3, 0.25, 1.0, 8.0, 1e4, 1e30] if classes < 1000 else [1.0, 8.0]
+    for offset, k in itertools.product([0.0, 1e3], steepness):
+        s, t = torch.randn(2, 3, classes, dtype=torch.float64)
+        t = s + t
+        s = (8 * s).round() / 8 if ties in ("student", "both") else s
+        t = (8 * t).round() / 8 if ties in ("teacher", "both") else t
+        s, t = (s * 0, t * 0) if ties == "all" else (s, t)
+        s, t = (s + offset).to(dtype), (t - offset).to(dtype)
+        s[1, :40], t[1, 30:90] = -inf, -inf  # ten of them exist in neither network
+        t[2, classes // 2 :] = -inf
+        value, gradient = with_gradient(native, s, t, form="clip", steepness=k)
+        expected, expected_gradient = clipped(s, t, k)
+        budget = 1e-13 if dtype == torch.float64 else 1e-6
+        assert_close(value.double(), expected, rtol=budget, atol=budget)
+        assert_close(gradient.double(), expected_gradient, rtol=budget, atol=0)
+
+
+@needs_native
+def test_the_sorted_clipped_form_of_special_rows():
+    for excluding in ("student", "teacher"):
+        s, t = torch.randn(2, 1, 300)
+        (s if excluding == "student" else t)[:] = -inf
+        value, gradient = with_gradient(native, s, t, form="clip")
+        assert value == 1
+        assert (gradient == 0).all()
+    largest = torch.finfo(torch.float32).max
+    s = torch.randn(1, 300)
+    s[0, 5], s[0, 6] = largest, -largest  # their difference overflows
+    value, gradient = with_gradient(native, s, -s, form="clip", steepness=1e30)
+    assert value == 2
+    assert (gradient == 0).all()
+    one_sided = torch.cat([torch.full((1, 299), -inf), torch.zeros(1, 1)], dim=1)
+    assert native(one_sided, torch.randn(1, 300), form="clip").isfinite()
+
+
+@pytest.mark.parametrize("classes", [7, 400])
+def test_steep_clip_is_kendalls_tau_a_also_with_ties(rkkd, classes):
+    s, t = torch.randint(-20, 20, (2, 4, classes)).double()
+    concordance = [
+        np.triu(np.sign(np.subtract.outer(a, a)) * np.sign(np.subtract.outer(b, b))).sum()
+        for a, b in zip(s.numpy(), t.numpy(), strict=True)
+    ]
+    expected = 1 - tensor(concordance) / (classes * (classes - 1) / 2)
+    assert_close(rkkd(s, t, form="clip", steepness=1e9), expected, rtol=1e-14, atol=0)
+
+
+@needs_native
+def test_a_hundred_thousand_classes_in_order_of_their_number():
+    """The student swaps every two: of the pairs 1 apart, counted by half, 50,000 disagree, 49,999 agree."""
+    t = torch.arange(100_000.0, dtype=torch.float64)
+    s = t.reshape(-1, 2).flip(-1).flatten()
+    value, gradient = with_gradient(native, s[None], t[None], form="clip", steepness=0.5)
+    pairs = 100_000 * 99_999 / 2
+    assert value.item() == pytest.approx((99_999 - 0.5 * 49_999 + 0.5 * 50_000) / pairs, rel=1e-12)
+    # The one above disagrees and the one below agrees, or the other way round; those at the ends have one.
+    inner = 0.5 / pairs * torch.tensor([-2.0, 2.0], dtype=torch.float64).repeat(50_000)
+    inner[0], inner[-1] = inner[0] / 2, inner[-1] / 2
+    assert_close(gradient[0].sort().values, inner.sort().values, rtol=1e-12, atol=0)
 
 
 @needs_native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 
 import pytest
@@ -39,6 +40,23 @@ def test_markdown_rows_by_hand(comparison):
     assert cells[4:] == ["90.5", "0.190", "0.655", "78.0", "2.4", "2"]
     columns = {line.count("|") for line in lines if line.startswith("|")}
     assert len(columns) == 1
+
+
+def test_a_run_tells_of_both_ends_of_the_teachers_order_where_they_were_measured(tmp_path, write_run):
+    folder = write_run(tmp_path / "run", "PLD", 0, 0.9)
+    assert "tenth" not in markdown_table(read_run(folder))
+    result = json.loads((folder / "result.json").read_text())
+    ends = {
+        "kendall_tau_top": 0.5,
+        "kendall_tau_bottom": -0.25,
+        "kl_gradient_top": 0.8,
+        "kl_gradient_bottom": 0.01,
+    }
+    result["last"]["test"] |= ends
+    (folder / "result.json").write_text(json.dumps(result))
+    rows = [line for line in markdown_table(read_run(folder)).splitlines() if "tenth" in line]
+    assert [row.split("|")[2].strip() for row in rows] == ["0.500", "−0.250", "80.0", "1.0"]
+    assert [row.split("|")[3].strip() for row in rows] == ["–"] * 4
 
 
 def test_significance_is_marked_and_survives_markdown(tmp_path, write_comparison):

@@ -117,6 +117,8 @@ def test_a_student_that_equals_its_teacher() -> None:
     assert [result[name] for name in ("agreement", "kl", "kendall_tau", "topk_overlap")] == pytest.approx(
         [1, 0, 1, 1], abs=1e-6
     )
+    assert result["kendall_tau_bottom"] == pytest.approx(1)
+    assert result["kl_gradient_bottom"] == 0
 
 
 def test_a_student_that_reverses_its_teacher() -> None:
@@ -126,6 +128,32 @@ def test_a_student_that_reverses_its_teacher() -> None:
     assert [result[name] for name in ("agreement", "kendall_tau", "topk_overlap")] == pytest.approx(
         [0, -1, 0]
     )
+
+
+@pytest.mark.parametrize(("classes", "size"), [(2, 2), (3, 2), (10, 2), (24, 2), (26, 3), (40, 4)])
+def test_figures_of_the_ends_of_the_teachers_order(classes: int, size: int) -> None:
+    student, teacher, target = logits_and_targets(rows=60, classes=classes)
+    result = metrics.full(student, teacher, target)
+    s, t = student.double().numpy(), teacher.double().numpy()
+    slope = np.abs(softmax(s, 1) - softmax(t, 1))
+    for end, ranked in (("top", np.argsort(-t, 1)[:, :size]), ("bottom", np.argsort(t, 1)[:, :size])):
+        pairs = [(s[row, r], t[row, r]) for row, r in enumerate(ranked)]
+        taus = [kendalltau(*pair).statistic for pair in pairs]
+        assert result[f"kendall_tau_{end}"] == pytest.approx(np.mean(taus), abs=1e-6)
+        share = np.take_along_axis(slope, ranked, 1).sum() / slope.sum()
+        assert result[f"kl_gradient_{end}"] == pytest.approx(share, rel=1e-9)
+
+
+def test_ends_that_the_student_knows_and_does_not_know() -> None:
+    """It reverses the teacher's last two classes of twenty, which have next to no probability."""
+    teacher = torch.arange(20.0, 0.0, -1.0).repeat(3, 1)
+    student = teacher.clone()
+    student[:, 18:] = teacher[:, 18:].flip(-1)
+    result = metrics.full(student, teacher, torch.zeros(3, dtype=torch.long))
+    assert (result["kendall_tau_top"], result["kendall_tau_bottom"]) == pytest.approx((1, -1))
+    assert result["kendall_tau"] == pytest.approx(1 - 2 / 190)
+    assert result["kl_gradient_bottom"] == pytest.approx(1, abs=1e-6)
+    assert result["kl_gradient_top"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("classes", "topk"), [(2, 1), (3, 1), (4, 2), (9, 4), (10, 5), (40, 5)])

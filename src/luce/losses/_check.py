@@ -51,6 +51,16 @@ def check_count(**values: int) -> None:
             raise ValueError(f"expected `{name}` to be an integer of at least 1, got {value!r}")
 
 
+def check_share(share: float) -> None:
+    """A fraction if it is a float, a number if it is an integer."""
+    number = isinstance(share, int) and not isinstance(share, bool)
+    if not (share >= 2 if number else isinstance(share, float) and 0 < share <= 1):
+        raise ValueError(
+            f"expected `share` to be a fraction above 0 and at most 1.0, or an integer of at least 2, "
+            f"got {share!r}"
+        )
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -33,8 +33,8 @@ class Bin:
 class Figures:
     """What a student did on the test set.
 
-    Rates are fractions in [0, 1], ``nll`` and ``kl`` are nats per example, ``kendall_tau`` lies in [-1, 1].
-    The last four compare with the teacher and are None without one.
+    Rates are fractions in [0, 1], ``nll`` and ``kl`` are nats per example, Kendall's tau lies in [-1, 1].
+    From `agreement` on, figures compare with the teacher and are None without one.
     """
 
     accuracy: float
@@ -45,6 +45,16 @@ class Figures:
     kl: float | None = None
     kendall_tau: float | None = None
     topk_overlap: float | None = None
+    kendall_tau_top: float | None = None
+    kendall_tau_bottom: float | None = None
+    kl_gradient_top: float | None = None
+    kl_gradient_bottom: float | None = None
+
+
+WITH_A_TEACHER = (
+    *("agreement", "kl", "kendall_tau", "topk_overlap"),
+    *("kendall_tau_top", "kendall_tau_bottom", "kl_gradient_top", "kl_gradient_bottom"),
+)
 
 
 @dataclass(frozen=True)
@@ -247,7 +257,7 @@ def _seeds(parent: Path) -> list[int]:
 
 def _moment(fields: Mapping[str, Any]) -> Moment:
     test = fields["test"]
-    optional = {name: test.get(name) for name in ("agreement", "kl", "kendall_tau", "topk_overlap")}
+    optional = {name: test.get(name) for name in WITH_A_TEACHER}
     return Moment(
         epoch=int(fields["epoch"]),
         validation=dict(fields["validation"]),

@@ -173,6 +173,10 @@ def _run_table(run: Run) -> Table:
         ("KL divergence, nats", last.kl, best.kl, False),
         ("Kendall's τ with the teacher", last.kendall_tau, best.kendall_tau, False),
         ("top-k overlap with the teacher %", last.topk_overlap, best.topk_overlap, True),
+        ("τ within the teacher's first tenth", last.kendall_tau_top, best.kendall_tau_top, False),
+        ("τ within the teacher's last tenth", last.kendall_tau_bottom, best.kendall_tau_bottom, False),
+        ("KL gradient on the first tenth %", last.kl_gradient_top, best.kl_gradient_top, True),
+        ("KL gradient on the last tenth %", last.kl_gradient_bottom, best.kl_gradient_bottom, True),
     ):
         if at_last is not None:
             rows.append((name, _figure(at_last, percent), _figure(at_best, percent)))

@@ -17,6 +17,8 @@ BINS = 15
 """Of the calibration error, as in Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599."""
 KENDALL_ROWS = 256
 """Kendall's tau compares all pairs of classes and converges fast over rows: the first ones are enough."""
+END = 0.1
+"""Share of the classes at either end of the teacher's order, as is reported of RKKD (arXiv 2409.17823)."""
 
 
 @torch.no_grad()
@@ -55,11 +57,13 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
     Returns:
         ``accuracy`` and ``calibration_error`` (expected, 15 bins) as fractions, ``nll`` in nats, bars of a
         ``reliability`` diagram; and with a teacher ``agreement`` of the first choices, ``kl`` from teacher to
-        student in nats, mean ``kendall_tau`` of the rows' class orders, and ``topk_overlap``, the shared
-        fraction of both networks' first ``topk`` classes.
+        student in nats, mean ``kendall_tau`` of the rows' class orders, ``topk_overlap``, the shared
+        fraction of both networks' first ``topk`` classes; and, of the tenth of the classes that the teacher
+        ranks first in each row (``top``) and last (``bottom``), rounded and at least two, ``kendall_tau_top``
+        and ``kendall_tau_bottom`` among them, and ``kl_gradient_top`` and ``kl_gradient_bottom``, the part
+        of the KL divergence's gradient that falls to them, ``|q - p|`` summed over the rows.
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
-    from torchmetrics.functional.regression import kendall_rank_corrcoef
 
     classes = student_logits.shape[-1]
     probabilities = student_logits.softmax(-1)
@@ -80,12 +84,26 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
         ]
         result["agreement"] = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item()
         result["kl"] = kd_loss(student_logits, teacher_logits).item()
-        student_columns, teacher_columns = student_logits[:KENDALL_ROWS].T, teacher_logits[:KENDALL_ROWS].T
-        tau = cast(Tensor, kendall_rank_corrcoef(student_columns, teacher_columns))
-        result["kendall_tau"] = tau.nanmean().item()  # a row whose classes all tie has no order
+        result["kendall_tau"] = _kendall_tau(student_logits, teacher_logits)
         result["topk"] = topk
         result["topk_overlap"] = ((chosen[0] * chosen[1]).sum(-1) / topk).mean().item()
+        size = min(max(2, round(END * classes)), classes)
+        order = teacher_logits.argsort(dim=-1, descending=True, stable=True)
+        slope = (student_logits.double().softmax(-1) - teacher_logits.double().softmax(-1)).abs()
+        total = slope.sum().item() or 1.0
+        for end, ranked in (("top", order[:, :size]), ("bottom", order[:, -size:])):
+            students, teachers = student_logits.gather(-1, ranked), teacher_logits.gather(-1, ranked)
+            result[f"kendall_tau_{end}"] = _kendall_tau(students, teachers)
+            result[f"kl_gradient_{end}"] = slope.gather(-1, ranked).sum().item() / total
     return result
+
+
+def _kendall_tau(student_logits: Tensor, teacher_logits: Tensor) -> float:
+    """Mean tau-b of the first rows; a row whose classes all tie has no order and does not count."""
+    from torchmetrics.functional.regression import kendall_rank_corrcoef
+
+    columns = student_logits[:KENDALL_ROWS].T, teacher_logits[:KENDALL_ROWS].T
+    return cast(Tensor, kendall_rank_corrcoef(*columns)).nanmean().item()
 
 
 def _reliability(probabilities: Tensor, target: Tensor) -> list[dict[str, float]]:

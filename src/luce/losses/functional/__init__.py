@@ -8,6 +8,7 @@ from .maps import at_loss, cwd_loss, fitnet_loss, fsp_loss, ickd_loss, mgd_loss,
 from .matching import logit_matching_loss
 from .multilevel import mlld_loss
 from .normalized import normdkd_loss, normkd_loss, standardize
+from .pairwise import ranking_hinge_loss, ranking_logistic_loss, rkkd_loss
 from .partial import (
     class_relations,
     decomposed_kd_loss,
@@ -17,6 +18,7 @@ from .partial import (
 )
 from .relation import dist_loss
 from .reweighted import nkd_loss, tfkd_loss, tvd_loss, wsld_loss
+from .sampled import rankdistil_loss
 
 __all__ = [
     "at_loss",
@@ -47,8 +49,12 @@ __all__ = [
     "partial_target",
     "pkt_loss",
     "pld_loss",
+    "rankdistil_loss",
+    "ranking_hinge_loss",
+    "ranking_logistic_loss",
     "reverse_kl_loss",
     "rkd_loss",
+    "rkkd_loss",
     "sp_loss",
     "standardize",
     "tempered_kd",

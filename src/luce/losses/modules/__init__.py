@@ -10,9 +10,11 @@ from .maps import ATLoss, CWDLoss, FitNetLoss, FSPLoss, ICKDLoss, MGDLoss, NSTLo
 from .matching import LogitMatchingLoss
 from .multilevel import MLLDLoss
 from .normalized import NormDKDLoss, NormKDLoss, Standardized
+from .pairwise import RankingHingeLoss, RankingLogisticLoss, RKKDLoss
 from .partial import DecomposedKDLoss, PartialKDLoss
 from .relation import DISTLoss
 from .reweighted import NKDLoss, TfKDLoss, TVDLoss, WSLDLoss
+from .sampled import RankDistilLoss
 from .weighted_sum import WeightedSum
 
 __all__ = [
@@ -46,6 +48,10 @@ __all__ = [
     "PListMLELoss",
     "PartialKDLoss",
     "RKDLoss",
+    "RKKDLoss",
+    "RankDistilLoss",
+    "RankingHingeLoss",
+    "RankingLogisticLoss",
     "ReverseKLLoss",
     "SPLoss",
     "Standardized",

@@ -38,10 +38,13 @@ def rkkd(
     ``clip``       :math:`\mathrm{sgn}(D^t) \mathrm{clip}(k D^s, -1, 1)`
     =============  ==========================================================
 
-    Every pair is looked at, with memory for one row at a time. A class at ``-inf`` in both networks does not
-    exist: its pairs count neither in the sum nor in *P*. At ``-inf`` in one network a class is infinitely far
-    below the others there and tied with those that are there too; its own logit gets no gradient. A row with
-    fewer than two classes costs nothing.
+    Every pair is looked at, with memory for one row at a time; but for ``clip``, of which the native engine
+    sorts rows of many classes and counts, in C log C steps. At a steepness beyond all differences ``clip`` is
+    one minus Kendall's tau itself (tau-a, in which a tie counts 0).
+
+    A class at ``-inf`` in both networks does not exist: its pairs count neither in the sum nor in *P*. At
+    ``-inf`` in one network a class is infinitely far below the others there and tied with those that are
+    there too; its own logit gets no gradient. A row with fewer than two classes costs nothing.
 
     Args:
         student: ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64.

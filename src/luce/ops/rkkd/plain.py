@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from .._pairs import sum_over_pairs
 from .._rows import weighted_rows
 from .reference import one_minus_tau, total_agreement, widened
-
-PAIRS = 2**21
-"""How many pairs of classes are looked at together, in all rows."""
 
 
 def rkkd_rows(
@@ -28,27 +25,22 @@ def rkkd_rows(
         weight: ``(N,)`` or ``(N, M)``, or None.
         form: One of `luce.ops.rkkd.FORMS`.
         steepness: Above 0.
-        block: How many classes are compared with all others at a time; None for as many as `PAIRS` allows.
+        block: How many classes are compared with all others at a time; None to choose by memory.
     """
 
     def formula(s: Tensor, t: Tensor) -> Tensor:
-        width = block or max(1, PAIRS // max(1, s.numel()))
-        return rkkd_in_blocks(s, t, form, steepness, width)
+        return rkkd_in_blocks(s, t, form, steepness, block)
 
     return weighted_rows(formula, student, teacher, weight)
 
 
-def rkkd_in_blocks(student: Tensor, teacher: Tensor, form: str, steepness: float, width: int) -> Tensor:
-    """`reference.rkkd` with memory for ``(N, C, width)``: going back, each block is computed again."""
+def rkkd_in_blocks(
+    student: Tensor, teacher: Tensor, form: str, steepness: float, width: int | None
+) -> Tensor:
+    """`reference.rkkd` with memory for ``(N, C, width)``."""
     s, t = widened(student), widened(teacher)
-    classes = s.shape[-1]
-    total = s.new_zeros(s.shape[0])
-    for first in range(0, classes, width):
-        arguments = s, t, form, steepness, first, min(width, classes - first)
-        if width >= classes:
-            total = total_agreement(*arguments)
-        else:
-            total = total + checkpoint(
-                total_agreement, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
-    return one_minus_tau(total, s, t).to(student.dtype)
+
+    def part(s: Tensor, t: Tensor, first: int, count: int) -> Tensor:
+        return total_agreement(s, t, form, steepness, first, count)
+
+    return one_minus_tau(sum_over_pairs(part, s, t, width), s, t).to(student.dtype)

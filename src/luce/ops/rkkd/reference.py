@@ -52,20 +52,29 @@ def exists(s: Tensor, t: Tensor) -> Tensor:
     return ~((s == -torch.inf) & (t == -torch.inf))
 
 
+def pairs_exist(s: Tensor, t: Tensor, first: int, count: int) -> Tensor:
+    """False for pairs with a class that both networks exclude; laid out as `differences`."""
+    counts = exists(s, t)
+    return counts[:, :, None] & counts[:, None, first : first + count]
+
+
 def total_agreement(s: Tensor, t: Tensor, form: str, k: float, first: int, count: int) -> Tensor:
     """Of all ordered pairs whose second class is one of `count`; ``(N, C)`` to ``(N,)``."""
-    counts = exists(s, t)
-    counts = counts[:, :, None] & counts[:, None, first : first + count]
     a = agreement(differences(s, first, count), differences(t, first, count), form, k)
-    return torch.where(counts, a, 0).sum((1, 2))
+    return torch.where(pairs_exist(s, t, first, count), a, 0).sum((1, 2))
 
 
 def one_minus_tau(total: Tensor, s: Tensor, t: Tensor) -> Tensor:
     """From the agreement of all ordered pairs to the loss; 0 for a row with fewer than two classes."""
     classes = exists(s, t).sum(-1)
     values = torch.where(classes < 2, total, 1 - total / (classes * (classes - 1)).clamp(min=1))
+    return nan_if_undefined(values, s, t)
+
+
+def nan_if_undefined(values: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Values of the rows, NaN where a row holds NaN: a comparison would hide it."""
     undefined = torch.stack([s, t]).isnan().any(-1).any(0)
-    return values * torch.where(undefined, torch.nan, 1.0)  # the sign of NaN is 0
+    return values * torch.where(undefined, torch.nan, 1.0)
 
 
 def rkkd(student: Tensor, teacher: Tensor, form: str, steepness: float) -> Tensor:
