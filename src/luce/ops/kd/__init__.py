@@ -8,13 +8,15 @@ multiplied by; rows of weight 0 are not looked at. `backend` is ``"auto"``, ``"c
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from .._library import choose
 from .cpu import divergence
 from .plain import Kind, divergence_rows
 
-__all__ = ["forward_kl", "jsd", "reverse_kl"]
+__all__ = ["forward_kl", "jsd", "kl_limit", "reverse_kl"]
 
 
 def _run(
@@ -83,3 +85,19 @@ def jsd(
         tensor([0.6931])
     """
     return _run("jsd", student, teacher, weight, backend, temperature, beta)
+
+
+def kl_limit(
+    student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """What the temperature's square times either KL tends to: half the classes' variance of the logits' difference.
+
+    That of the generalized Jensen-Shannon divergence is ``beta * (1 - beta)`` times as large. Infinite where one
+    network alone excludes a class. Example:
+        >>> import torch
+        >>> kl_limit(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]]))
+        tensor([1.4834])
+        >>> 1e6**2 * forward_kl(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]]), 1e6)
+        tensor([1.4834])
+    """
+    return _run("limit", student, teacher, weight, backend, math.inf)
