@@ -24,9 +24,7 @@ DIVERGENCES = {
     "reverse_kl": (luce.reverse_kl_loss, {}, 1.0),
     "jsd": (luce.jsd_loss, {"beta": BETA}, BETA * (1 - BETA)),
 }
-each_divergence = pytest.mark.parametrize(
-    ("loss", "options", "share"), DIVERGENCES.values(), ids=DIVERGENCES
-)
+each_divergence = pytest.mark.parametrize(("loss", "options", "share"), DIVERGENCES.values(), ids=DIVERGENCES)
 each_backend = pytest.mark.parametrize("backend", ["auto", "reference"])
 
 
@@ -131,9 +129,7 @@ def test_what_is_left_out_at_a_finite_temperature(t):
     """The third moments over the temperature; for the reverse KL the networks exchange their parts."""
 
     def moments(a, b):
-        return mean(
-            x**3 / 6 + y**3 / 3 - x * y**2 / 2 for x, y in zip(centred(a), centred(b), strict=True)
-        )
+        return mean(x**3 / 6 + y**3 / 3 - x * y**2 / 2 for x, y in zip(centred(a), centred(b), strict=True))
 
     temperature = 1e6
     for loss, expected in ((luce.kd_loss, moments(S, t)), (luce.reverse_kl_loss, moments(t, S))):
@@ -178,7 +174,26 @@ def test_dtypes_at_high_temperatures(temperature, dtype):
     assert_close(value.double(), truth, rtol=1e-12 if exact else 1e-6, atol=0)
     assert gradient.dtype == dtype
     # Float16 has no numbers between its multiples of 6e-8.
-    assert_close(gradient.double(), slope, rtol=1e-9 if exact else torch.finfo(dtype).eps, atol=1e-12 if exact else 1e-7)
+    assert_close(
+        gradient.double(),
+        slope,
+        rtol=1e-9 if exact else torch.finfo(dtype).eps,
+        atol=1e-12 if exact else 1e-7,
+    )
+
+
+@each_backend
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 1e3, 1e6, inf])
+@pytest.mark.parametrize("offset", [100.0, 1e4])
+def test_no_offset_of_one_network_costs_digits(offset, temperature, backend):
+    student, teacher, _ = batch(32, classes=50, dtype=torch.float32)
+    student = student + offset  # what is rounded here is rounded for both
+    options = {"temperature": temperature, "reduction": "none", "backend": backend}
+    value, gradient = value_and_gradient(luce.kd_loss, student, teacher, **options)
+    truth, slope = value_and_gradient(luce.kd_loss, student.double(), teacher.double(), **options)
+    assert_close(value.double(), truth, rtol=1e-6, atol=0)
+    error, size = (x.abs().amax(-1) for x in (gradient.double() - slope, slope))
+    assert (error <= 1e-6 * size).all()
 
 
 @each_backend
@@ -211,14 +226,16 @@ def test_classes_that_both_networks_exclude_do_not_count(loss, options, share, b
 @each_divergence
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_a_class_that_one_network_excludes_is_infinite_in_the_limit(loss, options, share, who, backend):
-    """A finite temperature leaves the uniform distributions of 4 and of 3 classes apart, however high it is."""
+    """A finite temperature leaves uniform distributions of 4 and of 3 classes apart, however high it is."""
     s, t = ([-inf, *S[1:]], T) if who == "student" else (S, [-inf, *T[1:]])
     options = {**options, "backend": backend}
     value, gradient = of_row(loss, s, t, temperature=inf, **options)
     assert value == inf
     assert all(math.isfinite(x) for x in gradient)
     assert of_row(loss, s, t, temperature=1e8, **options)[0] > 1e12
-    kept = value_and_gradient(loss, tensor([s, S]), tensor([t, T]), temperature=inf, reduction="none", **options)
+    kept = value_and_gradient(
+        loss, tensor([s, S]), tensor([t, T]), temperature=inf, reduction="none", **options
+    )
     assert kept[0][1].item() == pytest.approx(of_row(loss, S, T, temperature=inf, **options)[0])
 
 
@@ -263,7 +280,10 @@ def test_what_infinite_temperature_leaves_out_of_matching_is_the_gap_of_the_mean
 def test_where_descent_in_the_logits_ends(center, end):
     """KD keeps the mean that the student began with; matching takes the teacher's."""
     ends = []
-    for loss, options in ((luce.logit_matching_loss, {"center": center}), (luce.kd_loss, {"temperature": inf})):
+    for loss, options in (
+        (luce.logit_matching_loss, {"center": center}),
+        (luce.kd_loss, {"temperature": inf}),
+    ):
         student = tensor([S])
         for _ in range(200):
             scale = 0.5 if loss is luce.logit_matching_loss else 1.0

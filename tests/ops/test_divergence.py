@@ -410,12 +410,17 @@ def jensen_shannon(beta):
     return lambda s, t, temperature, **more: jsd(s, t, beta, temperature, **more)
 
 
-# For each, the formula above and the largest relative errors in float32: of the values, and of the gradient, over its
-# largest entry. The gradients of the last three are differences from a mean.
+# For each, the formula above and the largest relative errors in float32: of the values, and of the gradient,
+# over its largest entry. The gradients of the last three are differences from a mean.
 EXACT = {
     "forward_kl": (forward_kl, exact_forward, 1e-6, 1e-6),
     "dkd": (_dkd, partial(exact_dkd, alpha=1, beta=8), 1e-6, 2e-6),
-    "dkd, the rest alone": (partial(_dkd, alpha=0.0, beta=2.0), partial(exact_dkd, alpha=0, beta=2), 1e-6, 1e-6),
+    "dkd, the rest alone": (
+        partial(_dkd, alpha=0.0, beta=2.0),
+        partial(exact_dkd, alpha=0, beta=2),
+        1e-6,
+        1e-6,
+    ),
     "reverse_kl": (reverse_kl, exact_reverse, 1e-6, 1e-5),
     "jsd 0.5": (jensen_shannon(0.5), partial(exact_jsd, beta=0.5), 2e-6, 1e-5),
     "jsd 0.1": (jensen_shannon(0.1), partial(exact_jsd, beta=0.1), 2e-6, 1e-5),

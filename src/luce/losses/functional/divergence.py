@@ -124,8 +124,8 @@ def kd_loss(
 
     As the temperature grows it tends to half the variance, over the classes, of :math:`s_i - t_i`: logit
     matching that is blind to a common offset, half of ``logit_matching_loss(..., center=True)``. That is its
-    value at ``math.inf``, with the gradient :math:`\frac1C[(s_i - \bar s) - (t_i - \bar t)]`; what is left out
-    at a finite temperature falls as 1/T.
+    value at ``math.inf``, with the gradient :math:`\frac1C[(s_i - \bar s) - (t_i - \bar t)]`; what is left
+    out at a finite temperature falls as 1/T.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.

@@ -24,8 +24,8 @@ def logit_matching_loss(
     .. math:: \frac{1}{C} \sum_i (s_i - t_i)^2
 
     KD does not see a common offset of a network's logits, and this loss does. With `center`, each network's
-    logits are first rid of their mean over the classes, :math:`s_i - \bar s` against :math:`t_i - \bar t`, and
-    KD tends to half of this as its temperature grows. Centring lowers the value by
+    logits are first rid of their mean over the classes, :math:`s_i - \bar s` against :math:`t_i - \bar t`,
+    and KD tends to half of this as its temperature grows. Centring lowers the value by
     :math:`(\bar s - \bar t)^2` and leaves the gradient without the part that would make the means equal.
 
     Args:

@@ -37,7 +37,9 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
         return torch.stack([target, others.masked_fill(others < lowest / 2, -torch.inf)], dim=-1)
 
     first, second = target_or_rest(teacher, teacher_rest), target_or_rest(student, student_rest)
-    between = torch.cat([torch.where(is_target, difference, 0).sum(-1, keepdim=True), rest.normaliser], dim=-1)
+    between = torch.cat(
+        [torch.where(is_target, difference, 0).sum(-1, keepdim=True), rest.normaliser], dim=-1
+    )
     halves = Pair.of(first, second, torch.where(second == -torch.inf, torch.inf, between))
     tckd = relative_entropy(halves.p, halves.d, halves.change)
     nckd = relative_entropy(rest.p, rest.d, rest.change)

@@ -90,14 +90,15 @@ def jsd(
 def kl_limit(
     student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """What the temperature's square times either KL tends to: half the classes' variance of the logits' difference.
+    """What the temperature's square times either KL tends to as the temperature grows.
 
-    That of the generalized Jensen-Shannon divergence is ``beta * (1 - beta)`` times as large. Infinite where one
-    network alone excludes a class. Example:
+    Half the variance, over the classes, of the logits' difference; for the generalized Jensen-Shannon
+    divergence ``beta * (1 - beta)`` of that. Infinite where one network alone excludes a class. Example:
         >>> import torch
-        >>> kl_limit(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]]))
+        >>> student, teacher = torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]])
+        >>> kl_limit(student, teacher)
         tensor([1.4834])
-        >>> 1e6**2 * forward_kl(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]]), 1e6)
+        >>> 1e6**2 * forward_kl(student, teacher, 1e6)
         tensor([1.4834])
     """
     return _run("limit", student, teacher, weight, backend, math.inf)

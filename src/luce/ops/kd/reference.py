@@ -1,8 +1,8 @@
 """Divergences between rows of logits in plain PyTorch. ``p`` is the teacher, ``q`` the student.
 
-Between them stands ``d = log p - log q``. At a high temperature it is small and so are ``q - p`` and the divergence:
-two softmaxes taken apart leave no digits for them. So ``d`` is taken from the difference of the logits, and all else
-from ``d``.
+Between them stands ``d = log p - log q``. At a high temperature it is small, and so are ``q - p`` and the
+divergence: two softmaxes taken apart leave no digits for them. So ``d`` is taken from the difference of the
+logits, and all else from ``d``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Pair:
     """Two distributions over the same classes, ``(N, C)``, and what lies between them.
@@ -22,7 +23,7 @@ class Pair:
         q: The second.
         d: ``log p - log q``, 0 where p is 0.
         change: ``q - p``.
-        normaliser: ``(N, 1)``, by how much the logarithm of the first one's sum of exponentials is larger.
+        normaliser: ``(N, 1)``, by how much the logarithm of the first's sum of exponentials is larger.
     """
 
     p: Tensor
@@ -33,7 +34,7 @@ class Pair:
 
     @classmethod
     def of(cls, first: Tensor, second: Tensor, difference: Tensor) -> Pair:
-        """The softmaxes of two rows of logits whose difference is known better than they tell it themselves."""
+        """The softmaxes of rows of logits whose difference is known better than they tell it themselves."""
         p, q = first.softmax(-1), second.softmax(-1)
         normaliser = first.logsumexp(-1, keepdim=True) - second.logsumexp(-1, keepdim=True)
         better = _normaliser(normaliser.detach(), p.detach(), q.detach(), difference.detach())
@@ -69,12 +70,12 @@ def _change(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 def _excess(d: Tensor) -> Tensor:
     """``d + exp(-d) - 1`` for ``|d| <= 1``: its series, for the sum itself would leave no digits.
 
-    Those of its derivatives, of any order, come from what a step of 0 changes, which is exact:
-    ``excess(d + step) = excess(d) + (1 - exp(-d)) step + exp(-d) excess(step)``. The derivatives of the series
-    would be as right, and need memory for each of its terms.
+    The series gives the value alone, for its derivative would need memory for each term. Derivatives, of any
+    order, come from a step of 0:
+    ``excess(d + step) = excess(d) + (1 - exp(-d)) step + exp(-d) excess(step)``.
     """
     here = d.detach()
-    # Twice, for its derivative here to be exactly 0 on its own: added up in one they would leave a rounding error.
+    # Two of them: the derivative of excess(step) is 1 - 1, and exactly 0 only if nothing else is added to it.
     step, other_step = d - here, d - here
     terms = 18 if d.dtype == torch.float64 else 10
     series = torch.full_like(here, 1 / math.factorial(terms))
@@ -85,7 +86,7 @@ def _excess(d: Tensor) -> Tensor:
 
 
 def relative_entropy(p: Tensor, d: Tensor, change: Tensor) -> Tensor:
-    r"""Sum of :math:`p d`, where :math:`d = \log p - \log q` (a finite number where p is 0) and ``change`` is q - p.
+    r"""Sum of :math:`p d`, where :math:`d = \log p - \log q`, finite where p is 0, and ``change`` is q - p.
 
     Each term is taken as :math:`p (d + e^{-d} - 1) = p d + q - p`. In total nothing changes, as both
     distributions sum to 1, but now no term is negative: nothing cancels where the two are close.
@@ -94,9 +95,14 @@ def relative_entropy(p: Tensor, d: Tensor, change: Tensor) -> Tensor:
     return torch.where(close, p * _excess(small), p * d + change).sum(-1)
 
 
+def _below_top(logits: Tensor) -> Tensor:
+    """Less the largest of the row, so that a common offset takes no digits; NaN where all are -inf."""
+    return logits - logits.detach().amax(-1, keepdim=True)
+
+
 def softened(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Teacher's and student's logits over the temperature, up to a constant a row, and their difference."""
-    student, teacher = (x - x.detach().amax(-1, keepdim=True) for x in (student, teacher))
+    student, teacher = _below_top(student), _below_top(teacher)
     return teacher / temperature, student / temperature, (teacher - student) / temperature
 
 
@@ -139,13 +145,12 @@ def kl_limit(student: Tensor, teacher: Tensor) -> Tensor:
 
     Half the variance of the logits' differences, over the classes that both networks have.
     """
-    exists = student != -torch.inf, teacher != -torch.inf
-    shared = exists[0] & exists[1]
+    student, teacher = _below_top(student), _below_top(teacher)
+    of_student, of_teacher = student != -torch.inf, teacher != -torch.inf
+    shared = of_student & of_teacher
     count = shared.sum(-1, keepdim=True).clamp(min=1)
     difference = torch.where(shared, student, 0) - torch.where(shared, teacher, 0)
     deviation = torch.where(shared, difference - difference.sum(-1, keepdim=True) / count, 0)
     values = deviation.square().sum(-1) / (2 * count[:, 0])
-    # A class that one network alone excludes keeps the divergence above 0 at every T: T^2 of it is infinite. A
-    # network that excludes all has no distribution.
-    values = values + torch.where((exists[0] != exists[1]).any(-1), torch.inf, 0)
-    return values + torch.where(exists[0].any(-1) & exists[1].any(-1), 0, torch.nan)
+    # A class that one network alone excludes keeps the divergence above 0 at every T: T^2 of it is infinite.
+    return values + torch.where((of_student != of_teacher).any(-1), torch.inf, 0)
