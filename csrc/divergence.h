@@ -8,7 +8,8 @@
 
 namespace luce {
 
-enum class Divergence : int64_t { forward_kl, reverse_kl, jsd };
+// `limit` is what T^2 times the others tends to as the temperature T grows, for `jsd` over share (1 - share).
+enum class Divergence : int64_t { forward_kl, reverse_kl, jsd, limit };
 
 struct DivergenceArguments {
   Rows student, teacher, gradient;  // `gradient` may be absent

@@ -35,7 +35,7 @@ const int64_t* labels(const Tensor& target, const Tensor& student) {
 
 Result divergence(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight, int64_t kind,
                   double temperature, double share, bool needs_gradient) {
-  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Divergence::jsd), "expected `kind` from 0 to 2, got ", kind);
+  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Divergence::limit), "expected `kind` from 0 to 3, got ", kind);
   DivergenceArguments arguments{};
   arguments.kind = static_cast<Divergence>(kind);
   arguments.temperature = temperature;

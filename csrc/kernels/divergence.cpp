@@ -83,9 +83,39 @@ double jsd(Pair<T>& row, T share, T scale, T* g) {
   return total(value);
 }
 
+// Half the variance of s - t over the classes that both networks have; the gradient is the deviation from its mean over
+// their number. A class that one network alone excludes keeps the divergence above 0 at every T: T^2 of it is infinite.
+template <class T>
+double limit(const T* s, const T* t, int64_t n, T weight, T* g) {
+  constexpr T INF = std::numeric_limits<T>::infinity();
+  double sum = 0;
+  int64_t of_student = 0, of_teacher = 0, of_both = 0;
+  bool spoilt = false;
+  // In double: there, float32 logits have exact differences.
+  const auto shared = [=](int64_t i) { return (s[i] != -INF) & (t[i] != -INF); };
+  const auto difference = [=](int64_t i) { return shared(i) ? double(s[i]) - double(t[i]) : 0; };
+  for (int64_t i = 0; i < n; ++i) {
+    sum += difference(i);
+    of_student += s[i] != -INF;
+    of_teacher += t[i] != -INF;
+    of_both += shared(i);
+    spoilt |= !(s[i] < INF) | !(t[i] < INF);
+  }
+  if (spoilt || !of_student || !of_teacher) return NONE;
+  const double count = static_cast<double>(std::max<int64_t>(of_both, 1)), mean = sum / count;
+  double squares = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double deviation = shared(i) ? difference(i) - mean : 0;
+    squares += deviation * deviation;
+    if (g) g[i] = static_cast<T>(deviation * (weight / count));
+  }
+  return of_student + of_teacher > 2 * of_both ? INFINITY : squares / (2 * count);
+}
+
 template <class T>
 double divergence_row(const DivergenceArguments& arguments, const T* s, const T* t, T* g, T weight) {
   const int64_t n = arguments.student.classes;
+  if (arguments.kind == Divergence::limit) return limit(s, t, n, weight, g);
   const bool reverse = arguments.kind == Divergence::reverse_kl;
   Pair<T> row(reverse ? s : t, reverse ? t : s, n, arguments.temperature);
   if constexpr (sizeof(T) == 4) {
@@ -101,6 +131,7 @@ double divergence_row(const DivergenceArguments& arguments, const T* s, const T*
     case Divergence::forward_kl: return forward_kl(row, scale, g);
     case Divergence::reverse_kl: return reverse_kl(row, scale, g);
     case Divergence::jsd: return jsd(row, static_cast<T>(arguments.share), scale, g);
+    case Divergence::limit: break;  // there is no temperature to divide by
   }
   return NONE;
 }

@@ -15,24 +15,35 @@ constexpr double NONE = std::numeric_limits<double>::quiet_NaN();
 // log(1 + e^x)
 double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+// d + e^-d - 1 for |d| <= 1
+double excess(double d) { return LUCE_ISA::excess<double>(fill(d))[0]; }
 
 // The log odds of the label, and by how much the teacher's are greater, to the last digit.
-struct Odds {
-  double teacher, student, difference;
+class Odds {
+ public:
+  Odds() = default;
+  Odds(double teacher, double student, double difference)
+      : teacher_(teacher), student_(student), difference_(difference), near_(std::fabs(difference) < 30),
+        p_(sigmoid(teacher)), rest_(sigmoid(-teacher)),
+        d_(near_ ? std::log1p(rest_ * std::expm1(difference)) : softplus(-student) - softplus(-teacher)) {}
 
   // KL of (p, 1 - p) and (q, 1 - q); what T cannot tell from 0 has no part in it.
   template <class T>
   double divergence() const {
-    const double p = sigmoid(teacher), rest = sigmoid(-teacher);
-    const bool near = std::fabs(difference) < 30;
-    const double d = near ? std::log1p(rest * std::expm1(difference)) : softplus(-student) - softplus(-teacher);
-    const double d_rest = near ? std::log1p(p * std::expm1(-difference)) : softplus(student) - softplus(teacher);
-    return std::max(0.0, (static_cast<T>(p) > 0 ? p * d : 0) + (static_cast<T>(rest) > 0 ? rest * d_rest : 0));
+    const double d_rest = near_ ? std::log1p(p_ * std::expm1(-difference_)) : softplus(student_) - softplus(teacher_);
+    if (std::fabs(difference_) < 0.1) return p_ * excess(d_) + rest_ * excess(d_rest);  // the same, and nothing cancels
+    return std::max(0.0, (static_cast<T>(p_) > 0 ? p_ * d_ : 0) + (static_cast<T>(rest_) > 0 ? rest_ * d_rest : 0));
   }
   // q - p
   double slope() const {
-    return teacher > 0 ? sigmoid(-teacher) - sigmoid(-student) : sigmoid(student) - sigmoid(teacher);
+    if (near_) return p_ * std::expm1(-d_);
+    return teacher_ > 0 ? rest_ - sigmoid(-student_) : sigmoid(student_) - p_;
   }
+
+ private:
+  double teacher_ = 0, student_ = 0, difference_ = 0;
+  bool near_ = true;
+  double p_ = 0, rest_ = 0, d_ = 0;  // d = log p - log q
 };
 
 template <class T>
@@ -73,9 +84,9 @@ double dkd_row(const DkdArguments& arguments, const T* s, const T* t, int64_t la
   const T of_rest = static_cast<T>(arguments.beta * scale);
   Sums<T> among_rest;
   const auto start = [&] {
-    odds.teacher = no_t ? INF : t_label / temperature - rest.log_z_first();
-    odds.student = no_s ? INF : s_label / temperature - rest.log_z_second();
-    odds.difference = no_s ? -INF : no_t ? INF : rest.d(t_label, s_label);
+    odds = Odds(no_t ? INF : t_label / temperature - rest.log_z_first(),
+                no_s ? INF : s_label / temperature - rest.log_z_second(),
+                no_s ? -INF : no_t ? INF : rest.d(t_label, s_label));
     of_label = static_cast<T>(arguments.alpha * odds.slope() * scale);
     among_rest = {};
   };

@@ -16,13 +16,14 @@ namespace luce::LUCE_ISA {
 // Scratch slots; the windows take 0 to 2.
 enum PairSlot { FIRST = 3, SECOND, THIRD, STUDENT_REST, TEACHER_REST, STUDENT_COPY, TEACHER_COPY, GRADIENT_COPY };
 
-// d + e^-d - 1 for |d| <= 1/2: its series.
+// d + e^-d - 1 for |d| <= 1: its series.
 template <class T>
 inline vec_t<T> excess(vec_t<T> d) {
-  constexpr double inverse_factorial[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,      1.0 / 720,
-                                          1.0 / 5040,      1.0 / 40320,      1.0 / 362880,     1.0 / 3628800,  1.0 / 39916800,
-                                          1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200, 1.0 / 1307674368000};
-  constexpr int LAST = sizeof(T) == 4 ? 7 : 13;
+  constexpr double inverse_factorial[] = {
+      1.0 / 2,         1.0 / 6,          1.0 / 24,          1.0 / 120,           1.0 / 720,           1.0 / 5040,
+      1.0 / 40320,     1.0 / 362880,     1.0 / 3628800,     1.0 / 39916800,      1.0 / 479001600,     1.0 / 6227020800,
+      1.0 / 87178291200, 1.0 / 1307674368000, 1.0 / 20922789888000, 1.0 / 355687428096000, 1.0 / 6402373705728000};
+  constexpr int LAST = sizeof(T) == 4 ? 8 : 16;
   vec_t<T> sum = fill(T(inverse_factorial[LAST]));
   for (int k = LAST - 1; k >= 0; --k) sum = T(inverse_factorial[k]) - d * sum;
   return sum * (d * d);
@@ -138,10 +139,10 @@ class Pair {
 template <class T>
 struct Classes {
   vec_t<T> p, q, d, excess, h;  // h = q - p
-  mask_t<T> close;              // where |d| <= 1/2, and `excess` holds
+  mask_t<T> close;              // where |d| <= 1, and `excess` holds
 
   Classes(const Pair<T>& row, int64_t i) : p(row.p(i)), q(row.q(i)), d(row.d(i)) {
-    close = (d <= T(0.5)) & (d >= T(-0.5));
+    close = (d <= T(1)) & (d >= T(-1));
     excess = LUCE_ISA::excess<T>(d);
     h = close ? p * (excess - d) : q - p;
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ SOFTENED: tuple[dict[str, Any], ...] = (
     {"temperature": 4.0},
     {"temperature": 2.5, "scale_by_temperature": False},
     {"temperature": 2.0, "backend": "reference"},
+    {"temperature": inf},
 )
 
 LOSSES = (
@@ -82,6 +84,7 @@ LOSSES = (
             {"beta": 0.1, "temperature": 2.0},
             {"temperature": 3.0, "scale_by_temperature": False},
             {"beta": 0.3, "backend": "reference"},
+            {"beta": 0.3, "temperature": inf},
         ),
         bad_options=(*TEMPERATURES, ("beta", 0.0), ("beta", 1.0), ("beta", -0.5)),
         zero_at_equality=True,
@@ -95,7 +98,7 @@ LOSSES = (
             {"scale_by_temperature": False},
             {"backend": "reference"},
         ),
-        bad_options=(*TEMPERATURES, ("alpha", -1.0), ("beta", -1.0)),
+        bad_options=(*TEMPERATURES, ("temperature", inf), ("alpha", -1.0), ("beta", -1.0)),
         needs_label=True,
         uses_label=True,
         zero_at_equality=True,
@@ -138,7 +141,13 @@ LOSSES = (
         ranks=True,
     ),
     Loss(luce.listnet_loss, luce.ListNetLoss, ({}, {"temperature": 2.0}), TEMPERATURES),
-    Loss(luce.logit_matching_loss, luce.LogitMatchingLoss, shift_invariant=False, zero_at_equality=True),
+    Loss(
+        luce.logit_matching_loss,
+        luce.LogitMatchingLoss,
+        options=({}, {"center": True}),
+        shift_invariant=False,
+        zero_at_equality=True,
+    ),
     Loss(
         luce.dist_loss,
         luce.DISTLoss,
@@ -325,6 +334,16 @@ class Case:
 
     loss: Loss
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shift_invariant(self) -> bool:
+        """As the loss is, or made so by its options."""
+        return self.loss.shift_invariant or self.options.get("center", False)
+
+    @property
+    def limit(self) -> bool:
+        """At an infinite temperature, where any class that one network alone excludes costs +inf."""
+        return self.options.get("temperature") == inf
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None, **more: Any) -> Tensor:
         logits = (student, teacher) if self.loss.module.takes_teacher else (student,)

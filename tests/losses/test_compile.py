@@ -30,7 +30,9 @@ def value_and_gradient(function, student, *others):
 GRAPHS = [
     case
     for case in CASES
-    if not case.options or case.options.keys() & {"label_smoothing", "normalize", "top_k"}
+    if not case.options
+    or case.limit
+    or case.options.keys() & {"label_smoothing", "normalize", "top_k", "center"}
 ]
 
 

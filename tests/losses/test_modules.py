@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -70,7 +71,7 @@ def test_the_text_of_a_module_is_the_call_that_makes_it(case):
     assert (
         repr(module) == f"{type(module).__name__}({', '.join(f'{k}={v!r}' for k, v in case.options.items())})"
     )
-    assert eval(repr(module), vars(luce)).options() == module.options()
+    assert eval(repr(module), {"inf": math.inf, **vars(luce)}).options() == module.options()
 
 
 def test_cross_entropy_needs_no_teacher():

@@ -174,12 +174,3 @@ def test_an_outlier_does_not_spoil_the_others(place):
     assert_close(
         case.grad(student, teacher).double(), truth, rtol=0, atol=1e4 * EPS * float(truth.abs().max())
     )
-
-
-def test_a_high_temperature_leaves_digits():
-    """T^2 times a divergence that falls as 1 / T^2: at 100, an epsilon has become 1e-3."""
-    student, teacher, _ = batch(8, dtype=torch.float32)
-    for temperature, most in ((4.0, 1e-5), (20.0, 1e-4), (100.0, 3e-3)):
-        value = luce.kd_loss(student, teacher, temperature=temperature).item()
-        truth = luce.kd_loss(student.double(), teacher.double(), temperature=temperature).item()
-        assert value == pytest.approx(truth, rel=most)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import decimal
 import math
-from functools import partial
+import os
+import platform
+import subprocess
+import sys
+from decimal import Decimal
+from functools import cache, partial
 
 import pytest
 import torch
@@ -11,7 +17,8 @@ from torch.testing import assert_close
 
 from luce.ops import _library
 from luce.ops.dkd import dkd, weighted_dkd
-from luce.ops.kd import forward_kl, jsd, reverse_kl
+from luce.ops.kd import forward_kl, jsd, kl_limit, reverse_kl
+from luce.ops.kd.plain import KINDS
 
 inf, nan = math.inf, math.nan
 native = pytest.mark.skipif(
@@ -36,6 +43,7 @@ OPS = {
     "dkd": _dkd,
     "dkd, the target alone": partial(_dkd, beta=0.0),
     "dkd, the rest alone": partial(_dkd, alpha=0.0, beta=2.0),
+    "limit": lambda s, t, temperature, **more: kl_limit(s, t, **more),
 }
 
 
@@ -44,7 +52,7 @@ def op(request):
     return request.param
 
 
-@pytest.fixture(params=["forward_kl", "reverse_kl", "jsd"])
+@pytest.fixture(params=["forward_kl", "reverse_kl", "jsd", "limit"])
 def kind(request):
     return request.param
 
@@ -338,6 +346,121 @@ def test_the_truth_of_the_error_budget(op):
         agree(op, student, teacher, rtol=1e-11)
 
 
+# Every temperature. The truth is the definition in sixty decimal places, where nothing needs to be clever.
+
+
+def probabilities(row, temperature):
+    exponentials = [(Decimal(x) / Decimal(temperature)).exp() for x in row]
+    return [x / sum(exponentials) for x in exponentials]
+
+
+def spread_of(weights, of):
+    """Each weight times the distance from the mean."""
+    mean = sum(w * x for w, x in zip(weights, of, strict=True))
+    return [w * (x - mean) for w, x in zip(weights, of, strict=True)]
+
+
+def exact_kl(p, q):
+    return sum(a * (a / b).ln() for a, b in zip(p, q, strict=True))
+
+
+def exact_forward(s, t, _):
+    return exact_kl(t, s), [b - a for a, b in zip(t, s, strict=True)]
+
+
+def exact_reverse(s, t, _):
+    return exact_kl(s, t), spread_of(s, [(b / a).ln() for a, b in zip(t, s, strict=True)])
+
+
+def exact_jsd(s, t, _, beta):
+    beta = Decimal(beta)
+    m = [beta * a + (1 - beta) * b for a, b in zip(t, s, strict=True)]
+    logs = [(b / c).ln() for b, c in zip(s, m, strict=True)]
+    value = beta * exact_kl(t, m) + (1 - beta) * exact_kl(s, m)
+    return value, [(1 - beta) * x for x in spread_of(s, logs)]
+
+
+def exact_dkd(s, t, y, alpha, beta):
+    halves = [(x[y], 1 - x[y]) for x in (t, s)]
+    rest = [[x[i] / (1 - x[y]) if i != y else Decimal(1) for i in range(len(x))] for x in (t, s)]
+    gradient = [
+        beta * (b - a) - alpha * (s[y] - t[y]) * b if i != y else alpha * (s[y] - t[y])
+        for i, (a, b) in enumerate(zip(*rest, strict=True))
+    ]
+    return alpha * exact_kl(*halves) + beta * exact_kl(*(x[:y] + x[y + 1 :] for x in rest)), gradient
+
+
+@cache
+def exact(kind, temperature):
+    """Logits, labels, and of them T^2 times the values and T^2 times their gradients, in float64."""
+    torch.manual_seed(0)
+    student, teacher = logits(12, 10, dtype=torch.float32)
+    target = teacher.argsort(1, descending=True)[:, 1]
+    values, gradients = [], []
+    with decimal.localcontext(prec=60):
+        for s, t, y in zip(student.tolist(), teacher.tolist(), target.tolist(), strict=True):
+            value, gradient = EXACT[kind][1](probabilities(s, temperature), probabilities(t, temperature), y)
+            values.append(float(value * Decimal(temperature) ** 2))
+            gradients.append([float(x * Decimal(temperature)) for x in gradient])
+    truth = (torch.tensor(x, dtype=torch.float64) for x in (values, gradients))
+    return student, teacher, target, *truth
+
+
+def jensen_shannon(beta):
+    return lambda s, t, temperature, **more: jsd(s, t, beta, temperature, **more)
+
+
+# For each, the formula above and the largest relative errors in float32: of the values, and of the gradient,
+# over its largest entry. The gradients of the last three are differences from a mean.
+EXACT = {
+    "forward_kl": (forward_kl, exact_forward, 1e-6, 1e-6),
+    "dkd": (_dkd, partial(exact_dkd, alpha=1, beta=8), 1e-6, 2e-6),
+    "dkd, the rest alone": (
+        partial(_dkd, alpha=0.0, beta=2.0),
+        partial(exact_dkd, alpha=0, beta=2),
+        1e-6,
+        1e-6,
+    ),
+    "reverse_kl": (reverse_kl, exact_reverse, 1e-6, 1e-5),
+    "jsd 0.5": (jensen_shannon(0.5), partial(exact_jsd, beta=0.5), 2e-6, 1e-5),
+    "jsd 0.1": (jensen_shannon(0.1), partial(exact_jsd, beta=0.1), 2e-6, 1e-5),
+}
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4, 1e5, 1e6, 1e9, 1e12])
+@pytest.mark.parametrize("kind", EXACT)
+def test_every_temperature(kind, temperature, dtype, backend):
+    op, _, most, most_of_gradient = EXACT[kind]
+    student, teacher, target, truth, slope = exact(kind, temperature)
+    labels = {"target": target} if "dkd" in kind else {}
+    s, t = student.to(dtype), teacher.to(dtype)
+    values, gradient = value_and_gradient(op, s, t, temperature, backend=backend, **labels)
+    unit = 1 if dtype == torch.float32 else 1e-8
+    assert_close(values.double() * temperature**2, truth, rtol=most * unit, atol=0)
+    error = (gradient.double() * temperature**2 - slope).abs().amax(1) / slope.abs().amax(1)
+    assert error.max() <= most_of_gradient * unit
+
+
+@native
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="not an x86-64 processor")
+@pytest.mark.parametrize("name", ["x86-64-v2", "x86-64-v3"])
+def test_every_instruction_set(name):
+    current = _library.describe()["instruction_set"].split()[0]
+    if current <= name:
+        pytest.skip(f"this processor offers no more than {current}, which all other tests run on")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "cpu and (every_temperature or spelled_out or two_parts)"],
+        env={**os.environ, "LUCE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+
+
 @native
 def test_logits_beyond_the_range_of_their_difference(op):
     """6e38 is no number of float32; a quarter of it is."""
@@ -370,7 +493,7 @@ def test_derivatives(op):
 
 @native
 def test_opcheck(kind):
-    index = ("forward_kl", "reverse_kl", "jsd").index(kind)
+    index = KINDS.index(kind)
     for shape in ((4, 9), (2, 9, 3)):
         student, teacher = logits(*shape, dtype=torch.float32)
         target, weight = (

@@ -32,6 +32,17 @@ def check_at_least(least: float, **values: float) -> None:
             raise ValueError(f"expected `{name}` to be a finite number of at least {least}, got {value!r}")
 
 
+def check_temperature(temperature: float, scale_by_temperature: bool) -> None:
+    """A number above zero, and infinity where the loss is scaled: unscaled, nothing is left there."""
+    if temperature != math.inf:
+        check_positive(temperature=temperature)
+    elif not scale_by_temperature:
+        raise ValueError(
+            f"expected `temperature` to be finite with `scale_by_temperature=False`, got {temperature!r}: "
+            f"without its square the loss is 0 there"
+        )
+
+
 def check_between(low: float, high: float, **values: float) -> None:
     """Each value must lie strictly between the bounds."""
     for name, value in values.items():

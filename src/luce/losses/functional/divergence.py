@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from ...ops._library import Backend
 from ...ops.cross_entropy import cross_entropy
 from ...ops.dkd import weighted_dkd
-from ...ops.kd import forward_kl, jsd, reverse_kl
+from ...ops.kd import forward_kl, jsd, kl_limit, reverse_kl
 from .. import _check
 from .._reduce import UNLABELLED, Blocks, Reduction
 
@@ -74,6 +78,30 @@ def cross_entropy_loss(
     return blocks.reduce(rows, reduction)
 
 
+def _softened(
+    blocks: Blocks,
+    divergence: Callable[..., Tensor],
+    temperature: float,
+    scale_by_temperature: bool,
+    reduction: Reduction,
+    backend: Backend,
+    share_of_limit: float = 1.0,
+) -> Tensor:
+    """A divergence at a temperature, or its limit: `share_of_limit` times that of the KL divergences."""
+    _check.check_temperature(temperature, scale_by_temperature)
+    factor = 1.0
+    if temperature == math.inf:
+        divergence, factor = kl_limit, share_of_limit
+    else:
+        divergence = partial(divergence, temperature=temperature)
+        factor = temperature**2 if scale_by_temperature else 1.0
+
+    def rows(weight: Tensor | None) -> Tensor:
+        return divergence(blocks.student, blocks.given_teacher(), weight=weight, backend=backend)
+
+    return blocks.reduce(rows, reduction, factor=factor)
+
+
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -94,13 +122,18 @@ def kd_loss(
 
     This is the distillation term alone; add cross-entropy in the open with `luce.WeightedSum`.
 
+    As the temperature grows it tends to half the variance, over the classes, of :math:`s_i - t_i`: logit
+    matching that is blind to a common offset, half of ``logit_matching_loss(..., center=True)``. That is its
+    value at ``math.inf``, with the gradient :math:`\frac1C[(s_i - \bar s) - (t_i - \bar t)]`; what is left
+    out at a finite temperature falls as 1/T.
+
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
-        temperature: Positive, no unit; 1 leaves the logits as they are.
+        temperature: Positive, no unit; 1 leaves the logits as they are, ``math.inf`` is the limit.
         scale_by_temperature: Multiply by ``temperature**2``, so that gradients keep their size as the
-            temperature changes.
+            temperature changes. Without it nothing is left at ``math.inf``, which is refused.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
@@ -108,8 +141,10 @@ def kd_loss(
             ``"sum"``.
         backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
     Returns:
-        Nats times ``temperature**2``, float32 for 16-bit logits. A class at ``-inf`` in both networks does
-        not exist; at ``-inf`` in the student alone it makes the loss ``+inf``.
+        Nats times ``temperature**2``, float32 for 16-bit logits, right to rounding at every temperature. A
+        class at ``-inf`` in both networks does not exist; at ``-inf`` in the student alone it makes the loss
+        ``+inf``. At an infinite temperature one in the teacher alone does so too: it leaves a divergence
+        at every temperature, and ``temperature**2`` makes ever more of it.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -119,19 +154,18 @@ def kd_loss(
         >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
         >>> kd_loss(student_logits, teacher_logits, temperature=4.0)
         tensor(1.4214)
+        >>> kd_loss(student_logits, teacher_logits, temperature=float("inf"))
+        tensor(1.4834)
 
     References:
-        Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
+        Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531; on the limit
+        Chen et al., Exploring the Connection between Knowledge Distillation and Logits Matching,
+        arXiv 2109.06458, whose abstract states it: the formulas here were derived anew.
     """
-    _check.check_positive(temperature=temperature)
     blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
-
-    def rows(weight: Tensor | None) -> Tensor:
-        return forward_kl(blocks.student, blocks.given_teacher(), temperature, weight=weight, backend=backend)
-
-    return blocks.reduce(rows, reduction, factor=temperature**2 if scale_by_temperature else 1.0)
+    return _softened(blocks, forward_kl, temperature, scale_by_temperature, reduction, backend)
 
 
 def reverse_kl_loss(
@@ -151,12 +185,14 @@ def reverse_kl_loss(
 
     .. math:: T^2 \sum_i q_i (\log q_i - \log p_i)
 
+    As the temperature grows it tends to what `kd_loss` tends to.
+
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
-        temperature: Positive, no unit.
-        scale_by_temperature: Multiply by ``temperature**2``.
+        temperature: Positive, no unit; ``math.inf`` is the limit.
+        scale_by_temperature: Multiply by ``temperature**2``. Without it, ``math.inf`` is refused.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
@@ -164,7 +200,7 @@ def reverse_kl_loss(
         backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
     Returns:
         Nats times ``temperature**2``. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
-        the teacher alone it makes the loss ``+inf``.
+        the teacher alone it makes the loss ``+inf``, at an infinite temperature also in the student alone.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -177,15 +213,10 @@ def reverse_kl_loss(
     References:
         Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, arXiv 2306.08543.
     """
-    _check.check_positive(temperature=temperature)
     blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
-
-    def rows(weight: Tensor | None) -> Tensor:
-        return reverse_kl(blocks.student, blocks.given_teacher(), temperature, weight=weight, backend=backend)
-
-    return blocks.reduce(rows, reduction, factor=temperature**2 if scale_by_temperature else 1.0)
+    return _softened(blocks, reverse_kl, temperature, scale_by_temperature, reduction, backend)
 
 
 def jsd_loss(
@@ -208,22 +239,24 @@ def jsd_loss(
         \quad m = \beta p + (1 - \beta) q
 
     Divided by `beta` it tends to the forward KL as `beta` falls to 0; divided by ``1 - beta``, to the
-    reverse KL as `beta` rises to 1.
+    reverse KL as `beta` rises to 1. As the temperature grows it tends to ``beta * (1 - beta)`` times what
+    `kd_loss` tends to.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
         beta: The teacher's share of the mixture, strictly between 0 and 1; 0.5 is the symmetric form.
-        temperature: Positive, no unit.
-        scale_by_temperature: Multiply by ``temperature**2``.
+        temperature: Positive, no unit; ``math.inf`` is the limit.
+        scale_by_temperature: Multiply by ``temperature**2``. Without it, ``math.inf`` is refused.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
         backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
     Returns:
-        Nats times ``temperature**2``; at most ``log(2)`` of them for ``beta=0.5``.
+        Nats times ``temperature**2``; at most ``log(2)`` of them for ``beta=0.5``. At an infinite temperature
+        a class at ``-inf`` in one network alone makes the loss ``+inf``.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -235,16 +268,12 @@ def jsd_loss(
     References:
         Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649.
     """
-    _check.check_positive(temperature=temperature)
     _check.check_between(0, 1, beta=beta)
     blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
-
-    def rows(weight: Tensor | None) -> Tensor:
-        return jsd(blocks.student, blocks.given_teacher(), beta, temperature, weight=weight, backend=backend)
-
-    return blocks.reduce(rows, reduction, factor=temperature**2 if scale_by_temperature else 1.0)
+    divergence, share = partial(jsd, beta=beta), beta * (1 - beta)
+    return _softened(blocks, divergence, temperature, scale_by_temperature, reduction, backend, share)
 
 
 def dkd_loss(

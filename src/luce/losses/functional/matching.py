@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...ops.kd.reference import kl_limit
 from .._reduce import Reduction, Rows
 
 
@@ -12,6 +13,7 @@ def logit_matching_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
+    center: bool = False,
     ignore_index: int = -100,
     class_dim: int = 1,
     row_weight: Tensor | None = None,
@@ -21,19 +23,23 @@ def logit_matching_loss(
 
     .. math:: \frac{1}{C} \sum_i (s_i - t_i)^2
 
-    KD tends to half of this as its temperature grows, but for a common offset of the logits, which KD
-    does not see and this loss does.
+    KD does not see a common offset of a network's logits, and this loss does. With `center`, each network's
+    logits are first rid of their mean over the classes, :math:`s_i - \bar s` against :math:`t_i - \bar t`,
+    and KD tends to half of this as its temperature grows. Centring lowers the value by
+    :math:`(\bar s - \bar t)^2` and leaves the gradient without the part that would make the means equal.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
+        center: Leave out what is common to all classes of a row.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
     Returns:
-        Squared logits per class. A class at ``-inf`` in both networks does not exist and does not count.
+        Squared logits per class. A class at ``-inf`` in both networks does not exist and does not count; at
+        ``-inf`` in one alone it makes the loss ``+inf``.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -41,14 +47,20 @@ def logit_matching_loss(
         >>> import torch
         >>> logit_matching_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]]))  # (1 + 4) / 2
         tensor(2.5000)
+        >>> logit_matching_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]]), center=True)  # 1.5^2
+        tensor(2.2500)
 
     References:
         Ba and Caruana, Do Deep Nets Really Need to be Deep?, arXiv 1312.6184; Kim et al., Comparing
-        Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation, arXiv 2105.08919.
+        Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation, arXiv 2105.08919;
+        on centring Chen et al., Exploring the Connection between Knowledge Distillation and Logits Matching,
+        arXiv 2109.06458.
     """
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
+    if center:
+        return rows.reduce(2 * kl_limit(rows.student, rows.teacher), reduction)
     present = rows.present()
     difference = rows.student.masked_fill(~present, 0) - rows.teacher.masked_fill(~present, 0)
     return rows.reduce(difference.square().sum(-1) / present.sum(-1), reduction)

@@ -13,3 +13,5 @@ class LogitMatchingLoss(LogitLoss):
     """Module of `luce.logit_matching_loss`: mean squared difference of the logits."""
 
     function = staticmethod(matching.logit_matching_loss)
+
+    center: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kd.reference import forward_kl, relative_entropy
+from ..kd.reference import Pair, relative_entropy, softened
 
 
 def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
         TCKD and NCKD, each ``(N,)`` nats, without ``temperature**2``. Where the teacher excludes all but the
         target, there is nothing to learn about the rest: NCKD is 0.
     """
-    student, teacher = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
+    teacher, student, difference = softened(student, teacher, temperature)
     is_target = torch.arange(student.shape[-1], device=student.device) == target[:, None]
     # Finite, unlike -inf: where the target is the only class, its rest is one impossible class, not none.
     lowest = torch.finfo(student.dtype).min / 4
@@ -28,15 +28,19 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
         student.masked_fill(is_target, lowest),
         teacher.masked_fill(is_target, lowest),
     )
+    rest = Pair.of(teacher_rest, student_rest, difference)
 
-    def target_or_rest(log_probs: Tensor, rest: Tensor) -> Tensor:
-        """Log-probabilities of the target and of all others together, however sure the row is."""
-        target = torch.where(is_target, log_probs, 0).sum(-1)
+    def target_or_rest(logits: Tensor, rest: Tensor) -> Tensor:
+        """Logits of the target and of all others together, however sure the row is."""
+        target = torch.where(is_target, logits, 0).sum(-1)
         others = rest.logsumexp(-1)
         return torch.stack([target, others.masked_fill(others < lowest / 2, -torch.inf)], dim=-1)
 
-    log_q = target_or_rest(student, student_rest)
-    log_p = target_or_rest(teacher, teacher_rest)
-    tckd = relative_entropy(log_p.exp(), log_p, log_q.exp(), log_q)
-    nckd = forward_kl(student_rest, teacher_rest, temperature=1.0)
-    return tckd, torch.where(log_p[:, 1] == -torch.inf, 0, nckd)
+    first, second = target_or_rest(teacher, teacher_rest), target_or_rest(student, student_rest)
+    between = torch.cat(
+        [torch.where(is_target, difference, 0).sum(-1, keepdim=True), rest.normaliser], dim=-1
+    )
+    halves = Pair.of(first, second, torch.where(second == -torch.inf, torch.inf, between))
+    tckd = relative_entropy(halves.p, halves.d, halves.change)
+    nckd = relative_entropy(rest.p, rest.d, rest.change)
+    return tckd, torch.where(first[:, 1] == -torch.inf, 0, nckd)

@@ -8,13 +8,15 @@ multiplied by; rows of weight 0 are not looked at. `backend` is ``"auto"``, ``"c
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from .._library import choose
 from .cpu import divergence
 from .plain import Kind, divergence_rows
 
-__all__ = ["forward_kl", "jsd", "reverse_kl"]
+__all__ = ["forward_kl", "jsd", "kl_limit", "reverse_kl"]
 
 
 def _run(
@@ -83,3 +85,20 @@ def jsd(
         tensor([0.6931])
     """
     return _run("jsd", student, teacher, weight, backend, temperature, beta)
+
+
+def kl_limit(
+    student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """What the temperature's square times either KL tends to as the temperature grows.
+
+    Half the variance, over the classes, of the logits' difference; for the generalized Jensen-Shannon
+    divergence ``beta * (1 - beta)`` of that. Infinite where one network alone excludes a class. Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]])
+        >>> kl_limit(student, teacher)
+        tensor([1.4834])
+        >>> 1e6**2 * forward_kl(student, teacher, 1e6)
+        tensor([1.4834])
+    """
+    return _run("limit", student, teacher, weight, backend, math.inf)
