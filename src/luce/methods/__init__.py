@@ -1,6 +1,8 @@
 """Distillation methods: what one training step does."""
 
 from .base import Method
+from .features import FeatureMethod, FeatureTerm
 from .logits import LogitMethod, Loss
+from .simkd import SimKD
 
-__all__ = ["LogitMethod", "Loss", "Method"]
+__all__ = ["FeatureMethod", "FeatureTerm", "LogitMethod", "Loss", "Method", "SimKD"]

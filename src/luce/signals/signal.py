@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor
@@ -10,9 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """The logit of every class, ``(N, C)``, without gradient."""
+    """What a network said, without gradient.
+
+    Attributes:
+        logits: Of every class, ``(N, C)``.
+        features: By path, of the modules that are watched; see `luce.signals.Teacher.watched`.
+    """
 
     logits: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Signal: TypeAlias = DenseSignal

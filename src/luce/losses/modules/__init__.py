@@ -1,6 +1,7 @@
 """The losses as modules: options are stored and checked once, the functions do the work."""
 
 from .base import LogitLoss
+from .crd import CRDLoss
 from .curriculum import CTKDLoss
 from .divergence import CrossEntropyLoss, DKDLoss, JSDLoss, KDLoss, ReverseKLLoss
 from .embeddings import CCLoss, PKTLoss, RKDLoss, SPLoss
@@ -10,12 +11,15 @@ from .maps import ATLoss, CWDLoss, FitNetLoss, FSPLoss, ICKDLoss, MGDLoss, NSTLo
 from .matching import LogitMatchingLoss
 from .normalized import NormDKDLoss, NormKDLoss, Standardized
 from .relation import DISTLoss
+from .reviewkd import ReviewKDLoss
 from .reweighted import NKDLoss, TfKDLoss, TVDLoss, WSLDLoss
+from .simkd import SimKDLoss
 from .weighted_sum import WeightedSum
 
 __all__ = [
     "ATLoss",
     "CCLoss",
+    "CRDLoss",
     "CTKDLoss",
     "CWDLoss",
     "CrossEntropyLoss",
@@ -42,7 +46,9 @@ __all__ = [
     "PListMLELoss",
     "RKDLoss",
     "ReverseKLLoss",
+    "ReviewKDLoss",
     "SPLoss",
+    "SimKDLoss",
     "Standardized",
     "TVDLoss",
     "TfKDLoss",
