@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from luce import losses
+from luce import WeightedSum, losses
 from luce.errors import UserError
+from luce.methods import FeatureMethod, LogitMethod, Method
 from luce.training import ComparisonRecipe, Recipe, TrainingOptions, compare, run
 from luce.training.options import overrides, parse
-from luce.training.recipe import build_loss, merge, read_yaml
+from luce.training.recipe import build_loss, build_method, merge, read_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -40,12 +41,21 @@ def test_every_recipe_says_what_it_means(path: Path) -> None:
                 recipe = comparison.recipe(setting, method, seed=11)
                 assert (recipe.method, recipe.training.seed) == (method, 11)
                 assert recipe.loss == terms
-                assert set(build_loss(recipe.loss).losses) == set(terms)
+                assert names_of(build_method(recipe.loss)) == set(terms)
         if comparison.teacher_training is not None:
             assert comparison.teacher_recipe().data.labels_per_class is None
     else:
-        build_loss(parse(Recipe, content).loss)
+        build_method(parse(Recipe, content).loss)
     assert len(path.read_text().splitlines()) <= 60  # a recipe fits on a screen
+
+
+def names_of(method: Method) -> set[str]:
+    """Of the terms that a recipe gave it."""
+    if isinstance(method, LogitMethod):
+        assert isinstance(method.loss, WeightedSum)
+        return set(method.loss.weights)
+    assert isinstance(method, FeatureMethod)
+    return set(method.terms) | (set() if method.logits is None else names_of(method.logits))
 
 
 def shortened(content: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +86,14 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     recipe = parse(ComparisonRecipe, merge(content, {"seeds": [0]}))
     runs, before = compare(recipe, tmp_path / "demo")
     assert (runs, before) == (len(recipe.settings) * len(recipe.methods), 0)
+
+
+def test_the_recipe_of_features_runs(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    content = shortened(read_yaml(next(path for path in RECIPES if path.stem == "fashion-mnist-features")))
+    few = {"few-labels": {"data": {"labels_per_class": 4}}}
+    small = {"seeds": [0], "data": make_recipe().data.__dict__, "settings": few}
+    recipe = parse(ComparisonRecipe, merge(content, small))
+    assert compare(recipe, tmp_path / "features") == (len(recipe.methods), 0)
 
 
 # Reading ----------------------------------------------------------------------------------------------------
@@ -197,7 +215,13 @@ def test_a_loss_is_the_weighted_sum_of_its_terms() -> None:
     torch.testing.assert_close(found["loss"], task / 4 + 3 * kd)
 
 
-NAMES = [n for n in losses.modules.__all__ if n not in ("LogitLoss", "Standardized", "WeightedSum")]
+NAMES = [
+    name
+    for name in losses.modules.__all__
+    if name not in ("LogitLoss", "Standardized")
+    and issubclass(getattr(losses.modules, name), losses.modules.LogitLoss)
+]
+"""Those on features have a test of their own, in test_features.py."""
 
 
 @pytest.mark.parametrize("name", NAMES)

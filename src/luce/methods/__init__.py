@@ -1,7 +1,18 @@
 """Distillation methods: what one training step does."""
 
 from .base import Method
+from .features import FeatureMethod, FeatureTerm
 from .logits import LogitMethod, Loss
+from .simkd import SimKD
 from .views import TwoViewMethod, strong_view
 
-__all__ = ["LogitMethod", "Loss", "Method", "TwoViewMethod", "strong_view"]
+__all__ = [
+    "FeatureMethod",
+    "FeatureTerm",
+    "LogitMethod",
+    "Loss",
+    "Method",
+    "SimKD",
+    "TwoViewMethod",
+    "strong_view",
+]

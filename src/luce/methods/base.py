@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
-from ..signals import Signal
+from ..signals import Signal, Teacher
+
+Batch = Mapping[str, Tensor]
 
 
 class Method(nn.Module, ABC):
@@ -27,6 +30,28 @@ class Method(nn.Module, ABC):
     wants_preparation: bool = False
     two_views: bool = False
 
+    def build(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        sample: Batch,
+        rows: Batch,
+    ) -> None:
+        """Make the parts that depend on the networks and the data, before anything is restored or trained.
+
+        Args:
+            student: On its device, as it starts. It must be left as it is.
+            teacher: That will answer the batches; None without one.
+            sample: A batch of a few rows.
+            rows: ``index`` and ``target`` of all training rows; a target of -1 where there is none.
+        Raises:
+            UserError: If the networks or the data do not suit the method.
+        """
+
+    def attached(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
+        """What must hold while steps are made, such as hooks on the networks; for a ``with`` block."""
+        return nullcontext()
+
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         """Learn what must be known of the teacher before training.
 
@@ -42,7 +67,5 @@ class Method(nn.Module, ABC):
         """Told before each epoch, counted from 1."""
 
     @abstractmethod
-    def step(
-        self, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
-    ) -> dict[str, Tensor]:
+    def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
         """Named scalar terms of the batch's loss, among them ``"loss"``, the one to descend."""

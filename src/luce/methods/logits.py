@@ -42,6 +42,12 @@ class LogitMethod(Method):
     def step(
         self, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
     ) -> dict[str, Tensor]:
+        return self.terms(student(batch["input"]), batch, signal)
+
+    def terms(
+        self, student_logits: Tensor, batch: Mapping[str, Tensor], signal: Signal | None
+    ) -> dict[str, Tensor]:
+        """The terms of the loss on logits that are there already."""
         teacher_logits = None if signal is None else signal.logits
-        value = self.loss(student(batch["input"]), teacher_logits, batch["target"])
+        value = self.loss(student_logits, teacher_logits, batch["target"])
         return value if isinstance(value, dict) else {"loss": value}

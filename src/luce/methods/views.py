@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
 from ..losses import _check
-from ..signals import Signal
-from .base import Method
+from ..signals import Signal, Teacher
+from .base import Batch, Method
 
 
-def strong_view(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strong_view(batch: Batch) -> dict[str, Tensor]:
     """A batch as its strongly augmented view shows it.
 
     Example:
@@ -53,15 +53,19 @@ class TwoViewMethod(Method):
         self.uses_unlabelled = method.uses_unlabelled
         self.wants_preparation = method.wants_preparation
 
+    def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
+        self.method.build(student, teacher, sample, rows)
+
+    def attached(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
+        return self.method.attached(student, teacher)
+
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         return self.method.prepare(teacher_logits, target)
 
     def set_epoch(self, epoch: int) -> None:
         self.method.set_epoch(epoch)
 
-    def step(
-        self, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
-    ) -> dict[str, Tensor]:
+    def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
         """The terms of both views; those of the second are called ``strong.NAME``."""
         terms = self.method.step(student, batch, signal)
         strong = self.method.step(student, strong_view(batch), None if signal is None else signal.strong)

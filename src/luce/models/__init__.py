@@ -19,9 +19,10 @@ family. A feature method names its layers by these dotted paths:
 ``head``       the linear classifier, ``(N, D)`` to ``(N, classes)``
 =============  ==========================================================================================
 
-``stem``, the stages and ``pool`` are the list of features that the distillation literature counts from zero
-(for example `CRD <https://arxiv.org/abs/1910.10699>`_). No activation works in place, so what a hook has seen
-stays as it was.
+``stages.0.-1.act:input`` is the map before the last activation of a residual stage; :mod:`luce.models.hooks`
+tells what else a path may say. ``stem``, the stages and ``pool`` are the list of features that the
+distillation literature counts from zero (for example `CRD <https://arxiv.org/abs/1910.10699>`_). No
+activation works in place, so what a hook has seen stays as it was.
 """
 
 from __future__ import annotations

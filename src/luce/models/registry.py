@@ -14,6 +14,7 @@ from luce.models.mobilenet import mobilenetv2
 from luce.models.network import positive_integers
 from luce.models.resnet import resnet, resnet50
 from luce.models.shufflenet import shufflenetv1, shufflenetv2
+from luce.models.simkd import simkd
 from luce.models.small import cnn, conv_stride, mlp
 from luce.models.vgg import vgg
 from luce.models.wide_resnet import wide_resnet
@@ -55,6 +56,7 @@ DOORS: dict[str, Callable[..., nn.Module]] = {
     "torchvision": doors.from_torchvision,
     "hf": doors.from_hugging_face,
     "python": doors.from_python,
+    "simkd": simkd,
 }
 
 
@@ -69,8 +71,9 @@ def build(name: str, *, classes: int, input_shape: Sequence[int] = (3, 32, 32), 
     Args:
         name: One of :func:`names`, or where to find the model: ``timm:NAME``, ``torchvision:NAME``,
             ``hf:NAME`` (a hub id or a local folder, for images or text as its config says; a head for another
-            number of classes starts afresh, with a warning), or ``python:package.module.attribute``, a
-            function or class that is called with ``classes`` and ``input_shape`` where it takes them.
+            number of classes starts afresh, with a warning), ``python:package.module.attribute``, a function
+            or class that is called with ``classes`` and ``input_shape`` where it takes them, or
+            ``simkd:NAME``, a native network that ends in its teacher's classifier (`luce.models.simkd`).
         classes: Number of classes, at least 1.
         input_shape: Of one example, ``(channels, height, width)`` for images; text models ignore it.
         options: Handed to the builder, for example ``hidden=(256, 256)`` for ``mlp``, ``widths`` for ``cnn``,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor
@@ -10,14 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """The logit of every class, ``(N, C)``, without gradient.
+    """What a network said, without gradient.
 
     Attributes:
-        logits: About the batch's ``input``.
-        strong: What the teacher said about its ``strong`` view; None if there is none.
+        logits: Of every class, ``(N, C)``, about the batch's ``input``.
+        features: By path, of the modules that are watched; see `luce.signals.Teacher.watched`.
+        strong: What the teacher said about the batch's ``strong`` view; None if there is none.
     """
 
     logits: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
     strong: DenseSignal | None = None
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.hooks import Features
 from .signal import DenseSignal, Signal
 
 Batch = Mapping[str, Tensor]
@@ -25,6 +27,17 @@ class Teacher(ABC):
     def to(self, device: torch.device) -> None:
         """Work on this device from now on."""
 
+    def watched(self, paths: Iterable[str]) -> AbstractContextManager[None]:
+        """In this ``with`` block signals bring the features at these paths; see `luce.models.hooks`.
+
+        Raises:
+            UserError: If this teacher has none to give, or no such module.
+        """
+        raise UserError(
+            "expected a teacher that is asked anew for every batch, for a loss on features, which nobody "
+            "remembers; set `teacher.remember: false`"
+        )
+
 
 class LiveTeacher(Teacher):
     """A network asked anew for every batch, as the student sees it, augmentation included.
@@ -35,13 +48,26 @@ class LiveTeacher(Teacher):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval()
+        self._features: Features | None = None
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
 
+    @contextmanager
+    def watched(self, paths: Iterable[str]) -> Iterator[None]:
+        with Features(self.model, paths) as self._features:
+            try:
+                yield
+            finally:
+                self._features = None
+
     @torch.no_grad()
     def signal(self, batch: Batch) -> DenseSignal:
-        return DenseSignal(self.model(batch["input"]))
+        if self._features is None:
+            return DenseSignal(self.model(batch["input"]))
+        with self._features.caught() as features:
+            logits = self.model(batch["input"])
+        return DenseSignal(logits, features)
 
 
 class RememberedTeacher(Teacher):

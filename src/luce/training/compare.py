@@ -18,11 +18,11 @@ from .recipe import (
     Recipe,
     TeacherOptions,
     TrainingOptions,
-    build_loss,
+    build_method,
     merge,
     read_yaml,
 )
-from .run import Materials, claim, holds, know_teacher, prepare_data, run
+from .run import Materials, claim, holds, know_teacher, prepare_data, rehearse, run
 
 
 @dataclass
@@ -137,7 +137,7 @@ def compare(
         for method in recipe.methods
     }
     for terms in recipe.methods.values():
-        build_loss(terms)
+        build_method(terms)
     grows = extends(folder, recipe)
     if not grows:
         holds(folder, "comparison.yaml", asdict(recipe), command=command)
@@ -145,6 +145,9 @@ def compare(
     if done == len(grid) and not grows:
         return len(grid), done
     parts = {setting: prepare_data(one) for setting, one in dict(grid.values()).items()}
+    for setting, one in grid.values():
+        if one.training.seed == recipe.seeds[0]:
+            rehearse(one, parts[setting])
     if recipe.teacher_training is not None:
         prepare_data(recipe.teacher_recipe())
     claim(folder, "comparison.yaml", asdict(recipe), replace=grows, command=command)

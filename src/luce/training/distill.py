@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from ..data import Examples
 from ..data.sources import as_source
 from ..losses.modules import PLDLoss
-from ..methods import LogitMethod, Loss
+from ..methods import LogitMethod, Loss, Method
 from ..models import Classifier
 from ..signals import LiveTeacher
 from .engine import Fit, fit
@@ -32,7 +32,7 @@ def distill(
     train_data: Dataset[Any],
     val_data: Dataset[Any] | None = None,
     *,
-    loss: Loss | None = None,
+    loss: Loss | Method | None = None,
     folder: Path | str | None = None,
     show_progress: bool = True,
     **options: Any,
@@ -46,7 +46,7 @@ def distill(
             a row without one.
         val_data: Likewise, to choose the best epoch by.
         loss: Called as ``loss(student_logits, teacher_logits, target)``; PLD unless given. The parameters of
-            a module are trained too.
+            a module are trained too. Or a method, such as `luce.methods.FeatureMethod`.
         folder: For metrics and checkpoints; a second call with the same folder and options goes on where the
             first stopped. None keeps everything in memory.
         show_progress: Show a bar.
@@ -70,11 +70,12 @@ def distill(
     if place is not None:
         claim(place, "training.yaml", asdict(settings))
     bars: AbstractContextManager[Progress | None] = progress_bars() if show_progress else nullcontext()
+    method = loss if isinstance(loss, Method) else LogitMethod(PLDLoss() if loss is None else loss)
     set_seed(settings.seed)
     with bars as progress:
         return fit(
             Classifier(student),
-            LogitMethod(PLDLoss() if loss is None else loss),
+            method,
             train,
             validation,
             teacher=LiveTeacher(Classifier(teacher)),

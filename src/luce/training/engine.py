@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -125,6 +125,7 @@ def fit(
         strong_augment=strong_augment,
         workers=workers,
     )
+    build(method, student, teacher, known, accelerator.device, options.seed)
     session = Session(accelerator, student, method, teacher, batches, options)
     prepared: dict[str, float] = {}
     if method.wants_preparation and teacher is not None:
@@ -144,7 +145,8 @@ def fit(
         accelerator.init_trackers("luce", config={"lr": options.lr, "batch_size": options.batch_size})
 
     steps = len(session.batches)
-    with Bar(progress, "training", options.epochs * steps, book.epoch * steps) as bar:
+    bars = Bar(progress, "training", options.epochs * steps, book.epoch * steps)
+    with bars as bar, method.attached(student, session.teacher):
         while book.epoch < options.epochs and not book.exhausted(options.patience):
             started = time.perf_counter()
             book.epoch += 1
@@ -173,6 +175,29 @@ def fit(
     for tracker in accelerator.trackers:  # not end_training(), which would part processes that go on together
         tracker.finish()
     return Fit(session.evaluated, accelerator, log.lines, book.best_epoch, best_weights, prepared)
+
+
+def build(
+    method: Method,
+    student: nn.Module,
+    teacher: Teacher | None,
+    rows: Examples,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Let a method make its parts, the same in every process, without touching the draws that follow."""
+    student.to(device)
+    if teacher is not None:
+        teacher.to(device)
+    sample = next(iter(data.loader(rows.plain, batch_size=1, seed=None)))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        method.build(
+            student,
+            teacher,
+            {name: part.to(device) for name, part in sample.items()},
+            {"index": rows.indices, "target": rows.targets},
+        )
 
 
 def what_the_teacher_says(teacher: Teacher, rows: Examples, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -265,6 +290,7 @@ class Session:
                 gathered += share
                 accelerator.backward(share * terms["loss"])
                 if accelerator.sync_gradients:
+                    self.share_gradients()
                     self.scale_gradients(accelerator.gradient_accumulation_steps / gathered)
                     gathered = 0.0
                     if self.clip_norm is not None:
@@ -280,6 +306,9 @@ class Session:
                 sums[name] = sums.get(name, 0) + value.detach()
             bar.advance()
         check_finite(sums, number)
+        if accelerator.num_processes > 1:
+            for buffer in self.method.buffers():  # as the main process, which saves them, has them
+                broadcast(buffer)
         means = accelerator.reduce({name: total / count for name, total in sums.items()}, "mean")
         return {name: mean.item() for name, mean in means.items()}
 
@@ -291,6 +320,13 @@ class Session:
         if "strong" in batch:
             signal = replace(signal, strong=self.teacher.signal(strong_view(batch)))
         return signal
+
+    def share_gradients(self) -> None:
+        """Average the gradients of the method's parameters over the processes, as DDP does the student's."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.method.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def scale_gradients(self, factor: float) -> None:
         """Make a sum over micro-batches the mean over their rows, of which an epoch's last step has fewer."""

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from torch import nn
 
 from .. import losses
 from ..errors import UserError, unknown_name
-from ..losses.modules import LogitLoss, Standardized, WeightedSum
+from ..losses.modules import FeatureLoss, LogitLoss, SimKDLoss, Standardized, WeightedSum
+from ..methods import FeatureMethod, FeatureTerm, LogitMethod, Method, SimKD
 
 Terms = dict[str, dict[str, Any]]
 
@@ -172,7 +174,9 @@ class Recipe:
         teacher: The network to learn from; none for a plain training.
         loss: The terms of the loss by name. Each has a ``loss``, such as PLDLoss, a ``weight`` (1 unless
             given), perhaps a ``warmup`` (epochs over which the weight grows), perhaps ``standardize: true``
-            (it sees each row's logits in units of their spread), and that loss's own options.
+            (it sees each row's logits in units of their spread), and that loss's own options. One on features
+            names the modules that they come from: ``student``, such as ``pool`` or ``[stages.0, stages.1]``,
+            and ``teacher``, which is the same unless given.
         training: How to train.
     """
 
@@ -184,8 +188,51 @@ class Recipe:
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
 
+def build_method(terms: Terms) -> Method:
+    """The method that the loss terms of a recipe describe: on the logits, on features, or on both.
+
+    Raises:
+        UserError: As `build_loss`, and on a term on features that does not say which ones.
+    Example:
+        >>> method = build_method(
+        ...     {"task": {"loss": "CrossEntropyLoss"}, "hint": {"loss": "FitNetLoss", "student": "stages.0"}}
+        ... )
+        >>> method.terms["hint"].teacher
+        ['stages.0']
+    """
+    known = _known(FeatureLoss)
+    on_features = {name: term for name, term in terms.items() if str(term.get("loss")) in known}
+    on_logits = {name: term for name, term in terms.items() if name not in on_features}
+    if not on_features:
+        return LogitMethod(build_loss(terms))
+    features = {}
+    for term, description in on_features.items():
+        options = dict(description)
+        student = _paths(term, "student", options.pop("student", None))
+        teacher = _paths(term, "teacher", options.pop("teacher", student))
+        weight, warmup = options.pop("weight", 1.0), options.pop("warmup", 0.0)
+        loss = _build(f"loss.{term}", known, options, beside=("weight", "warmup", "student", "teacher"))
+        features[term] = FeatureTerm(weight, loss, student, teacher, warmup)
+    try:
+        reuses_head = any(isinstance(term.loss, SimKDLoss) for term in features.values())
+        method = SimKD if reuses_head else FeatureMethod
+        return method(build_loss(on_logits) if on_logits else None, features)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"`loss`: {error}") from error
+
+
+def _paths(term: str, network: str, value: object) -> list[str]:
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
+        raise UserError(
+            f"expected `loss.{term}.{network}` to name a module or a list of modules, such as stages.0 or "
+            f"pool, got {value!r}"
+        )
+    return paths
+
+
 def build_loss(terms: Terms) -> WeightedSum:
-    """The loss that a recipe describes.
+    """The loss that the terms on logits of a recipe describe.
 
     Raises:
         UserError: On an unknown loss or option, or a value that the loss refuses.
@@ -198,35 +245,42 @@ def build_loss(terms: Terms) -> WeightedSum:
           )
         )
     """
-    known = {name: getattr(losses.modules, name) for name in losses.modules.__all__}
-    known = {
-        name: cls
-        for name, cls in known.items()
-        if issubclass(cls, LogitLoss) and cls not in (LogitLoss, Standardized)
-    }
-    built, warmup = {}, {}
+    known, built, warmup = _known(LogitLoss), {}, {}
     for term, description in terms.items():
         options = dict(description)
-        name, weight = options.pop("loss", None), options.pop("weight", 1.0)
+        weight = options.pop("weight", 1.0)
         if "warmup" in options:
             warmup[term] = options.pop("warmup")
         standardize = options.pop("standardize", False)
         if not isinstance(standardize, bool):
             raise UserError(f"expected `loss.{term}.standardize` to be true or false, got {standardize!r}")
-        if name not in known:
-            raise unknown_name(f"loss in `loss.{term}`:", str(name), known)
-        for option in options:
-            if option not in (allowed := [f.name for f in dataclasses.fields(known[name])]):
-                raise unknown_name(f"option of {name} in `loss.{term}`:", option, allowed)
-        try:
-            loss = known[name](**options)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"`loss.{term}`: {error}") from error
+        loss = _build(f"loss.{term}", known, options, beside=("weight", "warmup", "standardize"))
         built[term] = (weight, Standardized(loss) if standardize else loss)
     try:
         return WeightedSum(built, warmup)
     except (TypeError, ValueError) as error:
         raise UserError(f"`loss`: {error}") from error
+
+
+def _known(kind: type[nn.Module]) -> dict[str, type[Any]]:
+    """The losses of a kind that a recipe may name."""
+    everything = {name: getattr(losses.modules, name) for name in losses.modules.__all__}
+    no_loss = (kind, Standardized)
+    return {name: cls for name, cls in everything.items() if issubclass(cls, kind) and cls not in no_loss}
+
+
+def _build(place: str, known: Mapping[str, type[Any]], options: dict[str, Any], beside: Sequence[str]) -> Any:
+    """A loss from its name and options, which stand in a recipe beside others that are not its own."""
+    name = str(options.pop("loss", None))
+    if name not in known:
+        raise unknown_name(f"loss in `{place}`:", name, (*_known(LogitLoss), *_known(FeatureLoss)))
+    for option in options:
+        if option not in (allowed := [field.name for field in dataclasses.fields(known[name])]):
+            raise unknown_name(f"option of {name} in `{place}`:", option, (*allowed, *beside))
+    try:
+        return known[name](**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"`{place}`: {error}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from torch import Tensor
 from .. import data, models
 from ..data import Data, Examples
 from ..errors import UserError
-from ..methods import LogitMethod, Method, TwoViewMethod
+from ..methods import FeatureMethod, TwoViewMethod
 from ..signals import LiveTeacher, RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
-from .engine import Fit, fit, new_accelerator
+from .engine import Fit, build, fit, new_accelerator
 from .environment import environment
 from .processes import processes
-from .recipe import ModelOptions, Recipe, build_loss, read_yaml
+from .recipe import ModelOptions, Recipe, build_method, read_yaml
 
 EVALUATION_BATCH = 256
 
@@ -174,6 +174,22 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
     return dataclasses.replace(materials, teacher=KnownTeacher(ask_train, ask_test, about))
 
 
+def rehearse(recipe: Recipe, materials: Materials) -> None:
+    """Build the method of a recipe for networks like its own, to hear of what does not fit before training.
+
+    Raises:
+        UserError: If a path or a shape does not fit.
+    """
+    method = build_method(recipe.loss)
+    if isinstance(method, FeatureMethod):
+        student, _ = build_network(recipe.student, materials.data)
+        teacher: Teacher | None = None
+        if recipe.teacher is not None:
+            network, _ = build_network(recipe.teacher, materials.data)
+            teacher = RememberedTeacher(torch.empty(0)) if recipe.teacher.remember else LiveTeacher(network)
+        build(method, student, teacher, materials.train, torch.device("cpu"), seed=0)
+
+
 def _remember(live: LiveTeacher, examples: Examples, accelerator: Accelerator) -> RememberedTeacher:
     batches = data.loader(examples.plain, batch_size=EVALUATION_BATCH, seed=None)
     on_device = ({name: part.to(accelerator.device) for name, part in batch.items()} for batch in batches)
@@ -198,7 +214,7 @@ def run(
     done = folder / "result.json"
     if holds(folder, "recipe.yaml", asdict(recipe)) and done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    method: Method = LogitMethod(build_loss(recipe.loss))
+    method = build_method(recipe.loss)
     strong_augment = augmentation(recipe.data.strong_augment)
     if strong_augment is not None:
         method = TwoViewMethod(method)

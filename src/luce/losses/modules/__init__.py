@@ -1,6 +1,7 @@
 """The losses as modules: options are stored and checked once, the functions do the work."""
 
 from .base import LogitLoss
+from .crd import CRDLoss
 from .curriculum import CTKDLoss
 from .divergence import CrossEntropyLoss, DKDLoss, JSDLoss, KDLoss, ReverseKLLoss
 from .embeddings import CCLoss, PKTLoss, RKDLoss, SPLoss
@@ -13,13 +14,16 @@ from .normalized import NormDKDLoss, NormKDLoss, Standardized
 from .pairwise import RankingHingeLoss, RankingLogisticLoss, RKKDLoss
 from .partial import DecomposedKDLoss, PartialKDLoss
 from .relation import DISTLoss
+from .reviewkd import ReviewKDLoss
 from .reweighted import NKDLoss, TfKDLoss, TVDLoss, WSLDLoss
 from .sampled import RankDistilLoss
+from .simkd import SimKDLoss
 from .weighted_sum import WeightedSum
 
 __all__ = [
     "ATLoss",
     "CCLoss",
+    "CRDLoss",
     "CTKDLoss",
     "CWDLoss",
     "CrossEntropyLoss",
@@ -53,7 +57,9 @@ __all__ = [
     "RankingHingeLoss",
     "RankingLogisticLoss",
     "ReverseKLLoss",
+    "ReviewKDLoss",
     "SPLoss",
+    "SimKDLoss",
     "Standardized",
     "TVDLoss",
     "TfKDLoss",

@@ -83,11 +83,6 @@ class WeightedSum(nn.Module):
             if isinstance(loss, LogitLoss):
                 loss.set_epoch(epoch)
 
-    def _weight(self, name: str) -> float:
-        epochs = self.warmup.get(name, 0)
-        grown = 1.0 if self.epoch is None or not epochs else min(self.epoch / epochs, 1.0)
-        return grown * self.weights[name]
-
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -96,9 +91,21 @@ class WeightedSum(nn.Module):
         terms = {
             # A term that is switched off may be infinite, and 0 * inf is not 0.
             name: weight * self.losses[name](student_logits, teacher_logits, target) if weight else nothing
-            for name, weight in ((name, self._weight(name)) for name in self.weights)
+            for name, weight in (
+                (name, warmed_up(weight, self.warmup.get(name, 0.0), self.epoch))
+                for name, weight in self.weights.items()
+            )
         }
         return {**terms, "loss": sum(terms.values(), start=nothing)}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())
+
+
+def warmed_up(weight: float, warmup: float, epoch: int | None) -> float:
+    """A weight in an epoch of its warm-up; in full without an epoch or a warm-up.
+
+    >>> warmed_up(2.0, warmup=4, epoch=1)
+    0.5
+    """
+    return weight if epoch is None or not warmup else min(epoch / warmup, 1.0) * weight

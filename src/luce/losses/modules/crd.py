@@ -1,0 +1,200 @@
+"""CRD: which of many rows is the one that the other network sees?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _check, _features
+from .._reduce import UNLABELLED
+from .features import FeatureLoss, Shapes, Tensors, through
+
+NOWHERE = -1
+
+
+@dataclass(eq=False, repr=False)
+class CRDLoss(FeatureLoss):
+    r"""Contrastive representation distillation: tell a row's own partner from rows of other classes.
+
+    Both networks' features are embedded linearly, :math:`v = W f + b`, and scaled to length 1. Memory banks
+    hold one embedding per labelled training row for each network. For an anchor :math:`v` of one network, the
+    bank of the other gives one positive :math:`m_0` and *K* negatives :math:`m_k` of other classes, and with
+    :math:`h_k = \exp(\langle v, m_k \rangle / \tau) / Z` noise-contrastive estimation costs
+
+    .. math:: \log\frac{h_0 + K/M}{h_0} + \sum_{k=1}^{K} \log\frac{h_k + K/M}{K/M},
+
+    where *M* is the number of rows in a bank. The loss is the mean over the rows of the batch, once with the
+    student and once with the teacher as the anchor, added. :math:`Z` is settled by the first batch, for each
+    anchor, as *M* times the mean of its exponentials. Then the banks move: :math:`m \leftarrow` the direction
+    of ``momentum`` :math:`m + (1 -` ``momentum`` :math:`) v`. The banks and :math:`Z` are buffers.
+
+    This is the authors' code but for these: logarithms are taken without its constant of 1e-7; negatives are
+    drawn independently (it draws them without replacement where the classes have enough rows); *K* is at most
+    the number of rows outside the largest class; a row that is in a batch twice moves the banks once, by the
+    mean of its embeddings; and of several processes each moves its banks by the rows of all of them.
+
+    Rows without a label, and rows that `know_rows` was not told of, count for nothing.
+
+    Args:
+        width: Of the embeddings.
+        negatives: *K*.
+        temperature: :math:`\tau`, positive.
+        momentum: In [0, 1).
+        positive: ``"exact"``: the positive is the row itself; ``"relax"``: a row of its class, drawn anew.
+
+    Shape:
+        One feature of each network, ``(N, D)``; the widths may differ. ``target`` and ``index``: ``(N,)``.
+
+    Raises:
+        ValueError: On options out of range, or if `build` comes before `know_rows`.
+
+    Example:
+        >>> loss = CRDLoss(negatives=4)
+        >>> loss.know_rows(index=torch.arange(10), target=torch.arange(10) % 3)
+        >>> loss.build([(8,)], [(16,)])
+        >>> rows = torch.tensor([0, 5])
+        >>> loss([torch.rand(2, 8)], [torch.rand(2, 16)], target=rows % 3, index=rows).shape
+        torch.Size([])
+
+    References:
+        Tian et al., Contrastive Representation Distillation, ICLR 2020, arXiv 1910.10699.
+    """
+
+    takes = "vectors"
+    stages = "one"
+    needs_labels = True
+    needs_index = True
+
+    width: int = 128
+    negatives: int = 16384
+    temperature: float = 0.07
+    momentum: float = 0.5
+    positive: Literal["exact", "relax"] = "exact"
+
+    def _check_options(self) -> None:
+        _check.check_count(width=self.width, negatives=self.negatives)
+        _check.check_positive(temperature=self.temperature)
+        _check.check_not_negative(momentum=self.momentum)
+        if self.momentum >= 1:
+            raise ValueError(f"expected `momentum` below 1, or the banks never move, got {self.momentum}")
+        _check.check_choice("positive", self.positive, ("exact", "relax"))
+
+    def know_rows(self, index: Tensor, target: Tensor) -> None:
+        """Told before `build` which rows there are to learn from.
+
+        Args:
+            index: By which batches name them, ``(rows,)``.
+            target: Their classes; `UNLABELLED` where there is none.
+        Raises:
+            ValueError: If fewer than two classes have a row.
+        """
+        size = int(index.max()) + 1
+        index, target = index[target != UNLABELLED], target[target != UNLABELLED]
+        count = target.bincount()
+        if (count > 0).sum() < 2:
+            raise ValueError("expected labelled rows of at least two classes for CRDLoss, got fewer")
+        # A class is a run of neighbours in the banks, which makes drawing from all others a matter of adding.
+        place = torch.full((size,), NOWHERE)
+        place[index[target.argsort(stable=True)]] = torch.arange(len(index))
+        self.place = nn.Buffer(place, persistent=False)
+        self.count = nn.Buffer(count, persistent=False)
+        self.first = nn.Buffer(count.cumsum(0) - count, persistent=False)
+        self.rows = len(index)
+        self.drawn = min(self.negatives, self.rows - int(count.max()))
+
+    def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
+        if not hasattr(self, "rows"):
+            raise ValueError("expected `know_rows` to be called before `build` of CRDLoss")
+        self.student_embedding = nn.Linear(student_shapes[0][0], self.width)
+        self.teacher_embedding = nn.Linear(teacher_shapes[0][0], self.width)
+        bound = math.sqrt(3 / self.width)
+        self.student_bank = nn.Buffer(torch.empty(self.rows, self.width).uniform_(-bound, bound))
+        self.teacher_bank = nn.Buffer(torch.empty(self.rows, self.width).uniform_(-bound, bound))
+        self.student_log_z = nn.Buffer(torch.tensor(torch.nan))
+        self.teacher_log_z = nn.Buffer(torch.tensor(torch.nan))
+
+    def forward(  # type: ignore[override]
+        self,
+        student_features: Tensors,
+        teacher_features: Tensors,
+        *,
+        target: Tensor,
+        index: Tensor,
+    ) -> Tensor:
+        self._check_number(len(student_features), len(teacher_features))
+        self._check_built()
+        student, teacher = _features.vectors(student_features[0], teacher_features[0])
+        with _features.full_precision(student):
+            student = _features.unit(through(self.student_embedding, student), dim=1)
+            teacher = _features.unit(through(self.teacher_embedding, teacher), dim=1)
+            place = self._places(target, index)
+            known = place != NOWHERE
+            chosen = self._draw(place[known], target[known])
+            loss = self._nce(student[known], self.teacher_bank, self.student_log_z, chosen)
+            loss = loss + self._nce(teacher[known], self.student_bank, self.teacher_log_z, chosen)
+            if self.training:
+                place = _of_all_processes(place)
+                self._move(self.student_bank, place, _of_all_processes(student.detach()))
+                self._move(self.teacher_bank, place, _of_all_processes(teacher.detach()))
+        return loss
+
+    def _places(self, target: Tensor, index: Tensor) -> Tensor:
+        """In the banks, of the rows of a batch."""
+        last = len(self.place) - 1
+        return torch.where(
+            (target == UNLABELLED) | (index > last), NOWHERE, self.place[index.clamp(max=last)]
+        )
+
+    def _draw(self, place: Tensor, target: Tensor) -> Tensor:
+        """Places ``(n, 1 + K)``: of the positive, then of the negatives."""
+        first, count = self.first[target, None], self.count[target, None]
+        positive = place[:, None]
+        if self.positive == "relax":
+            positive = first + torch.randint(2**62, positive.shape, device=place.device) % count
+        other = torch.randint(2**62, (len(place), self.drawn), device=place.device) % (self.rows - count)
+        return torch.cat([positive, torch.where(other < first, other, other + count)], dim=1)
+
+    def _nce(self, anchor: Tensor, bank: Tensor, log_z: Tensor, chosen: Tensor) -> Tensor:
+        """The mean cost of the anchors against a bank of the other network."""
+        # The banks move before anyone goes back through here, so the gradient is taken at once.
+        with torch.enable_grad():
+            leaf = anchor.detach().requires_grad_()
+            # All products and then a choice: a copy of K embeddings for each row would be larger.
+            scores = (leaf @ bank.T / self.temperature).gather(1, chosen)
+            self._settle(log_z, scores.detach())
+            log_odds = scores - log_z - math.log(self.drawn / self.rows)
+            cost = F.softplus(-log_odds[:, :1]).sum() + F.softplus(log_odds[:, 1:]).sum()
+            cost = cost / max(len(anchor), 1)
+            (gradient,) = torch.autograd.grad(cost, leaf)
+        return cost.detach() + (gradient * (anchor - anchor.detach())).sum()
+
+    def _settle(self, log_z: Tensor, scores: Tensor) -> None:
+        """Let the first scores say what Z is."""
+        if log_z.isnan():
+            mean = scores.flatten().logsumexp(0) - math.log(max(scores.numel(), 1))
+            means = _of_all_processes(mean[None])
+            of_all = means.logsumexp(0) - math.log(len(means)) + math.log(self.rows)
+            if of_all.isfinite():  # there was a row
+                log_z.copy_(of_all)
+
+    @torch.no_grad()
+    def _move(self, bank: Tensor, place: Tensor, embedding: Tensor) -> None:
+        place, embedding = place[place != NOWHERE], embedding[place != NOWHERE]
+        places, at, times = place.unique(return_inverse=True, return_counts=True)
+        mean = bank.new_zeros(len(places), self.width).index_add_(0, at, embedding) / times[:, None]
+        bank[places] = _features.unit(self.momentum * bank[places] + (1 - self.momentum) * mean, dim=1)
+
+
+def _of_all_processes(tensor: Tensor) -> Tensor:
+    """The rows of all processes that train together, which have as many each."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

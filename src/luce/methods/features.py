@@ -1,0 +1,175 @@
+"""Distillation through what lies inside the networks, beside the logits or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..losses import _check
+from ..losses.modules import CRDLoss, FeatureLoss
+from ..losses.modules.weighted_sum import warmed_up
+from ..models.hooks import Features
+from ..signals import Signal, Teacher
+from .base import Batch, Method
+from .logits import LogitMethod, Loss
+
+
+class FeatureTerm(NamedTuple):
+    """A loss on features, and where the features are.
+
+    Attributes:
+        weight: At least 0; of weight 0 the term is 0.
+        loss: Compares the features.
+        student: Paths of modules of the student; see `luce.models.hooks.Features`.
+        teacher: Of the teacher, in the order in which they are compared with the student's.
+        warmup: Epochs over which the weight grows: in epoch *e* it is multiplied by ``min(e / warmup, 1)``.
+    """
+
+    weight: float
+    loss: FeatureLoss
+    student: Sequence[str]
+    teacher: Sequence[str]
+    warmup: float = 0.0
+
+
+class FeatureMethod(Method):
+    """One forward pass of the student, a loss on its logits, and losses on what is inside.
+
+    Which features: in our networks ``stages.0``, ``stages.1``, ... are the maps at the end of each stage and
+    ``pool`` is the vector that is classified, the *penultimate feature* of the literature; `luce.models`
+    lists all parts. Modules of any other network are named likewise.
+
+    What a feature loss trains (projections, regressors) is made by `build` and belongs to this method: it is
+    trained and resumed beside the student and never exported with it.
+
+    Args:
+        loss: On the logits, as `LogitMethod` takes it; None for features alone.
+        terms: On features, by name.
+
+    Raises:
+        ValueError: If there is no term, a weight or a warm-up is negative, or a name cannot be used.
+
+    Example:
+        >>> import luce
+        >>> from luce import models
+        >>> from luce.signals import LiveTeacher
+        >>> student, teacher = (models.build("cnn", classes=10, input_shape=(1, 8, 8)) for _ in range(2))
+        >>> method = FeatureMethod(
+        ...     luce.CrossEntropyLoss(),
+        ...     {"hint": FeatureTerm(100.0, luce.FitNetLoss(), ["stages.0"], ["stages.0"])},
+        ... )
+        >>> source = LiveTeacher(teacher)
+        >>> batch = {"input": torch.rand(4, 1, 8, 8), "target": torch.arange(4), "index": torch.arange(4)}
+        >>> method.build(student, source, batch, rows=batch)
+        >>> with method.attached(student, source):
+        ...     terms = method.step(student, batch, source.signal(batch))
+        >>> sorted(terms)
+        ['hint', 'logits', 'loss']
+    """
+
+    def __init__(self, loss: Loss | None, terms: Mapping[str, FeatureTerm | tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.logits = None if loss is None else LogitMethod(loss)
+        self.terms = {name: FeatureTerm(*term) for name, term in terms.items()}
+        if not self.terms or "loss" in self.terms:
+            raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
+        for name, term in self.terms.items():
+            _check.check_not_negative(**{f"weight of {name}": term.weight, f"warmup of {name}": term.warmup})
+        try:
+            self.losses = nn.ModuleDict({name: term.loss for name, term in self.terms.items()})
+        except KeyError as error:
+            raise ValueError(
+                f"expected names of terms that can name a module, got {sorted(terms)}"
+            ) from error
+        self.student_paths = [path for term in self.terms.values() for path in term.student]
+        self.teacher_paths = [path for term in self.terms.values() for path in term.teacher]
+        self.uses_unlabelled = any(not term.loss.needs_labels for term in self.terms.values()) or (
+            self.logits is not None and self.logits.uses_unlabelled
+        )
+        self.wants_preparation = self.logits is not None and self.logits.wants_preparation
+        self.epoch: int | None = None
+        self._student: Features | None = None
+
+    def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
+        """Make what the losses train, for the shapes that a forward pass of a few rows shows."""
+        if teacher is None:
+            raise UserError("expected a teacher for losses on features; add `teacher` to the recipe")
+        with Features(student, self.student_paths) as hooks, teacher.watched(self.teacher_paths):
+            with dry_run(student, sample["input"].device), hooks.caught() as ours:
+                student(sample["input"])
+            theirs = teacher.signal(sample).features
+        for name, term in self.terms.items():
+            try:
+                if isinstance(term.loss, CRDLoss):
+                    term.loss.know_rows(rows["index"], rows["target"])
+                term.loss.build(
+                    [ours[path].shape[1:] for path in term.student],
+                    [theirs[path].shape[1:] for path in term.teacher],
+                )
+            except ValueError as error:
+                raise UserError(f"`{name}`: {error}") from error
+
+    @contextmanager
+    def attached(self, student: nn.Module, teacher: Teacher | None) -> Iterator[None]:
+        assert teacher is not None
+        with Features(student, self.student_paths) as self._student, teacher.watched(self.teacher_paths):
+            try:
+                yield
+            finally:
+                self._student = None
+
+    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
+        return {} if self.logits is None else self.logits.prepare(teacher_logits, target)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if self.logits is not None:
+            self.logits.set_epoch(epoch)
+
+    def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
+        if self._student is None or signal is None:
+            raise RuntimeError(
+                "expected a step within `with method.attached(student, teacher)`, and the teacher's signal"
+            )
+        with self._student.caught() as features:
+            logits = student(batch["input"])
+        terms = {} if self.logits is None else self.logits.terms(logits, batch, signal)
+        total = terms.pop("loss", logits.new_zeros(()))
+        if self.logits is not None and not terms:
+            terms = {"logits": total}
+        for name, term in self.terms.items():
+            weight = warmed_up(term.weight, term.warmup, self.epoch)
+            # A term that is switched off may be infinite, and 0 * inf is not 0.
+            value = weight * _value(term, features, batch, signal) if weight else logits.new_zeros(())
+            terms[name], total = value, total + value
+        return {**terms, "loss": total}
+
+
+def _value(term: FeatureTerm, features: Batch, batch: Batch, signal: Signal) -> Tensor:
+    """The loss of a term, without its weight."""
+    told = {"target": batch["target"]} if term.loss.needs_labels else {}
+    told |= {"index": batch["index"]} if term.loss.needs_index else {}
+    student, teacher = (
+        [features[path] for path in term.student],
+        [signal.features[path] for path in term.teacher],
+    )
+    value: Tensor = term.loss(student, teacher, **told)
+    return value
+
+
+@contextmanager
+def dry_run(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """For forward passes that leave no trace: not in buffers, gradients, modes or random states."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
