@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops._rows import wide_dtype
-from ...ops.kd.reference import relative_entropy
+from ...ops.kd.reference import forward_kl
 from .. import _check
 from .._reduce import UNLABELLED, Reduction, Rows
 
@@ -255,8 +255,7 @@ def partial_kd_loss(
         needs_label=True,
     )
     r = _target(rows, keep, temperature, relation, label_smoothing, top_k, always_keep_true)
-    log_q = (rows.student / temperature).log_softmax(-1)
-    values = relative_entropy(r, r.masked_fill(r == 0, 1).log(), log_q.exp(), log_q)
+    values = forward_kl(rows.student / temperature, r.log(), 1.0)
     return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
 
 
