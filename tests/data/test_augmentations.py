@@ -100,8 +100,8 @@ def test_strong_cuts_one_square_out_of_each_image(height, width, side):
         assert columns == list(range(columns[0], columns[-1] + 1))
         at_an_edge = rows[0] == 0 or rows[-1] == height - 1
         assert len(rows) == side or (len(rows) < side and at_an_edge)
-        seen.update(rows)
-    assert seen == set(range(height))
+        seen.add((rows[0], rows[-1]))
+    assert seen == {(max(top, 0), min(top + side, height) - 1) for top in range(1 - side, height)}
 
 
 def test_each_image_gets_a_strong_view_of_its_own():
