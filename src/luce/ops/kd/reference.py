@@ -47,11 +47,8 @@ class Pair:
 def _normaliser(rough: Tensor, p: Tensor, q: Tensor, difference: Tensor) -> Tensor:
     """The difference of the normalisers to the last digit of the differences of the logits.
 
-    As neither KL divergence is negative, it lies between the means of those differences under q and p; these
-    are closer to each other than a logarithm of a sum can be known. What is left, the sum of q - p tells.
+    What logarithms of sums leave out of it, the sum of q - p tells, which should be 0.
     """
-    least, most = (torch.where(w == 0, 0, w * difference).sum(-1, keepdim=True) for w in (q, p))
-    rough = rough.clamp(least, most)
     return rough - _change(p, q, difference - rough).sum(-1, keepdim=True).log1p()
 
 
@@ -147,7 +144,7 @@ def kl_limit(student: Tensor, teacher: Tensor) -> Tensor:
     difference = torch.where(shared, student, 0) - torch.where(shared, teacher, 0)
     deviation = torch.where(shared, difference - difference.sum(-1, keepdim=True) / count, 0)
     values = deviation.square().sum(-1) / (2 * count[:, 0])
-    # A class that one network alone excludes leaves a divergence at every T: T^2 times it is infinite. A network
-    # that excludes all has no distribution.
+    # A class that one network alone excludes leaves a divergence at every T: T^2 times it is infinite. A
+    # network that excludes all has no distribution.
     values = values + torch.where((of_student != of_teacher).any(-1), torch.inf, 0)
     return values + torch.where(of_student.any(-1) & of_teacher.any(-1), 0, torch.nan)
