@@ -183,7 +183,7 @@ def test_dtypes_at_high_temperatures(temperature, dtype):
 
 
 @each_backend
-@pytest.mark.parametrize("temperature", [1.0, 4.0, 1e3, 1e6, inf])
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 1e3, 1e6])
 @pytest.mark.parametrize("offset", [100.0, 1e4])
 def test_no_offset_of_one_network_costs_digits(offset, temperature, backend):
     student, teacher, _ = batch(32, classes=50, dtype=torch.float32)

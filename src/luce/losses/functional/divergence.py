@@ -155,7 +155,7 @@ def kd_loss(
         >>> kd_loss(student_logits, teacher_logits, temperature=4.0)
         tensor(1.4214)
         >>> kd_loss(student_logits, teacher_logits, temperature=float("inf"))
-        tensor(1.4834)
+        tensor(1.4409)
 
     References:
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531; on the limit

@@ -47,11 +47,8 @@ class Pair:
 def _normaliser(rough: Tensor, p: Tensor, q: Tensor, difference: Tensor) -> Tensor:
     """The difference of the normalisers to the last digit of the differences of the logits.
 
-    As neither KL divergence is negative, it lies between the means of those differences under q and p; these
-    are closer to each other than a logarithm of a sum can be known. What is left, the sum of q - p tells.
+    What logarithms of sums leave out of it, the sum of q - p tells, which should be 0.
     """
-    least, most = (torch.where(w == 0, 0, w * difference).sum(-1, keepdim=True) for w in (q, p))
-    rough = rough.clamp(least, most)
     return rough - _change(p, q, difference - rough).sum(-1, keepdim=True).log1p()
 
 
@@ -95,14 +92,10 @@ def relative_entropy(p: Tensor, d: Tensor, change: Tensor) -> Tensor:
     return torch.where(close, p * _excess(small), p * d + change).sum(-1)
 
 
-def _below_top(logits: Tensor) -> Tensor:
-    """Less the largest of the row, so that a common offset takes no digits; NaN where all are -inf."""
-    return logits - logits.detach().amax(-1, keepdim=True)
-
-
 def softened(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Teacher's and student's logits over the temperature, up to a constant a row, and their difference."""
-    student, teacher = _below_top(student), _below_top(teacher)
+    # A common offset shall take no digits.
+    student, teacher = (x - x.detach().amax(-1, keepdim=True) for x in (student, teacher))
     return teacher / temperature, student / temperature, (teacher - student) / temperature
 
 
@@ -145,12 +138,13 @@ def kl_limit(student: Tensor, teacher: Tensor) -> Tensor:
 
     Half the variance of the logits' differences, over the classes that both networks have.
     """
-    student, teacher = _below_top(student), _below_top(teacher)
     of_student, of_teacher = student != -torch.inf, teacher != -torch.inf
     shared = of_student & of_teacher
     count = shared.sum(-1, keepdim=True).clamp(min=1)
     difference = torch.where(shared, student, 0) - torch.where(shared, teacher, 0)
     deviation = torch.where(shared, difference - difference.sum(-1, keepdim=True) / count, 0)
     values = deviation.square().sum(-1) / (2 * count[:, 0])
-    # A class that one network alone excludes keeps the divergence above 0 at every T: T^2 of it is infinite.
-    return values + torch.where((of_student != of_teacher).any(-1), torch.inf, 0)
+    # A class that one network alone excludes leaves a divergence at every T: T^2 times it is infinite. A
+    # network that excludes all has no distribution.
+    values = values + torch.where((of_student != of_teacher).any(-1), torch.inf, 0)
+    return values + torch.where(of_student.any(-1) & of_teacher.any(-1), 0, torch.nan)
