@@ -21,7 +21,7 @@ def kd(student_logits, teacher_logits, temperature=4.0):
 
 @pytest.fixture(autouse=True)
 def mine(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss in the working directory, imported as a console script would: with no entry for that directory."""
+    """A loss in the working directory, which is not on the path, as for a console script."""
     (place / "mine.py").write_text(MINE)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
@@ -64,7 +64,7 @@ def test_a_broken_loss_in_the_working_directory(luce) -> None:
     }
     [broken] = [verdict for verdict in found["verdicts"] if verdict["state"] == "broken"]
     assert broken["example"]["extra_classes"] == 1
-    assert broken["evidence"].startswith("value with 1 more classes")
+    assert broken["evidence"].startswith("value with a class at -10000 appended")
     assert broken["statement"].startswith("Further classes")
 
 

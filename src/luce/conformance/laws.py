@@ -331,7 +331,8 @@ def unequal_classes(subject: Subject, draw: Draw) -> None:
     except Exception:
         return  # refused
     got = (found["loss"] if isinstance(found, Mapping) else found).item()
-    same(f"value with {extra} more classes of no probability in the {which}", got, subject.value(batch), 1e-4)
+    what = f"value with {_classes(extra)} of no probability more in the {which}"
+    same(what, got, subject.value(batch), 1e-4)
 
 
 @law("axolotl#3660", "axolotl#3206")
@@ -446,9 +447,13 @@ def _appended(subject: Subject, batch: Batch, extra: int, logit: float) -> None:
     student, teacher = (F.pad(x, (0, extra), value=logit) for x in (batch.student, batch.teacher))
     value, slope = subject.both(batch)
     got, got_slope = subject.both(Batch(student, teacher, batch.target))
-    same(f"value with {extra} more classes at {logit:g}", got, value, subject.exactness)
-    expected = F.pad(slope, (0, extra))
-    same_gradient(f"gradient with {extra} more classes at {logit:g}", got_slope, expected, subject.exactness)
+    how = f"with {_classes(extra)} at {logit:g} appended"
+    same(f"value {how}", got, value, subject.exactness)
+    same_gradient(f"gradient {how}", got_slope, F.pad(slope, (0, extra)), subject.exactness)
+
+
+def _classes(count: int) -> str:
+    return "a class" if count == 1 else f"{count} classes"
 
 
 @law("DistillKit `num_items_in_batch`", "Automodel#3776", claimed=True)

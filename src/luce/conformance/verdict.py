@@ -74,7 +74,7 @@ def check(
         >>> found.state, found.example["extra_classes"]
         ('broken', 1)
         >>> found.evidence
-        'value with 1 more classes at -10000: ... instead of ...'
+        'value with a class at -10000 appended: ... instead of ...'
     """
     hypothesis = import_optional("hypothesis", "check")
     loss = Loss.of(loss, adapter, options=options, claims=claims)
