@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from luce.conformance import GROUPS, LAWS, check
+from luce.conformance import ADAPTERS, GROUPS, LAWS, check
 from luce.errors import UserError
 
 from . import broken
@@ -38,6 +41,14 @@ def test_every_law_has_its_mutant_and_its_statement() -> None:
     for law in LAWS.values():
         assert law.statement.endswith(".")
         assert law.reports
+
+
+def test_the_page_tells_of_every_law_adapter_and_group() -> None:
+    page = (Path(__file__).parents[2] / "docs/conformance.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert rows == [*ADAPTERS, *LAWS]
+    for group in GROUPS:
+        assert f"`{group}`" in page
 
 
 def test_counter_examples_are_small_and_can_be_worked_out_by_hand() -> None:

@@ -13,7 +13,7 @@ from ..errors import import_optional
 
 T = TypeVar("T")
 
-# Logits are drawn as multiples of 1/8, so that adding a constant is exact and no two of a row nearly tie.
+# Logits are drawn as multiples of 1/8, so that adding a constant is exact and no two nearly tie.
 UNIT = 8
 HIGHEST = 24
 
@@ -72,22 +72,19 @@ class Draw:
     def permutation(self, count: int) -> Tensor:
         return torch.tensor(self._draw(self._strategies.permutations(range(count))))
 
-    def _row(self, classes: int) -> list[float]:
-        logit = self._strategies.integers(-HIGHEST, HIGHEST)
-        row = self._draw(self._strategies.lists(logit, min_size=classes, max_size=classes, unique=True))
-        return [value / UNIT for value in row]
+    def _logits(self, rows: int, classes: int) -> Tensor:
+        logit, count = self._strategies.integers(-HIGHEST, HIGHEST), rows * classes
+        drawn = self._draw(self._strategies.lists(logit, min_size=count, max_size=count, unique=True))
+        return torch.tensor(drawn, dtype=self._dtype).reshape(rows, classes) / UNIT
 
     def batch(self, rows: tuple[int, int] = (1, 3), classes: tuple[int, int] = (2, 5)) -> Batch:
-        """Small logits, those of a row all different: what happens at ties is a law of its own."""
+        """Small logits, those of a network all different: what happens at ties is a law of its own."""
         count, width = self.integer(*rows), self.integer(*classes)
-        student, teacher = ([self._row(width) for _ in range(count)] for _ in range(2))
+        student, teacher = self._logits(count, width), self._logits(count, width)
         target = [self.integer(0, width - 1) for _ in range(count)]
-        batch = Batch(self.tensor(student), self.tensor(teacher), torch.tensor(target))
+        batch = Batch(student, teacher, torch.tensor(target))
         self.note(student_logits=batch.student, teacher_logits=batch.teacher, target=batch.target)
         return batch
-
-    def tensor(self, values: Any) -> Tensor:
-        return torch.tensor(values, dtype=self._dtype)
 
     def many(self, rows: int, classes: int) -> Batch:
         """A larger batch of normally distributed logits; only its seed is drawn and noted."""
