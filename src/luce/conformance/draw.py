@@ -78,7 +78,7 @@ class Draw:
         return torch.tensor(drawn, dtype=self._dtype).reshape(rows, classes) / UNIT
 
     def batch(self, rows: tuple[int, int] = (1, 3), classes: tuple[int, int] = (2, 5)) -> Batch:
-        """Small logits, those of a network all different: what happens at ties is a law of its own."""
+        """Small logits, those of a network all different: what happens at ties is up to the loss."""
         count, width = self.integer(*rows), self.integer(*classes)
         student, teacher = self._logits(count, width), self._logits(count, width)
         target = [self.integer(0, width - 1) for _ in range(count)]

@@ -555,7 +555,7 @@ def non_negative(subject: Subject, draw: Draw) -> None:
     """The value is never below zero."""
     batch = draw.batch()
     kept = draw.integer(0, batch.classes - 1)
-    if kept:  # a student that agrees on the teacher's favourites and is surer of them: what a cut-off sum misses
+    if kept:  # the teacher's favourites, and surer of them: where a sum that is cut off after them is below 0
         ranks = batch.teacher.argsort(-1, descending=True).argsort(-1)
         batch = replace(batch, student=batch.teacher - 4.0 * (ranks >= kept))
         draw.note(student_logits=batch.student)
