@@ -8,9 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-from ..errors import UserError
+from typing import Any
 
 DESCRIPTION = """Put a loss to the laws of distillation losses, with small examples that hypothesis makes up,
 and show the smallest on which a law breaks. The loss is imported from the working directory or from what is
@@ -20,19 +18,10 @@ one that leaves out rows labelled -100, all to see what holds. The exit status i
 one is, 2 if the request is wrong. Needs: pip install 'luce[check]'."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; luce check --help tells more")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="luce check",
-        description=DESCRIPTION,
-        add_help=False,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    from ._parser import Parser
+
+    parser = Parser("check", description=DESCRIPTION)
     parser.add_argument(
         "loss", metavar="MODULE:CALLABLE", help="a function, a module, or a class to build one"
     )
