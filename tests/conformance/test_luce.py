@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from functools import partial
 
 import pytest
@@ -38,12 +39,14 @@ def claims(case: Case) -> set[str]:
     """What is promised of this loss, as laws."""
     loss, options = case.loss, case.options
     smoothed = any(name in options for name in SMOOTHED)
+    logarithmic = options.get("temperature") != math.inf  # in the limit a square, and a mean over classes
     conditions = {
         "shift_invariant": loss.shift_invariant,
         "zero_at_equality": loss.zero_at_equality and not loss.couples_rows,
         "micro_batches": not loss.couples_rows,
         "temperature_scaled": options.get("scale_by_temperature", True),
-        "vanishing_classes": not smoothed,
+        "vanishing_classes": not smoothed and logarithmic,
+        "log_tail": logarithmic,
         "settled_choice": not smoothed,
     }
     return {

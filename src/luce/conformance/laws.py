@@ -180,11 +180,14 @@ def gradient(subject: Subject, draw: Draw) -> None:
     batch = draw.batch()
     exact = subject.exactness < 1e-6
     step, tolerance = (1e-5, 1e-5) if exact else (2e-3, 1e-2)
-    direction = torch.sin(1 + 2 * torch.arange(batch.student.numel(), dtype=torch.float64))
-    direction = (direction / direction.norm()).reshape(batch.student.shape).to(batch.student.dtype)
+    place = torch.arange(batch.student.numel(), dtype=batch.student.dtype).reshape(batch.student.shape)
+    # Off the multiples of 1/8, where the kinks of a hinge are.
+    batch = replace(batch, student=batch.student + torch.cos(1 + 3 * place) / 50)
+    draw.note(student_logits=batch.student)
+    direction = torch.sin(1 + 2 * place)
+    direction = direction / direction.norm()
     up, down = (
-        subject.value(Batch(batch.student + sign * step * direction, batch.teacher, batch.target))
-        for sign in (1, -1)
+        subject.value(replace(batch, student=batch.student + sign * step * direction)) for sign in (1, -1)
     )
     slope = (subject.gradient(batch) * direction).sum().item()
     same("slope along a direction, by autograd", slope, (up - down) / (2 * step), tolerance, tolerance / 10)
@@ -231,7 +234,7 @@ def _temperature(loss: Loss) -> float:
     """What the loss softens by, as far as its options tell."""
     option = loss.option(*TEMPERATURES)
     value = None if option is None else loss.options.get(option.name, option.default)
-    return float(value) if isinstance(value, (int, float)) else 1.0
+    return float(value) if isinstance(value, (int, float)) and 0 < value < math.inf else 1.0
 
 
 def _eager_kl(batch: Batch, temperature: float) -> Tensor:
