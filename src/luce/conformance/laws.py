@@ -376,12 +376,13 @@ def top_k_limit(subject: Subject, draw: Draw) -> None:
     if option is None or option.default not in (None, 0, -1):
         raise NotApplicable("the loss has no option `top_k` that is off by default")
     batch = draw.batch()
-    cut = subject.with_options(top_k=batch.classes)
-    try:
-        cut.loss(batch.student, batch.teacher, batch.target)
-    except (TypeError, ValueError) as error:  # as an argument, not as an accident inside
-        raise NotApplicable(f"the loss refuses `top_k` beside its other options: {error}") from error
-    value, slope = subject.with_options(top_k=option.default).both(batch)
+    full, cut = (subject.with_options(top_k=k) for k in (option.default, batch.classes))
+    for one in (full, cut):
+        try:
+            one.loss(batch.student, batch.teacher, batch.target)
+        except (TypeError, ValueError) as error:  # as an argument, not as an accident inside
+            raise NotApplicable(f"the loss refuses `top_k` beside its other options: {error}") from error
+    value, slope = full.both(batch)
     got, got_slope = cut.both(batch)
     # Some keep a tail of the mass outside, which is nothing here, at a floor of 1e-7.
     same(f"value with top_k={batch.classes}", got, value, 1e-5)
