@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORTER = {
     "train": ["--training.epochs", "2"],
     "distill": ["--training.epochs", "2"],
+    "check": ["--examples", "3"],
     "compare": ["--training.epochs", "1", "--teacher_training.epochs", "1", "--seeds", "[0]"],
 }
 

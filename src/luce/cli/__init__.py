@@ -16,6 +16,7 @@ COMMANDS = {
     "landscape": "draw losses over a plane of student logits",
     "report": "write the report of a run or of a comparison again",
     "bench": "speed and memory of losses and ops against their baselines",
+    "check": "put a loss, anybody's, to the laws of distillation losses",
     "info": "versions, devices, and which optional parts are installed",
 }
 
@@ -37,7 +38,11 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 2 for what the user can mend and 1 for a defect of Luce."""
+    """Run a command.
+
+    The exit status is 2 for what the user can mend, and 1 for a defect: of Luce, or of what ``luce check`` is
+    asked about.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise unknown_name("command", name, COMMANDS)
-        importlib.import_module(f"luce.cli.{name}").main(rest)
+        return importlib.import_module(f"luce.cli.{name}").main(rest) or 0
     except KeyboardInterrupt:
         print("luce: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -66,4 +71,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         print(f"luce {name}: unexpected {reason}; --debug shows where, please report it", file=sys.stderr)
         return 1
-    return 0
