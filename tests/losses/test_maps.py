@@ -457,7 +457,7 @@ def test_mgd_says_what_the_generator_did_wrong():
 
 
 @pytest.mark.parametrize(
-    ("function", "name"), [(luce.vid_loss, "variance"), (luce.ofd_loss, "margin")], ids=str
+    ("function", "name"), [(luce.vid_loss, "variance"), (luce.ofd_loss, "margin")], ids=["vid", "ofd"]
 )
 def test_one_value_per_channel(function, name):
     x = torch.zeros(2, 3, 4, 4)
