@@ -251,9 +251,8 @@ def test_wsld_of_rows_whose_label_the_student_or_the_teacher_is_sure_of():
     kd = luce.kd_loss(student, teacher, temperature=2.0, reduction="none")
     values = luce.wsld_loss(student, teacher, target, reduction="none")
     assert values[0] == 0  # the student knows it: nothing to learn, however far the teacher is
-    assert values[1].item() == pytest.approx(
-        kd[1].item()
-    )  # the teacher knows it and the student does not: all of it
+    # The teacher knows it and the student does not: all of it.
+    assert values[1].item() == pytest.approx(kd[1].item())
     # The teacher is wrong by 200 nats and log 2, and the student by log 3: hardly anything.
     expected = kd[2].item() * (1 - exp(-log(3) / (200 + log(2))))
     assert values[2].item() == pytest.approx(expected, rel=1e-5)
