@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from .adapters import ADAPTERS, Adapter, Loss, find
-from .laws import GROUPS, LAWS, Law
+from .law import LAWS, Law
+from .laws import GROUPS
 from .verdict import Verdict, check
 
 __all__ = ["ADAPTERS", "GROUPS", "LAWS", "Adapter", "Law", "Loss", "Verdict", "check", "find"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adapters import Loss
-from .laws import LAWS, NOT_CLAIMED, claimed_laws
+from .law import LAWS, NOT_CLAIMED
+from .laws import claimed_laws
 from .verdict import Verdict
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import torch
 from ..errors import UserError, import_optional
 from .adapters import Adapter, Loss, parameters_of
 from .draw import Draw
-from .laws import LAWS, Broken, Law, NotApplicable, Subject, claimed_laws, law_names
+from .law import LAWS, Broken, Law, NotApplicable, Subject
+from .laws import claimed_laws, law_names
 
 State = Literal["held", "broken", "not applicable"]
 
