@@ -302,6 +302,19 @@ def test_options_that_are_refused(options, message: str) -> None:
         CRDLoss(**options)
 
 
+def test_banks_are_of_the_rows_that_they_were_built_for() -> None:
+    loss = CRDLoss(width=4, negatives=2)
+    loss.know_rows(INDEX, TARGET)
+    loss.build([(3,)], [(5,)])
+    bank = loss.student_bank.clone()
+    loss.know_rows(INDEX, TARGET)
+    assert torch.equal(loss.student_bank, bank)
+    more = torch.arange(300)
+    for index, target in ((more, more % 3), (INDEX, 1 - TARGET.clamp(max=1))):
+        with pytest.raises(ValueError, match="expected the rows that this CRDLoss was built for"):
+            loss.know_rows(index, target)
+
+
 def test_rows_and_shapes_that_are_refused() -> None:
     with pytest.raises(ValueError, match="`know_rows` to be called before `build`"):
         CRDLoss().build([(3,)], [(3,)])

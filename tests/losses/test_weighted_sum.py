@@ -58,6 +58,7 @@ def test_rows_without_a_label_count_where_they_can(both):
     assert_close(terms["kd"], 0.9 * luce.kd_loss(student, teacher, temperature=4.0))
     assert both.uses_unlabelled
     assert not WeightedSum({"task": (1.0, CrossEntropyLoss())}).uses_unlabelled
+    assert not WeightedSum({"task": (1.0, CrossEntropyLoss()), "kd": (0.0, KDLoss())}).uses_unlabelled
 
 
 def test_whether_it_looks_at_the_teacher(both):
@@ -117,6 +118,11 @@ def test_weights_that_cannot_be(weight):
     with pytest.raises(ValueError, match="weight of dist") as caught:
         WeightedSum({"dist": (weight, DISTLoss())})
     assert repr(weight) in str(caught.value)
+
+
+def test_a_loss_that_is_not_reduced():
+    with pytest.raises(ValueError, match="expected `reduction` of kd to be 'mean' or 'sum', got 'none'"):
+        WeightedSum({"kd": (1.0, KDLoss(reduction="none"))})
 
 
 def test_a_term_of_weight_zero_is_watched_and_not_felt(both):

@@ -115,7 +115,7 @@ def test_features_alone() -> None:
     assert terms.keys() == {"hint", "loss"}
     terms["loss"].backward()
     assert student.body.stages[1][1].weight.grad.abs().sum() > 0
-    assert student.body.head.weight.grad is None
+    assert not student.body.head.weight.grad.any()
 
 
 def test_a_weight_grows_over_its_warm_up() -> None:
@@ -290,6 +290,9 @@ def test_which_rows_can_teach(loss, feature, uses_unlabelled: bool) -> None:
     method = FeatureMethod(loss, {"x": (1.0, feature, ["pool"], ["pool"])})
     assert method.needs_teacher
     assert method.uses_unlabelled is uses_unlabelled
+    if loss is not None:  # a term that is switched off teaches nothing
+        off = FeatureMethod(loss, {"x": (0.0, feature, ["pool"], ["pool"])})
+        assert off.uses_unlabelled is isinstance(loss, WeightedSum)
 
 
 def test_preparation_reaches_the_loss_on_logits() -> None:
@@ -322,6 +325,22 @@ def test_preparation_reaches_the_loss_on_logits() -> None:
 def test_terms_that_are_refused(terms, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FeatureMethod(None, terms)
+
+
+def test_a_term_has_lists_of_paths_and_a_loss_on_features() -> None:
+    with pytest.raises(TypeError, match=r"expected a luce\.FeatureLoss as the loss of `x`, got KDLoss"):
+        FeatureMethod(None, {"x": (1.0, KDLoss(), ["a"], ["a"])})
+    for paths in ("pool", ["pool"]), (["pool"], "pool"):
+        with pytest.raises(TypeError, match=r"expected lists of paths for `x`, got .*'pool'"):
+            FeatureMethod(None, {"x": (1.0, MSELoss(), *paths)})
+
+
+@pytest.mark.parametrize(("loss", "name"), [(KDLoss(), "logits"), (WeightedSum(CE_AND_KD), "kd")])
+def test_a_term_on_features_hides_none_on_logits(loss, name: str) -> None:
+    terms = {name: (1.0, MSELoss(), ["a"], ["a"])}
+    with pytest.raises(ValueError, match=rf"expected other names .*got \['{name}'\]"):
+        FeatureMethod(loss, terms)
+    assert FeatureMethod(None, terms).terms.keys() == {name}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from luce import CrossEntropyLoss, DKDLoss, KDLoss, PLDLoss, WeightedSum
+from luce import CrossEntropyLoss, DKDLoss, FitNetLoss, KDLoss, PLDLoss, WeightedSum
 from luce.methods import LogitMethod, Method
 from luce.signals import DenseSignal
 
@@ -35,6 +35,13 @@ def batch() -> dict[str, Tensor]:
 def test_a_method_asks_for_what_its_loss_needs(loss, needs_teacher: bool, uses_unlabelled: bool) -> None:
     method = LogitMethod(loss)
     assert (method.needs_teacher, method.uses_unlabelled) == (needs_teacher, uses_unlabelled)
+
+
+def test_a_loss_on_features_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"got FitNetLoss, which compares features; wrap it in a luce\.methods"
+    ):
+        LogitMethod(FitNetLoss())
 
 
 def test_a_step_is_one_forward_pass_and_the_loss() -> None:

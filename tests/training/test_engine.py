@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from luce import CrossEntropyLoss, KDLoss, PLDLoss, WeightedSum, data
+from luce import CrossEntropyLoss, CTKDLoss, KDLoss, PLDLoss, WeightedSum, data
 from luce.data import Examples
 from luce.errors import MissingExtra, UserError
 from luce.methods import LogitMethod, Method, TwoViewMethod
@@ -599,6 +599,21 @@ def test_a_loss_that_is_no_number_names_its_term_and_keeps_the_checkpoint(poison
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (KDLoss(reduction="none"), r"one number, got one of shape \(8,\)"),
+        (WeightedSum({"kd": (0.0, KDLoss())}), "got one without a gradient; give a term a weight above 0"),
+        (lambda s, t, y: s.detach().sum(), "got one without a gradient.*detach nothing"),
+        (CTKDLoss(classes=3), r"expected logits of `classes=3` classes, got 5"),
+    ],
+    ids=["not reduced", "weight 0", "detached", "refused"],
+)
+def test_losses_that_cannot_be_descended(loss: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(linear(), examples(8), loss)
 
 
 def test_a_student_without_parameters_is_refused() -> None:

@@ -210,6 +210,21 @@ def test_a_teacher_whose_answers_are_remembered_has_no_features(make: Make, tmp_
         run(make("AT", teacher={"name": "python:toy.teacher", "remember": True}), tmp_path)
 
 
+@pytest.mark.parametrize("terms", [{"task": {"loss": "CrossEntropyLoss"}, "inside": TERMS["AT"]}, {}])
+def test_a_recipe_whose_terms_are_all_switched_off(terms: dict[str, Any]) -> None:
+    off = {name: {**term, "weight": 0} for name, term in terms.items()}
+    with pytest.raises(UserError, match=r"expected a term of a weight above 0 in `loss`, got \["):
+        build_method(off)
+
+
+def test_a_loss_on_features_that_is_no_number_is_named(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(losses.modules.ATLoss, "_stage", lambda self, *_: torch.tensor(torch.nan))
+    with pytest.raises(UserError, match="in epoch 1: `inside` is nan, `loss` is nan"):
+        run(make("AT"), tmp_path)
+
+
 def test_a_recipe_without_a_teacher(make: Make, tmp_path: Path) -> None:
     recipe = make("AT")
     recipe.teacher = None
@@ -253,6 +268,10 @@ def test_a_comparison_of_methods_on_logits_and_on_features(toy: ModuleType, tmp_
         ({"student": "stages.9"}, {}, "unknown module of Network `stages.9`"),
         ({"teacher": "stages.9"}, {}, "unknown module of Network `stages.9`"),
         ({}, {"teacher": {"name": "cnn", "remember": True}}, r"set `teacher\.remember: false`"),
+        ({"loss": "CTKDLoss", "classes": 7}, {}, r"expected logits of `classes=7` classes, got 4"),
+        ({"loss": "PartialKDLoss", "keep": "weight_sim"}, {}, r"expected `use_weight\(weight\)`.*class_mean"),
+        ({"loss": "KDLoss", "class_dim": 5}, {}, r"expected `class_dim` between -2 and 1.*got 5"),
+        ({"loss": "KDLoss", "reduction": "none"}, {}, r"expected `reduction` of hint.*got 'none'"),
     ],
 )
 def test_a_comparison_is_checked_before_its_teacher_is_trained(
@@ -260,7 +279,7 @@ def test_a_comparison_is_checked_before_its_teacher_is_trained(
 ) -> None:
     methods = {
         "cross-entropy": {"task": {"loss": "CrossEntropyLoss"}},
-        "FitNet": {"hint": {**TERMS["FitNet"], **term}},
+        "FitNet": {"hint": term if "loss" in term else {**TERMS["FitNet"], **term}},
     }
     with pytest.raises(UserError, match=message):
         compare(comparison(methods=methods, **changes), tmp_path / "run")
@@ -297,6 +316,19 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "CRD, few labels": ("CRD", {"data": {"labels_per_class": 3}}),
     "VID, average, bf16": ("VID", {"training": {"ema": 0.9, "precision": "bf16"}}),
+    "all that learns or remembers": (
+        "OFD",
+        {
+            "data": {"labels_per_class": 6},
+            "loss": {
+                "crd": TERMS["CRD"],
+                "ctkd": {"loss": "CTKDLoss", "curriculum_epochs": 3, "warmup": 2},
+                "pk": {"loss": "PartialKDLoss", "keep": "class_mean"},
+                "pld": {"loss": "PLDLoss", "teacher_temperature": "auto", "standardize": True},
+            },
+            "training": {"ema": 0.9, "accumulate": 2},
+        },
+    ),
     "FitNet, accumulation, augmentation": (
         "FitNet",
         {"training": {"accumulate": 2, "optimizer": "sgd"}, "data": {"augment": "crop_flip"}},
@@ -400,7 +432,9 @@ known = {
     "hint": (1.0, FitNetLoss(), ["map"], ["map"]),
     "crd": (0.8, CRDLoss(width=8, negatives=6), ["pool"], ["pool"]),
 }
-method = FeatureMethod(CrossEntropyLoss(), {name: known[name] for name in terms.split(",")})
+names = terms.split(",")
+loss = CrossEntropyLoss() if "task" in names else None
+method = FeatureMethod(loss, {name: known[name] for name in names if name != "task"})
 student = network(1, 3)
 torch.manual_seed(int(os.environ.get("RANK", 0)))  # processes that have drawn differently so far
 fit(student, method, Examples(data, range(64)), teacher=LiveTeacher(network(2, 5)),
@@ -428,17 +462,18 @@ def together(folder: Path, processes: int, batch_size: int, terms: str) -> list[
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-def test_two_processes_learn_what_one_would(tmp_path: Path) -> None:
+@pytest.mark.parametrize("terms", ["task,vid", "vid"])  # of features alone nothing teaches the head
+def test_two_processes_learn_what_one_would(terms: str, tmp_path: Path) -> None:
     """Half of each batch each: a mean over rows is the mean of the two means."""
-    first, second = together(tmp_path, 2, 8, "vid")
-    (alone,) = together(tmp_path, 1, 16, "vid")
+    first, second = together(tmp_path, 2, 8, terms)
+    (alone,) = together(tmp_path, 1, 16, terms)
     for part in ("method", "student"):
         assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
         torch.testing.assert_close(first[part], alone[part], rtol=1e-5, atol=1e-6)
 
 
 def test_two_processes_keep_one_memory(tmp_path: Path) -> None:
-    first, second = together(tmp_path, 2, 8, "crd,hint")
+    first, second = together(tmp_path, 2, 8, "task,crd,hint")
     assert first["method"].keys() == second["method"].keys()
     assert {"losses.crd.student_bank", "losses.hint.regressors.0.1.running_mean"} <= first["method"].keys()
     for part in ("method", "student"):

@@ -40,7 +40,8 @@ class Method(nn.Module, ABC):
         """Make the parts that depend on the networks and the data, before anything is restored or trained.
 
         Args:
-            student: On its device, as it starts. It must be left as it is.
+            student: On its device, as it starts. It must be left as it is, but for what the method itself
+                settles, such as a classifier that it takes over.
             teacher: That will answer the batches; None without one.
             sample: A batch of a few rows.
             rows: ``index`` and ``target`` of all training rows; a target of -1 where there is none.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import _check
-from ..losses.modules import CRDLoss, FeatureLoss
+from ..losses.modules import CRDLoss, FeatureLoss, WeightedSum
 from ..losses.modules.weighted_sum import warmed_up
 from ..models.hooks import Features
 from ..signals import Signal, Teacher
@@ -53,6 +53,7 @@ class FeatureMethod(Method):
 
     Raises:
         ValueError: If there is no term, a weight or a warm-up is negative, or a name cannot be used.
+        TypeError: If the loss of a term is no `luce.FeatureLoss`, or its paths are no lists.
 
     Example:
         >>> import luce
@@ -78,7 +79,20 @@ class FeatureMethod(Method):
         self.terms = {name: FeatureTerm(*term) for name, term in terms.items()}
         if not self.terms or "loss" in self.terms:
             raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
+        on_logits = loss.weights if isinstance(loss, WeightedSum) else () if loss is None else ("logits",)
+        if twice := sorted(self.terms.keys() & set(on_logits)):
+            raise ValueError(
+                f"expected other names for the terms on features than for those on logits, got {twice}"
+            )
         for name, term in self.terms.items():
+            if not isinstance(term.loss, FeatureLoss):
+                raise TypeError(
+                    f"expected a luce.FeatureLoss as the loss of `{name}`, got {type(term.loss).__name__}"
+                )
+            if isinstance(term.student, str) or isinstance(term.teacher, str):
+                raise TypeError(
+                    f"expected lists of paths for `{name}`, got {term.student!r} and {term.teacher!r}"
+                )
             _check.check_not_negative(**{f"weight of {name}": term.weight, f"warmup of {name}": term.warmup})
         try:
             self.losses = nn.ModuleDict({name: term.loss for name, term in self.terms.items()})
@@ -88,9 +102,9 @@ class FeatureMethod(Method):
             ) from error
         self.student_paths = [path for term in self.terms.values() for path in term.student]
         self.teacher_paths = [path for term in self.terms.values() for path in term.teacher]
-        self.uses_unlabelled = any(not term.loss.needs_labels for term in self.terms.values()) or (
-            self.logits is not None and self.logits.uses_unlabelled
-        )
+        self.uses_unlabelled = any(
+            term.weight and not term.loss.needs_labels for term in self.terms.values()
+        ) or (self.logits is not None and self.logits.uses_unlabelled)
         self.wants_preparation = self.logits is not None and self.logits.wants_preparation
         self.epoch: int | None = None
         self._student: Features | None = None
@@ -147,6 +161,10 @@ class FeatureMethod(Method):
             # A term that is switched off may be infinite, and 0 * inf is not 0.
             value = weight * _value(term, features, batch, signal) if weight else logits.new_zeros(())
             terms[name], total = value, total + value
+        if total.requires_grad:
+            # Several processes wait for a gradient of every parameter, and features alone may leave some
+            # without: a sum over no rows is 0 and brings them zeros.
+            total = total + logits[:0].sum()
         return {**terms, "loss": total}
 
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from ..losses.modules import LogitLoss, WeightedSum
+from ..losses.modules import FeatureLoss, LogitLoss, WeightedSum
 from ..signals import Signal
 from .base import Method
 
@@ -21,10 +21,17 @@ class LogitMethod(Method):
         loss: Called as ``loss(student_logits, teacher_logits, target)``; returns a scalar or a dict of
             scalars with the key ``"loss"``, as `luce.WeightedSum` does. Without a teacher the second
             argument is None.
+    Raises:
+        TypeError: If it is a loss on features.
     """
 
     def __init__(self, loss: Loss) -> None:
         super().__init__()
+        if isinstance(loss, FeatureLoss):
+            raise TypeError(
+                f"expected a loss on logits, got {type(loss).__name__}, which compares features; "
+                "wrap it in a luce.methods.FeatureMethod, which says where they are"
+            )
         self.loss = loss
         self.needs_teacher = getattr(loss, "takes_teacher", True)
         self.uses_unlabelled = getattr(loss, "uses_unlabelled", True)

@@ -101,8 +101,6 @@ def fit(
         UserError: On settings that cannot work, before training starts.
         TrainingError: If the loss stops being a number; names the term and keeps the last checkpoint.
     """
-    if method.needs_teacher and teacher is None:
-        raise UserError("expected a teacher for a loss that compares with one; add `teacher` to the recipe")
     if method.two_views != (strong_augment is not None):
         raise UserError("expected `strong_augment` for a method of two views, and for no other")
     if method.two_views and method.needs_teacher and isinstance(teacher, RememberedTeacher):
@@ -184,20 +182,23 @@ def build(
     rows: Examples,
     device: torch.device,
     seed: int,
-) -> None:
-    """Let a method make its parts, the same in every process, without touching the draws that follow."""
+) -> Mapping[str, Tensor]:
+    """Let a method make its parts, the same in every process, without touching the draws that follow.
+
+    Returns:
+        The batch of one row that it was shown.
+    """
+    if method.needs_teacher and teacher is None:
+        raise UserError("expected a teacher for a loss that compares with one; add `teacher` to the recipe")
     student.to(device)
     if teacher is not None:
         teacher.to(device)
-    sample = next(iter(data.loader(rows.plain, batch_size=1, seed=None)))
+    first = next(iter(data.loader(rows.plain, batch_size=1, seed=None)))
+    sample = {name: part.to(device) for name, part in first.items()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        method.build(
-            student,
-            teacher,
-            {name: part.to(device) for name, part in sample.items()},
-            {"index": rows.indices, "target": rows.targets},
-        )
+        method.build(student, teacher, sample, {"index": rows.indices, "target": rows.targets})
+    return sample
 
 
 def what_the_teacher_says(teacher: Teacher, rows: Examples, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -283,7 +284,7 @@ class Session:
         for count, batch in enumerate(self.batches, start=1):
             with accelerator.accumulate(self.student):
                 with accelerator.autocast():
-                    terms = self.method.step(self.student, batch, self.signal(batch))
+                    terms = checked_step(self.method, self.student, batch, self.signal(batch))
                 if on_cpu or count % FINITE_CHECK_STEPS == 0:
                     check_finite(terms, number)
                 share = len(batch["target"]) / self.batch_size
@@ -431,6 +432,33 @@ def learning_rate(options: TrainingOptions, steps_per_epoch: int) -> Callable[[i
         return 1.0
 
     return factor
+
+
+def checked_step(
+    method: Method, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
+) -> dict[str, Tensor]:
+    """A step whose loss can be descended.
+
+    Raises:
+        UserError: If the loss refuses what it gets, is not one number, or does not depend on the student.
+    """
+    try:
+        terms = method.step(student, batch, signal)
+    except UserError:
+        raise
+    except ValueError as error:  # of a loss, which says what it expected
+        raise UserError(str(error)) from error
+    loss = terms["loss"]
+    if loss.numel() != 1:
+        raise UserError(
+            f"expected a loss that is one number, got one of shape {tuple(loss.shape)}; give the mean"
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise UserError(
+            "expected a loss that depends on the student, got one without a gradient; give a term a weight "
+            "above 0, and detach nothing of the student"
+        )
+    return terms
 
 
 def check_finite(terms: Mapping[str, Tensor], epoch: int) -> None:

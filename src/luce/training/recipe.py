@@ -192,7 +192,8 @@ def build_method(terms: Terms) -> Method:
     """The method that the loss terms of a recipe describe: on the logits, on features, or on both.
 
     Raises:
-        UserError: As `build_loss`, and on a term on features that does not say which ones.
+        UserError: As `build_loss`, if all weights are 0, and on a term on features that does not say which
+            ones.
     Example:
         >>> method = build_method(
         ...     {"task": {"loss": "CrossEntropyLoss"}, "hint": {"loss": "FitNetLoss", "student": "stages.0"}}
@@ -200,6 +201,8 @@ def build_method(terms: Terms) -> Method:
         >>> method.terms["hint"].teacher
         ['stages.0']
     """
+    if all(term.get("weight", 1.0) == 0 for term in terms.values()):
+        raise UserError(f"expected a term of a weight above 0 in `loss`, got {sorted(terms)} without one")
     known = _known(FeatureLoss)
     on_features = {name: term for name, term in terms.items() if str(term.get("loss")) in known}
     on_logits = {name: term for name, term in terms.items() if name not in on_features}

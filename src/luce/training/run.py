@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..methods import FeatureMethod, TwoViewMethod
 from ..signals import LiveTeacher, RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
-from .engine import Fit, build, fit, new_accelerator
+from .engine import Fit, build, checked_step, fit, new_accelerator
 from .environment import environment
 from .processes import processes
 from .recipe import ModelOptions, Recipe, build_method, read_yaml
@@ -175,19 +175,25 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
 
 
 def rehearse(recipe: Recipe, materials: Materials) -> None:
-    """Build the method of a recipe for networks like its own, to hear of what does not fit before training.
+    """Make a step on one row with networks like a recipe's own, to hear of what does not fit before training.
 
     Raises:
-        UserError: If a path or a shape does not fit.
+        UserError: If a path, a shape or an option of a loss does not fit.
     """
     method = build_method(recipe.loss)
-    if isinstance(method, FeatureMethod):
-        student, _ = build_network(recipe.student, materials.data)
-        teacher: Teacher | None = None
-        if recipe.teacher is not None:
-            network, _ = build_network(recipe.teacher, materials.data)
-            teacher = RememberedTeacher(torch.empty(0)) if recipe.teacher.remember else LiveTeacher(network)
-        build(method, student, teacher, materials.train, torch.device("cpu"), seed=0)
+    student, _ = build_network(recipe.student, materials.data)
+    teacher: Teacher | None = None
+    if recipe.teacher is not None:
+        network, _ = build_network(recipe.teacher, materials.data)
+        teacher = LiveTeacher(network)
+        if recipe.teacher.remember and isinstance(method, FeatureMethod):
+            teacher = RememberedTeacher(torch.empty(0))
+    row = build(method, student, teacher, materials.train, torch.device("cpu"), seed=0)
+    with method.attached(student, teacher), torch.no_grad():
+        signal = None if teacher is None else teacher.signal(row)
+        if method.wants_preparation and signal is not None:
+            method.prepare(signal.logits, row["target"])
+        checked_step(method.eval(), student.eval(), row, signal)
 
 
 def _remember(live: LiveTeacher, examples: Examples, accelerator: Accelerator) -> RememberedTeacher:

@@ -92,7 +92,7 @@ class CRDLoss(FeatureLoss):
             index: By which batches name them, ``(rows,)``.
             target: Their classes; `UNLABELLED` where there is none.
         Raises:
-            ValueError: If fewer than two classes have a row.
+            ValueError: If fewer than two classes have a row, or the banks are there already, for other rows.
         """
         size = int(index.max()) + 1
         index, target = index[target != UNLABELLED], target[target != UNLABELLED]
@@ -102,6 +102,13 @@ class CRDLoss(FeatureLoss):
         # A class is a run of neighbours in the banks, which makes drawing from all others a matter of adding.
         place = torch.full((size,), NOWHERE)
         place[index[target.argsort(stable=True)]] = torch.arange(len(index))
+        if self._shapes is not None:
+            known = self.get_buffer("place").cpu(), self.get_buffer("count").cpu()
+            if not (torch.equal(place, known[0]) and torch.equal(count, known[1])):
+                raise ValueError(
+                    "expected the rows that this CRDLoss was built for, got others; make another one"
+                )
+            return
         self.place = nn.Buffer(place, persistent=False)
         self.count = nn.Buffer(count, persistent=False)
         self.first = nn.Buffer(count.cumsum(0) - count, persistent=False)

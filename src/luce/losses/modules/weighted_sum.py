@@ -19,8 +19,8 @@ class WeightedSum(nn.Module):
         warmup: Name to the number of epochs over which that weight grows to its full size: in epoch *e* it
             is multiplied by ``min(e / warmup, 1)``. The training loop tells the epoch by `set_epoch`.
     Raises:
-        ValueError: If there are no terms, a weight is negative, a term is called ``"loss"``, or there is a
-            warm-up of no term or of a negative number of epochs.
+        ValueError: If there are no terms, a weight is negative, a term is called ``"loss"``, a loss is not
+            reduced to a scalar, or there is a warm-up of no term or of a negative number of epochs.
     Example:
         >>> import torch
         >>> from luce import CrossEntropyLoss, KDLoss
@@ -37,8 +37,10 @@ class WeightedSum(nn.Module):
         super().__init__()
         if not terms or "loss" in terms:
             raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
-        for name, (weight, _) in terms.items():
+        for name, (weight, loss) in terms.items():
             _check.check_not_negative(**{f"weight of {name}": weight})
+            if getattr(loss, "reduction", None) == "none":
+                raise ValueError(f"expected `reduction` of {name} to be 'mean' or 'sum', got 'none'")
         self.weights = {name: float(weight) for name, (weight, _) in terms.items()}
         self.warmup = dict(warmup or {})
         for name, epochs in self.warmup.items():
@@ -54,8 +56,11 @@ class WeightedSum(nn.Module):
 
     @property
     def uses_unlabelled(self) -> bool:
-        """Whether a row without a label can teach anything: True if it can in any term."""
-        return any(not isinstance(loss, LogitLoss) or loss.uses_unlabelled for loss in self.losses.values())
+        """Whether a row without a label can teach anything: True if it can in any term that counts."""
+        return any(
+            weight and (not isinstance(loss, LogitLoss) or loss.uses_unlabelled)
+            for weight, loss in zip(self.weights.values(), self.losses.values(), strict=True)
+        )
 
     @property
     def takes_teacher(self) -> bool:
