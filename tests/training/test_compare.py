@@ -197,7 +197,7 @@ def test_a_run_folder_is_no_place_for_a_comparison(make: Any, trained: list[str]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": {"KD": {"kd": {"loss": "KDLos"}}}}, "unknown loss"),
+        ({"methods": {"KD": {"kd": {"loss": "KDLos"}}}}, "method `KD`: unknown loss"),
         ({"methods": {"zz": {"kd": {"loss": "KDLoss", "temperature": -1}}}}, "temperature"),
         ({"settings": {"few": {"data": {"labels_per_clas": 3}}}}, "labels_per_clas"),
         ({"settings": {"few": {"data": {"labels_per_class": 3000}}}}, "expected at least 3000 labels"),

@@ -281,7 +281,7 @@ def test_a_comparison_is_checked_before_its_teacher_is_trained(
         "cross-entropy": {"task": {"loss": "CrossEntropyLoss"}},
         "FitNet": {"hint": term if "loss" in term else {**TERMS["FitNet"], **term}},
     }
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^method `FitNet`: .*{message}"):
         compare(comparison(methods=methods, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -421,7 +421,8 @@ from luce.training import TrainingOptions, fit
 def network(seed, width):
     torch.manual_seed(seed)
     convolution, rest = nn.Conv2d(1, width, 3), nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    parts = {"map": nn.Sequential(convolution, nn.Tanh()), "pool": rest, "head": nn.Linear(4 * width, 4)}
+    norm = nn.BatchNorm2d(width) if "norm" in sys.argv[3] else nn.Identity()
+    parts = {"map": nn.Sequential(convolution, norm, nn.Tanh()), "pool": rest, "head": nn.Linear(4 * width, 4)}
     return Classifier(nn.Sequential(OrderedDict(parts)))
 
 out, batch_size, terms = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -434,7 +435,7 @@ known = {
 }
 names = terms.split(",")
 loss = CrossEntropyLoss() if "task" in names else None
-method = FeatureMethod(loss, {name: known[name] for name in names if name != "task"})
+method = FeatureMethod(loss, {name: known[name] for name in names if name in known})
 student = network(1, 3)
 torch.manual_seed(int(os.environ.get("RANK", 0)))  # processes that have drawn differently so far
 fit(student, method, Examples(data, range(64)), teacher=LiveTeacher(network(2, 5)),
@@ -473,7 +474,7 @@ def test_two_processes_learn_what_one_would(terms: str, tmp_path: Path) -> None:
 
 
 def test_two_processes_keep_one_memory(tmp_path: Path) -> None:
-    first, second = together(tmp_path, 2, 8, "task,crd,hint")
+    first, second = together(tmp_path, 2, 8, "task,crd,hint,norm")
     assert first["method"].keys() == second["method"].keys()
     assert {"losses.crd.student_bank", "losses.hint.regressors.0.1.running_mean"} <= first["method"].keys()
     for part in ("method", "student"):

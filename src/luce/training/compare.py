@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,8 +138,9 @@ def compare(
         for seed in recipe.seeds
         for method in recipe.methods
     }
-    for terms in recipe.methods.values():
-        build_method(terms)
+    for name, terms in recipe.methods.items():
+        with about(name):
+            build_method(terms)
     grows = extends(folder, recipe)
     if not grows:
         holds(folder, "comparison.yaml", asdict(recipe), command=command)
@@ -147,7 +150,8 @@ def compare(
     parts = {setting: prepare_data(one) for setting, one in dict(grid.values()).items()}
     for setting, one in grid.values():
         if one.training.seed == recipe.seeds[0]:
-            rehearse(one, parts[setting])
+            with about(one.method):
+                rehearse(one, parts[setting])
     if recipe.teacher_training is not None:
         prepare_data(recipe.teacher_recipe())
     claim(folder, "comparison.yaml", asdict(recipe), replace=grows, command=command)
@@ -167,3 +171,12 @@ def compare(
             run(one, place, known[setting], progress)
             bar.advance()
     return len(grid), done
+
+
+@contextmanager
+def about(method: str) -> Iterator[None]:
+    """Say of which method an error is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"method `{method}`: {error}") from error

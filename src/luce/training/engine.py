@@ -308,7 +308,8 @@ class Session:
             bar.advance()
         check_finite(sums, number)
         if accelerator.num_processes > 1:
-            for buffer in self.method.buffers():  # as the main process, which saves them, has them
+            # As the main process, which saves them, has them.
+            for buffer in (*self.evaluated.buffers(), *self.method.buffers()):
                 broadcast(buffer)
         means = accelerator.reduce({name: total / count for name, total in sums.items()}, "mean")
         return {name: mean.item() for name, mean in means.items()}
