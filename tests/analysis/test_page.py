@@ -102,6 +102,7 @@ def test_a_teacher_that_only_repeats_the_labels(tmp_path: Path) -> None:
     html(found, tmp_path)
     json.dumps(page.as_json(found), allow_nan=False)
     assert page.strongest(found) == "none"
+    assert ">100%<" in plots.relations("r", "", found.train.teacher, found.classes).svg  # no scale of 1e-10
 
 
 def test_table_and_json_say_the_same() -> None:

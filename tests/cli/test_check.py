@@ -117,6 +117,8 @@ def test_the_help_lists_laws_adapters_and_groups(luce) -> None:
         (["mine"], "expected `module:callable`, such as luce:kd_loss, got `mine`"),
         (["nowhere:kd"], "could not import `nowhere`"),
         (["mine:kdd"], "unknown attribute of `mine` `kdd`; did you mean `kd`"),
+        (["mine:nothing"], "unknown attribute of `mine` `nothing`; known: F, kd\n"),
+        (["quits:kd"], "could not import `quits` for `quits:kd` (SystemExit: 3)"),
         (["mine:kd", "--adapter", "x"], "unknown adapter `x`; known: auto,"),
         (["mine:kd", "--adapter", "student"], "called as loss(student_logits, target) raised"),
         (["mine:kd", "--claims", "kl"], "unknown claim `kl`; known: all,"),
@@ -129,7 +131,8 @@ def test_the_help_lists_laws_adapters_and_groups(luce) -> None:
         (["mine:kd", "--json", "mine.py/x"], "expected a folder that can be written to"),
     ],
 )
-def test_what_check_refuses(words: list[str], reason: str, refuses) -> None:
+def test_what_check_refuses(words: list[str], reason: str, refuses, place: Path) -> None:
+    (place / "quits.py").write_text("raise SystemExit(3)")
     assert reason in refuses("check", *words)
 
 

@@ -152,6 +152,15 @@ def test_what_cannot_be_diagnosed(
     assert (place / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("words", [("--temperature", "0"), ("--weight", "2")])
+def test_wrong_figures_are_refused_before_anything_is_done(
+    words: tuple[str, str], teacher: Path, refuses, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("data were loaded"))
+    refuses("diagnose", "runs/teacher", "sklearn:iris", "--out", "runs/new", *words)
+    assert not (place / "runs" / "new").exists()
+
+
 def test_a_folder_without_a_recipe_can_be_a_teacher(teacher: Path, luce, place: Path) -> None:
     (place / "bare").mkdir()
     for name in ("student.json", "student.safetensors"):
@@ -207,6 +216,7 @@ def test_teachers_of_landscapes(luce, place: Path) -> None:
     [
         ([], "expected at least one loss"),
         (["--loss", "PLDLos"], "unknown loss in `loss.1`: `PLDLos`; did you mean `PLDLoss`"),
+        (["--loss", "FitNetLoss"], "expected a loss on logits in `loss.1`, got FitNetLoss"),
         (["--loss", "KDLoss", "temp=3"], "did you mean `temperature`"),
         (["--loss", "KDLoss", "temperature"], "option of KDLoss as option=value, got `temperature`"),
         (["--loss", "KDLoss", "temperature=-3"], "`temperature`"),
@@ -225,6 +235,7 @@ def test_teachers_of_landscapes(luce, place: Path) -> None:
 def test_what_cannot_be_drawn(words: list[str], reason: str, refuses, place: Path) -> None:
     assert reason in refuses("landscape", *words)
     assert not list(place.rglob("*.png"))
+    assert not (place / "runs").exists()
 
 
 def test_reading_losses() -> None:

@@ -218,6 +218,20 @@ def test_a_part_of_normdkd_that_is_switched_off_may_be_infinite():
 # Standardized logits
 
 
+@pytest.mark.parametrize(("unbiased", "most"), [(True, 6 / math.sqrt(7)), (False, math.sqrt(6))])
+def test_the_largest_z_score(unbiased, most):
+    one_hot = torch.eye(7, dtype=torch.float64)[:1]
+    assert standardize(one_hot, unbiased=unbiased).max().item() == pytest.approx(most, rel=1e-14)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_normkd_at_a_high_t_norm(unbiased):
+    s, t = torch.tensor([ROW_S], dtype=torch.float64), torch.tensor([ROW_T], dtype=torch.float64)
+    found = luce.normkd_loss(s, t, t_norm=1e5, unbiased=unbiased).item()
+    expected = statistics.pvariance(ROW_T) * (1 - statistics.correlation(ROW_S, ROW_T))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_standardize_spelled_out():
     """Of 1, 2, 6: mean 3, squares 4 + 1 + 9 = 14, so a deviation of sqrt(7), or sqrt(14 / 3) biased."""
     x = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)

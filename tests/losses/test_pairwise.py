@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -331,6 +333,29 @@ def test_no_array_of_all_pairs(loss):
         _, gradient = value_and_gradient(loss, student, teacher)
     assert largest.size <= 1.1 * _pairs.PAIRS
     assert gradient.isfinite().all()
+
+
+GROWTH = """
+import resource, torch, luce
+from luce.ops import _pairs
+
+def held():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+_pairs.PAIRS = 2**18
+student, teacher = torch.randn(2, 1, 4000)
+luce.ranking_logistic_loss(student[:, :100].requires_grad_(), teacher[:, :100]).backward()
+before = held()
+luce.ranking_logistic_loss(student.requires_grad_(), teacher).backward()
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere `ru_maxrss` has another unit or is not there")
+def test_the_process_does_not_grow_as_if_it_held_all_pairs():
+    """All pairs would be 122 MiB; small results kept among the blocks made it twice that."""
+    answer = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    assert float(answer.stdout) < 122
 
 
 @pytest.mark.parametrize(

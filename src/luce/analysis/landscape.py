@@ -168,10 +168,10 @@ def picture(landscapes: Sequence[Landscape]) -> bytes:
     style: Any = STYLE
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.3 * columns, 4.2 * lines + 0.6), layout="constrained")
-        panels = figure.subplots(lines, columns, squeeze=False).flat
+        panels = figure.subplots(lines, columns, squeeze=False).ravel()
         for axes, found in zip(panels, landscapes, strict=False):
             _paint(figure, axes, found)
-        for axes in list(panels)[len(landscapes) :]:
+        for axes in panels[len(landscapes) :]:
             axes.set_axis_off()
         marks = "plus: the student says what the teacher says\ndot: lowest point"
         if len(landscapes[0].teacher_logits) == 3:
@@ -195,7 +195,7 @@ def _paint(figure: Figure, axes: Axes, found: Landscape) -> None:
         filled = axes.contourf(steps, steps, values, levels=1 if flat else 24, cmap="viridis")
         if not flat:
             axes.contour(steps, steps, values, levels=24, colors="white", linewidths=0.3, alpha=0.5)
-        figure.colorbar(filled, ax=axes, shrink=0.75, pad=0.02, ticks=MaxNLocator(6))
+        figure.colorbar(filled, ax=axes, shrink=0.75, pad=0.02, ticks=MaxNLocator(6), label="loss")
     if len(found.teacher_logits) == 3:
         _mark_classes(axes, found)
     axes.plot(0, 0, "+", color="white", markersize=11, markeredgewidth=2.2, clip_on=False)
@@ -204,7 +204,8 @@ def _paint(figure: Figure, axes: Axes, found: Landscape) -> None:
         axes.plot(a, b, "o", color="#D55E00", markeredgecolor="white", markersize=7, clip_on=False, zorder=4)
     where = "is flat" if flat else f"lowest {value:.3g}" + (" at the edge" if found.minimum_on_edge else "")
     axes.set_title("\n".join([*textwrap.wrap(found.name, 44), where]), fontsize=8.5, color=INK)
-    axes.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal", xlabel="a", ylabel="b")
+    axes.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal")
+    axes.set(xlabel="a (logits)", ylabel="b (logits)")
     axes.grid(visible=False)
 
 

@@ -265,8 +265,8 @@ def _galleries(report: Report) -> list[Gallery]:
             "equally sure of all of them, and has nothing to say about which are hard. The factor by which "
             f"it changes the cross-entropy's pull on each row's label, for {report.student}: beside it, "
             "label smoothing of the same strength, whose weights vary with the student alone; below zero the "
-            "label is pushed down. Last, the length of the gradient's parts and their cosine with "
-            "cross-entropy's.",
+            "label is pushed down, and the outermost bars hold all that lies further out. Last, the length "
+            "of the gradient's parts and their cosine with cross-entropy's.",
             [
                 plots.confidence(report.splits),
                 plots.weights({name: pull for name, pull in pulls.items() if pull is not None}),
@@ -276,8 +276,8 @@ def _galleries(report: Report) -> list[Gallery]:
         Gallery(
             "Over temperatures",
             "Left, the shares as above; the colours are those of the first plot. Right, how strong each "
-            "level is: what is left to wrong classes, how uneven its spread is (of the most it could be), "
-            "and how far the weights of rows deviate. The dashed line is the chosen temperature.",
+            "level is: what is left to wrong classes, how uneven its spread is (relations, of the most they "
+            "could be), and how far the weights of rows deviate. The dashed line is the chosen temperature.",
             plots.over_temperatures(report.sweep, train.temperature),
         ),
         Gallery(

@@ -92,7 +92,7 @@ def _paint_relations(figure: Figure, *, relations: Tensor, classes: Sequence[str
         order = _relatives_together(values)
         values = values[np.ix_(order, order)]
     axes = figure.subplots()
-    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=max(values.max(), 1e-12), aspect="auto")
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=values.max() or 1, aspect="auto")
     ticks = MaxNLocator(5, steps=[1, 2, 5, 10])
     percent = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
     figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, ticks=ticks, format=percent)
@@ -199,8 +199,8 @@ def over_temperatures(sweep: Sequence[Diagnosis], chosen: float) -> list[Plot]:
     )
     lines = {
         "left to wrong classes": ([found.teacher.missing for found in sweep], GREY),
-        "relations, of the most": ([found.teacher.relation_share for found in sweep], OTHERS[0]),
-        "deviation of weights": ([found.teacher.fresh_weight_spread for found in sweep], BLUE),
+        "relations": ([found.teacher.relation_share for found in sweep], OTHERS[0]),
+        "weights": ([found.teacher.fresh_weight_spread for found in sweep], BLUE),
     }
     at = [found.temperature for found in sweep]
     return [
@@ -217,7 +217,7 @@ def over_temperatures(sweep: Sequence[Diagnosis], chosen: float) -> list[Plot]:
             "Over temperatures, from the first to the last: "
             + "; ".join(f"{name} {values[0]:.3f} to {values[-1]:.3f}" for name, (values, _) in lines.items()),
             (WIDE, 2.6),
-            partial(_paint_lines, at=at, lines=lines, chosen=chosen, label=""),
+            partial(_paint_lines, at=at, lines=lines, chosen=chosen, label="strength (no unit)"),
         ),
     ]
 
@@ -241,7 +241,7 @@ def limit(found: Limits) -> list[Plot]:
             "The loss",
             f"KD {told}; limit {found.limit:.3g}, logit matching {found.matching:.3g}.",
             (WIDE, 2.6),
-            partial(_paint_lines, at=at, lines=values, chosen=found.chosen.temperature, label="loss"),
+            partial(_paint_lines, at=at, lines=values, chosen=found.chosen.temperature, label="loss (nats)"),
         ),
         draw(
             "limit-cosines",
@@ -289,7 +289,7 @@ def _paint_lines(
             zorder=3 - index,
         )
     axes.set_ylabel(label)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(lines), frameon=False)  # no line runs through it
     _temperature_axis(axes, at, chosen, INK)
 
 

@@ -68,6 +68,7 @@ def main(words: Sequence[str]) -> None:
     from ..training import files
 
     recipe, same_data = read(request, rest)
+    _check_figures(request)
     if request.out is not None:
         files.make_folder(request.out)
     command = shlex.join(["luce", "diagnose", *words])
@@ -89,6 +90,25 @@ def main(words: Sequence[str]) -> None:
         page.write_html(report, request.out / "diagnose.html")
         if not request.json:
             print(f"\npage: {request.out / 'diagnose.html'}\nfigures: {request.out / 'diagnose.json'}")
+
+
+def _check_figures(request: argparse.Namespace) -> None:
+    """Refuse wrong figures before a network is asked about all rows."""
+    import torch
+
+    from .. import analysis
+
+    row = torch.zeros(1, 2)
+    try:
+        analysis.diagnose(
+            row,
+            torch.tensor([0]),
+            student_logits=row,
+            temperature=request.temperature,
+            weight=request.weight,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def read(request: argparse.Namespace, rest: Sequence[str]) -> tuple[Recipe, bool]:

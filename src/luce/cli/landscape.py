@@ -68,7 +68,6 @@ def main(words: Sequence[str]) -> None:
             torch.randn(request.classes, dtype=torch.float64, generator=random), dim=0
         )
     label = int(teacher.argmax()) if request.label is None else request.label
-    files.make_folder(request.out.parent)
     found = []
     for name, loss in losses:
         try:
@@ -88,6 +87,7 @@ def main(words: Sequence[str]) -> None:
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
     drawn = picture(found)
+    files.make_folder(request.out.parent)
     files.write(request.out, lambda aside: aside.write_bytes(drawn))
     grids = request.out.with_suffix(".json")
     files.write_json(grids, {"landscapes": [one.as_dict() for one in found]})

@@ -204,13 +204,15 @@ def find(path: str) -> Callable[..., Any] | Loss:
         raise UserError(f"expected `module:callable`, such as luce:kd_loss, got `{path}`")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may fail in any way; the cause stays in the traceback
+    # The user's module may fail in any way, or quit; the cause stays in the traceback.
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"could not import `{module_name}` for `{path}` ({type(error).__name__}: {error})"
         ) from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
-            raise unknown_name(f"attribute of `{module_name}`", attribute, dir(found))
+            public = [name for name in dir(found) if not name.startswith("_")]
+            raise unknown_name(f"attribute of `{module_name}`", attribute, public)
         found = getattr(found, attribute)
     if not callable(found):
         raise UserError(f"expected `{path}` to name a loss, got an object of type {type(found).__name__}")

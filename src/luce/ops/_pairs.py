@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +28,9 @@ def sum_over_pairs(
     width = width or max(1, PAIRS // max(1, s.numel()))
     if width >= classes:
         return part(s, t, 0, classes)
+    if not torch.compiler.is_compiling():
+        total: Tensor = _Sum.apply(part, s, t, width)
+        return total
     parts = (
         checkpoint(
             part, s, t, first, min(width, classes - first), use_reentrant=False, preserve_rng_state=False
@@ -33,3 +38,33 @@ def sum_over_pairs(
         for first in range(0, classes, width)
     )
     return sum(parts, start=s.new_zeros(()))
+
+
+class _Sum(torch.autograd.Function):
+    """The same, but that nothing is kept from one part to the next.
+
+    What `checkpoint` keeps of each part is small, and lies where the part's large arrays were: the C library
+    then finds no room for those of the next part, and the process grows as if it held all pairs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Callable[..., Tensor], s: Tensor, t: Tensor, width: int) -> Tensor:
+        ctx.part, ctx.width = part, width
+        ctx.save_for_backward(s, t)
+        total = part(s, t, 0, width)
+        for first in range(width, s.shape[-1], width):
+            total += part(s, t, first, min(width, s.shape[-1] - first))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor, None, None]:
+        s, t = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # somebody wants to differentiate the gradient too
+        gradient = torch.zeros_like(s)
+        for first in range(0, s.shape[-1], ctx.width):
+            with torch.enable_grad():
+                x = s if again else s.detach().requires_grad_()
+                value = ctx.part(x, t, first, min(ctx.width, s.shape[-1] - first))
+            (of_part,) = torch.autograd.grad(value, x, slope, create_graph=again)
+            gradient = gradient + of_part if again else gradient.add_(of_part)
+        return None, gradient, None, None

@@ -276,6 +276,8 @@ def _build(place: str, known: Mapping[str, type[Any]], options: dict[str, Any], 
     """A loss from its name and options, which stand in a recipe beside others that are not its own."""
     name = str(options.pop("loss", None))
     if name not in known:
+        if name in _known(FeatureLoss):
+            raise UserError(f"expected a loss on logits in `{place}`, got {name}, which compares features")
         raise unknown_name(f"loss in `{place}`:", name, (*_known(LogitLoss), *_known(FeatureLoss)))
     for option in options:
         if option not in (allowed := [field.name for field in dataclasses.fields(known[name])]):

@@ -131,7 +131,7 @@ def kd_loss(
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
-        temperature: Positive, no unit; 1 leaves the logits as they are, ``math.inf`` is the limit.
+        temperature: Positive, no unit; what both logits are divided by. ``math.inf`` is the limit.
         scale_by_temperature: Multiply by ``temperature**2``, so that gradients keep their size as the
             temperature changes. Without it nothing is left at ``math.inf``, which is refused.
         ignore_index: Rows with this label do not count.

@@ -354,7 +354,7 @@ def listnet_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""ListNet: cross-entropy between the top-one probabilities of teacher and student.
+    r"""ListNet: cross-entropy of what the two networks put first.
 
     .. math:: -\sum_i p_i \log q_i, \quad p = \mathrm{softmax}(t/T),\ q = \mathrm{softmax}(s/T)
 

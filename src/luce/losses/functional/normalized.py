@@ -52,8 +52,9 @@ def standardize(logits: Tensor, *, class_dim: int = 1, unbiased: bool = True) ->
         unbiased: Divide the squares by C - 1, as the authors' code does, and not by C.
     Returns:
         Same shape, no unit, float32 for 16-bit logits; differentiable. No entry exceeds
-        ``(C - 1) / sqrt(C)``. A row of equal logits is all zeros and has no gradient: near it the gradient
-        grows as 1 / deviation, there being no constant beside the deviation (the authors add 1e-7).
+        ``(C - 1) / sqrt(C)``, or ``sqrt(C - 1)`` if not `unbiased`. A row of equal logits is all zeros and
+        has no gradient: near it the gradient grows as 1 / deviation, there being no constant beside the
+        deviation (the authors add 1e-7).
     Raises:
         ValueError: On a wrong shape.
         TypeError: On a wrong dtype.
@@ -101,8 +102,8 @@ def normkd_loss(
     it is KD of the standardized logits (`standardize`), each row weighted by the teacher's variance. The
     gradient passes through the student's deviation, and so leaves the spread of its logits alone, which is
     then up to the task's own loss. Rows of constant logits, in either network, cost nothing and have no
-    gradient. As `t_norm` grows this tends to :math:`(\sigma^t)^2 (C-1)/C` times one minus the correlation of
-    the two rows.
+    gradient. As `t_norm` grows this tends to the teacher's variance, with the divisor C in it whatever
+    `unbiased` says, times one minus the correlation of the two rows.
 
     The per-row weight, the unbiased deviation and its gradient are those of the authors' code; the code
     leaves constant rows undefined.
