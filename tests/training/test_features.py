@@ -422,7 +422,8 @@ def network(seed, width):
     torch.manual_seed(seed)
     convolution, rest = nn.Conv2d(1, width, 3), nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
     norm = nn.BatchNorm2d(width) if "norm" in sys.argv[3] else nn.Identity()
-    parts = {"map": nn.Sequential(convolution, norm, nn.Tanh()), "pool": rest, "head": nn.Linear(4 * width, 4)}
+    head = nn.Linear(4 * width, 4)
+    parts = {"map": nn.Sequential(convolution, norm, nn.Tanh()), "pool": rest, "head": head}
     return Classifier(nn.Sequential(OrderedDict(parts)))
 
 out, batch_size, terms = sys.argv[1], int(sys.argv[2]), sys.argv[3]
