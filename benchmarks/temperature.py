@@ -3,7 +3,7 @@
     for name in digits letters fashion-mnist glyphs; do
         luce compare benchmarks/studies/temperature-$name.yaml --out runs/temperature-$name
     done
-    python benchmarks/temperature.py runs/temperature-* benchmarks/results/temperature
+    python -m benchmarks.temperature runs/temperature-* benchmarks/results/temperature
 
 A rule asks for the temperature at which a statistic of the teacher on the training rows meets a goal. Its
 regret is what it loses, in points of test accuracy, against the best of the temperatures that were trained;

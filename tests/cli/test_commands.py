@@ -153,3 +153,17 @@ def test_python_m_luce(place: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "luce distil: unknown command `distil`; did you mean `distill`?\n"
+
+
+def test_data_of_a_module_that_lies_here(luce, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    Path("flowers_of_mine.py").write_text(
+        "from luce import data\n\n\ndef flowers():\n    return data.load('sklearn:iris')\n"
+    )
+    Path("recipe.yaml").write_text(
+        "data: {name: 'python:flowers_of_mine.flowers'}\nloss: {task: {loss: CrossEntropyLoss}}\n"
+        "student: {name: mlp, options: {hidden: []}}\ntraining: {epochs: 1}\n"
+    )
+    answer = luce("train", "recipe.yaml", "--out", "run")
+    assert answer.status == 0, answer.err
+    assert Path("run/result.json").exists()

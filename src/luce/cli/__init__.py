@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     from ..errors import UserError, unknown_name
 
+    if "" not in sys.path:  # what `python:` and `luce check` name may lie here, as for `python -m luce`
+        sys.path.insert(0, "")
     name, *rest = words
     try:
         if name not in COMMANDS:

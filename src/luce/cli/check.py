@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,8 +98,6 @@ def main(words: Sequence[str]) -> int:
     from ..conformance import Loss, check, find, report
     from ..training.files import make_folder, write_text
 
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the working directory, as `python -m` has it
     loss = Loss.of(find(request.loss), request.adapter, options=request.options, claims=request.claims)
     settings = {n: getattr(request, n) for n in ("laws", "without", "examples", "seed")}
     verdicts = check(
