@@ -93,8 +93,8 @@ def answers(report: Report) -> list[str]:
     said.append(report.limits.verdict)
     said.append(
         f"Suggested teacher temperature for PLD: {report.suggested_temperature:.3g}; there its first choice "
-        "has a probability of 0.9 on average over the training rows. No such rule was best everywhere in "
-        "Luce's study (benchmarks/results/temperature); 1 and 2 are worth a try beside it."
+        "has a probability of 0.9 on average over the training rows. In our study no such rule was "
+        "best everywhere (benchmarks/results/temperature); 1 and 2 are worth a try beside it."
     )
     return said
 
