@@ -1,6 +1,6 @@
 """Two data sets that Luce's studies need and no door brings, read from packages of Debian.
 
-    python benchmarks/datasets.py          # downloads 31 packages (280 MB) to data/ and unpacks them there
+    python benchmarks/datasets.py          # downloads 30 packages (280 MB) to data/ and unpacks them there
 
 Recipes name them as ``python:benchmarks.datasets.glyphs`` and ``python:benchmarks.datasets.letters``. Nothing
 of them is part of Luce: the fonts are free, each under its own licence; the letters are UCI's.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from luce.data.dataset import Data, describe
 from luce.data.sources import InMemory
-from luce.errors import UserError
+from luce.errors import UserError, import_optional
 
 FONTS = """
 aoyagi-kouzan-t aoyagi-soseki arphic-ukai arphic-uming cns11643-kai hanazono horai-umefont ipaexfont-gothic
@@ -38,7 +38,7 @@ TEST_FAMILIES += ("sawarabi-gothic", "sawarabi-mincho")
 def glyphs(root: str | Path = "data", classes: int = 1000, size: int = 24) -> Data:
     """Kanji of JIS level 1 as grey images, a class each; the test shows them in typefaces never seen before.
 
-    Rendering takes half a minute and is kept beside the fonts. Characters that a font lacks, or draws as a
+    Rendering takes some ten seconds and is kept beside the fonts. Characters that a font lacks, or draws as a
     blank or a box, are left out, and so are images that equal one of the same class: many fonts share kanji.
 
     Args:
@@ -116,8 +116,7 @@ def letters(root: str | Path = "data") -> Data:
     The first 16,000 rows are for training and the last 4,000 for the test, as its donor did it. The numbers,
     0 to 15, are divided by 15.
     """
-    import rdata
-
+    rdata = import_optional("rdata", "bench")
     file = Path(root) / "usr/lib/R/site-library/mlbench/data/LetterRecognition.rda"
     if not file.exists():
         raise UserError(f"expected {file}; run python benchmarks/datasets.py")
