@@ -8,14 +8,19 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import TensorDataset
 
 import luce
 from luce import CRDLoss, CrossEntropyLoss, FitNetLoss, KDLoss, VIDLoss, WeightedSum, models
+from luce.data import Examples
 from luce.errors import UserError
 from luce.losses.modules import FeatureLoss
+from luce.losses.modules.features import TeacherFeatures
 from luce.methods import FeatureMethod, FeatureTerm
 from luce.models import Classifier
 from luce.signals import LiveTeacher, RememberedTeacher
+from luce.training.rows import KnownRows
 
 SHAPE = (1, 8, 8)
 CE_AND_KD = {"task": (0.5, CrossEntropyLoss()), "kd": (2.0, KDLoss(temperature=3.0))}
@@ -307,9 +312,63 @@ def test_preparation_reaches_the_loss_on_logits() -> None:
     assert not FeatureMethod(KDLoss(), {"x": (1.0, MSELoss(), ["a"], ["a"])}).wants_preparation
     method = FeatureMethod(loss, {"x": (1.0, MSELoss(), ["a"], ["a"])})
     assert method.wants_preparation
-    logits, target = torch.zeros(3, 2), torch.zeros(3)
-    assert method.prepare(logits, target) == {"found": 3.0}
-    assert loss.heard == (logits, target)
+    inputs, targets = torch.rand(300, 4), torch.arange(300) % 2
+    rows = KnownRows(Examples(TensorDataset(inputs, targets), range(300)), torch.device("cpu"))
+    teacher = LiveTeacher(nn.Linear(4, 2))
+    assert method.prepare(teacher, rows) == {"found": 3.0}
+    assert_close(loss.heard[0], teacher.model(inputs).detach())
+    assert torch.equal(loss.heard[1], targets)
+
+
+def test_preparation_reaches_the_losses_on_features_that_want_it() -> None:
+    class Prepared(MSELoss):
+        wants_preparation = True
+
+        def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
+            self.heard = [
+                torch.cat(one) for one in zip(*teacher_features(batch_size=4, epochs=2), strict=True)
+            ]
+            return {"found": 2.0}
+
+    class NotPrepared(MSELoss):
+        def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
+            raise AssertionError("nobody asked")
+
+    _, teacher = networks()
+    loss, paths = Prepared(), ["stages.1", "stages.0"]
+    method = FeatureMethod(
+        KDLoss(), {"a": (1.0, loss, paths, paths), "b": (1.0, NotPrepared(), paths, paths)}
+    )
+    assert method.wants_preparation
+    rows = batch(10)
+    examples = Examples(TensorDataset(rows["input"], rows["target"]), range(10))
+    found = method.prepare(teacher, KnownRows(examples, torch.device("cpu")))
+    assert found == {"a.found": 2.0}
+    with teacher.watched(paths):
+        features = teacher.signal(rows).features
+    for path, heard in zip(paths, loss.heard, strict=True):
+        assert_close(heard, torch.cat([features[path]] * 2))
+    assert teacher.signal(rows).features == {}  # no hook is left
+
+
+def test_what_a_loss_tells_beside_its_value_is_noted_and_not_descended() -> None:
+    class Telling(MSELoss):
+        def forward(
+            self, student_features: list[Tensor], teacher_features: list[Tensor]
+        ) -> dict[str, Tensor]:
+            value = super().forward(student_features, teacher_features)
+            return {"loss": value, "twice": 2 * value}
+
+    student, teacher = networks()
+    method = FeatureMethod(None, {"x": (3.0, Telling(), ["stages.0"], ["stages.0"])})
+    rows = batch()
+    method.build(student, teacher, rows, rows)
+    with method.attached(student, teacher):
+        terms = method.step(student, rows, teacher.signal(rows))
+    assert terms.keys() == {"x", "x.twice", "loss"}
+    assert_close(terms["x"], 1.5 * terms["x.twice"])
+    assert_close(terms["loss"], terms["x"])
+    assert not terms["x.twice"].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.data import TensorDataset
 
 from luce import CrossEntropyLoss, KDLoss, MLLDLoss, PartialKDLoss, WeightedSum
-from luce.methods import LogitMethod, TwoViewMethod, strong_view
-from luce.signals import DenseSignal
+from luce.data import Examples
+from luce.errors import UserError
+from luce.methods import LogitMethod, TrainingRows, TwoViewMethod, strong_view
+from luce.signals import DenseSignal, LiveTeacher, Teacher
+from luce.training.rows import KnownRows
 
+EXAMPLES = Examples(TensorDataset(torch.zeros(3, 2), torch.zeros(3).long()), range(3))
 SUM = WeightedSum({"task": (0.5, CrossEntropyLoss()), "mlld": (2.0, MLLDLoss())})
 
 
@@ -71,19 +76,26 @@ def test_two_views_prepare_and_hear_of_epochs_once() -> None:
     heard: list[object] = []
 
     class Spy(LogitMethod):
-        def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
-            heard.append((teacher_logits, target))
+        def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
+            heard.append((teacher, rows))
             return {"found": 1.0}
 
         def set_epoch(self, epoch: int) -> None:
             heard.append(epoch)
 
     method = TwoViewMethod(Spy(nn.Linear(2, 2)))
-    logits, target = torch.zeros(3, 4), torch.zeros(3)
-    assert method.prepare(logits, target) == {"found": 1.0}
+    teacher, rows = LiveTeacher(nn.Linear(2, 2)), KnownRows(EXAMPLES, torch.device("cpu"))
+    assert method.prepare(teacher, rows) == {"found": 1.0}
     method.set_epoch(5)
-    assert heard == [(logits, target), 5]
+    assert heard == [(teacher, rows), 5]
     assert len(list(method.parameters())) == 2
+
+
+def test_a_method_with_steps_of_its_own_looks_at_one_view() -> None:
+    method = LogitMethod(KDLoss())
+    method.own_steps = True
+    with pytest.raises(UserError, match="one view of each batch for LogitMethod"):
+        TwoViewMethod(method)
 
 
 @pytest.mark.parametrize("weights", [{"weight": 0.0}, {"strong_weight": -1.0}, {"weight": float("inf")}])

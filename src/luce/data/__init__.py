@@ -17,7 +17,7 @@ from luce.data.augmentations import augment
 from luce.data.batches import EpochSampler, loader
 from luce.data.dataset import Data, from_datasets
 from luce.data.doors import load, names
-from luce.data.examples import UNLABELLED, Examples, keep_labels, split
+from luce.data.examples import UNLABELLED, Examples, hold_out, keep_labels, split
 from luce.data.sources import InMemory, Source
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "augment",
     "augmentations",
     "from_datasets",
+    "hold_out",
     "keep_labels",
     "load",
     "loader",

@@ -156,6 +156,35 @@ def split(data: Data, *, validation: float | int, seed: int) -> tuple[Examples, 
     )
 
 
+def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+    """All rows but a stratified share of the labelled ones, and these, without random transforms.
+
+    Args:
+        examples: Those to learn from.
+        share: Of the rows with a label, in (0, 1).
+        seed: Of the choice, in ``0 .. 2**32 - 1``.
+
+    Raises:
+        UserError: If a class would be missing on either side.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> pairs = TensorDataset(torch.rand(10, 2), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, -1, -1]))
+        >>> kept, held = hold_out(Examples(pairs, range(10)), 0.25, seed=0)
+        >>> sorted(kept.targets.tolist()), sorted(held.targets.tolist())
+        ([-1, -1, 0, 0, 0, 1, 1, 1], [0, 1])
+    """
+    if not 0 < share < 1:
+        raise UserError(f"expected a share in (0, 1) of the labelled rows to hold out, got {share}")
+    if not (examples.targets != UNLABELLED).any():
+        raise UserError("expected rows with a label to hold some of them out, got none")
+    labelled = (examples.targets != UNLABELLED).nonzero().squeeze(1)
+    _, chosen = stratified(examples.targets[labelled], float(share), checked_seed(seed))
+    held = torch.zeros(len(examples), dtype=torch.bool)
+    held[labelled[chosen]] = True
+    return examples._at((~held).nonzero().squeeze(1)), examples._at(held.nonzero().squeeze(1)).plain
+
+
 def keep_labels(examples: Examples, per_class: int, seed: int) -> Examples:
     """The same rows with ``per_class`` labels of each class kept and all others :data:`UNLABELLED`.
 

@@ -1,6 +1,6 @@
 """Distillation methods: what one training step does."""
 
-from .base import Method
+from .base import Method, TrainingRows
 from .features import FeatureMethod, FeatureTerm
 from .logits import LogitMethod, Loss
 from .simkd import SimKD
@@ -13,6 +13,7 @@ __all__ = [
     "Loss",
     "Method",
     "SimKD",
+    "TrainingRows",
     "TwoViewMethod",
     "strong_view",
 ]

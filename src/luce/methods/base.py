@@ -3,32 +3,66 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..signals import Signal, Teacher
 
 Batch = Mapping[str, Tensor]
 
 
+class TrainingRows(Protocol):
+    """The training rows, for what a method learns before training."""
+
+    def batches(
+        self, batch_size: int = 256, *, epochs: int = 1, shuffle: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """``input``, ``target`` and ``index`` of all rows, as often as there are epochs, on the device.
+
+        Args:
+            batch_size: Rows at a time.
+            epochs: How often.
+            shuffle: In an order of their own in each epoch, and augmented as in training; otherwise in order
+                and as they are.
+        """
+
+
 class Method(nn.Module, ABC):
     """What one training step does with the student, a batch and the teacher's signal.
 
-    Parameters of a method are trained beside the student's and stay out of the exported student.
+    Parameters of a method are trained beside the student's, by the same optimizer, unless one of its own
+    `optimizers` holds them. They stay out of the exported student.
+
+    The loop calls, in this order: `build`; `prepare`, if it is wanted and the training was not resumed;
+    then, within `attached`, `set_epoch` before each epoch, `before_round` before every so many batches, and
+    for each of them `step`, whose loss the student's optimizer descends, and `after_step`.
+
+    What a method has learned must be in its ``state_dict`` or in that of its `optimizers`: checkpoints keep
+    both.
 
     Attributes:
         needs_teacher: Whether a step looks at a signal.
         uses_unlabelled: Whether a row without a label can teach anything.
         wants_preparation: Whether `prepare` must be called before training.
         two_views: Whether a step looks at ``batch["strong"]``, a second view of the same rows, too.
+        own_steps: Whether it trains parts with optimizers of its own, so that each batch must be a step.
+        batches_per_round: How many batches `before_round` looks ahead.
+        quiz: Share of the labelled training rows that nobody trains on, for `before_round` to ask about.
+        quiz_batches: How many batches of them each round gets.
     """
 
     needs_teacher: bool = True
     uses_unlabelled: bool = True
     wants_preparation: bool = False
     two_views: bool = False
+    own_steps: bool = False
+    batches_per_round: int = 1
+    quiz: float = 0.0
+    quiz_batches: int = 1
 
     def build(
         self,
@@ -49,16 +83,29 @@ class Method(nn.Module, ABC):
             UserError: If the networks or the data do not suit the method.
         """
 
+    @property
+    def optimizers(self) -> Mapping[str, Optimizer]:
+        """Its own, which exist after `build`; their learning rates follow the student's schedule."""
+        return {}
+
+    @property
+    def companions(self) -> Mapping[str, nn.Module]:
+        """Networks that are trained along, for the test at the end."""
+        return {}
+
     def attached(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
         """What must hold while steps are made, such as hooks on the networks; for a ``with`` block."""
         return nullcontext()
 
-    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
-        """Learn what must be known of the teacher before training.
+    def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
+        """Learn before training what a step must know; what is drawn here moves no later draw.
+
+        Parameters that are trained here and no more later must be frozen in `build` already: a resumed
+        training restores their values and never comes here.
 
         Args:
-            teacher_logits: Of the training rows, ``(rows, C)``.
-            target: Their labels, ``(rows,)``; -1 where there is none.
+            teacher: Answers batches.
+            rows: Those of the training.
         Returns:
             What was found, by name, as far as a reader of the run would want to know it.
         """
@@ -67,6 +114,29 @@ class Method(nn.Module, ABC):
     def set_epoch(self, epoch: int) -> None:
         """Told before each epoch, counted from 1."""
 
+    def before_round(
+        self, student: nn.Module, batches: Sequence[Batch], quiz: Sequence[Batch], learning_rate: float
+    ) -> dict[str, Tensor]:
+        """Make the method's own steps that come before the student's.
+
+        Args:
+            student: In training mode; its parameters, buffers and gradients must be left as they are.
+            batches: The next `batches_per_round`, fewer at the end of an epoch.
+            quiz: `quiz_batches` of the rows that are held out; none without a `quiz`.
+            learning_rate: The student's for the next step.
+        Returns:
+            Named scalars to be noted in the run.
+        """
+        return {}
+
     @abstractmethod
     def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
         """Named scalar terms of the batch's loss, among them ``"loss"``, the one to descend."""
+
+    def after_step(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Make the method's own steps that come after the student's on a batch.
+
+        Returns:
+            Named scalars to be noted in the run.
+        """
+        return {}

@@ -15,7 +15,7 @@ from ..losses.modules import CRDLoss, FeatureLoss, WeightedSum
 from ..losses.modules.weighted_sum import warmed_up
 from ..models.hooks import Features
 from ..signals import Signal, Teacher
-from .base import Batch, Method
+from .base import Batch, Method, TrainingRows
 from .logits import LogitMethod, Loss
 
 
@@ -105,7 +105,9 @@ class FeatureMethod(Method):
         self.uses_unlabelled = any(
             term.weight and not term.loss.needs_labels for term in self.terms.values()
         ) or (self.logits is not None and self.logits.uses_unlabelled)
-        self.wants_preparation = self.logits is not None and self.logits.wants_preparation
+        self.wants_preparation = any(term.loss.wants_preparation for term in self.terms.values()) or (
+            self.logits is not None and self.logits.wants_preparation
+        )
         self.epoch: int | None = None
         self._student: Features | None = None
 
@@ -137,8 +139,22 @@ class FeatureMethod(Method):
             finally:
                 self._student = None
 
-    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
-        return {} if self.logits is None else self.logits.prepare(teacher_logits, target)
+    def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
+        found = {}
+        if self.logits is not None and self.logits.wants_preparation:
+            found = self.logits.prepare(teacher, rows)
+        for name, term in self.terms.items():
+            if not term.loss.wants_preparation:
+                continue
+
+            def features(*, paths: Sequence[str] = term.teacher, **how: Any) -> Iterator[list[Tensor]]:
+                with teacher.watched(paths):
+                    for batch in rows.batches(**how):
+                        seen = teacher.signal(batch).features
+                        yield [seen[path] for path in paths]
+
+            found |= {f"{name}.{key}": value for key, value in term.loss.prepare(features).items()}
+        return found
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -159,8 +175,10 @@ class FeatureMethod(Method):
         for name, term in self.terms.items():
             weight = warmed_up(term.weight, term.warmup, self.epoch)
             # A term that is switched off may be infinite, and 0 * inf is not 0.
-            value = weight * _value(term, features, batch, signal) if weight else logits.new_zeros(())
-            terms[name], total = value, total + value
+            parts = _value(term, features, batch, signal) if weight else {"loss": logits.new_zeros(())}
+            value = weight * parts.pop("loss")
+            terms |= {name: value, **{f"{name}.{part}": seen.detach() for part, seen in parts.items()}}
+            total = total + value
         if total.requires_grad:
             # Several processes wait for a gradient of every parameter, and features alone may leave some
             # without: a sum over no rows is 0 and brings them zeros.
@@ -168,16 +186,16 @@ class FeatureMethod(Method):
         return {**terms, "loss": total}
 
 
-def _value(term: FeatureTerm, features: Batch, batch: Batch, signal: Signal) -> Tensor:
-    """The loss of a term, without its weight."""
+def _value(term: FeatureTerm, features: Batch, batch: Batch, signal: Signal) -> dict[str, Tensor]:
+    """The loss of a term, without its weight, and what else the term tells."""
     told = {"target": batch["target"]} if term.loss.needs_labels else {}
     told |= {"index": batch["index"]} if term.loss.needs_index else {}
     student, teacher = (
         [features[path] for path in term.student],
         [signal.features[path] for path in term.teacher],
     )
-    value: Tensor = term.loss(student, teacher, **told)
-    return value
+    value = term.loss(student, teacher, **told)
+    return dict(value) if isinstance(value, Mapping) else {"loss": value}
 
 
 @contextmanager

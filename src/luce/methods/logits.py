@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from ..losses.modules import FeatureLoss, LogitLoss, WeightedSum
-from ..signals import Signal
-from .base import Method
+from ..signals import Signal, Teacher
+from .base import Method, TrainingRows
 
 Loss: TypeAlias = Callable[..., Tensor | dict[str, Tensor]]
 
@@ -37,10 +38,11 @@ class LogitMethod(Method):
         self.uses_unlabelled = getattr(loss, "uses_unlabelled", True)
         self.wants_preparation = getattr(loss, "wants_preparation", False)
 
-    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
-        if isinstance(self.loss, (LogitLoss, WeightedSum)):
-            return self.loss.prepare(teacher_logits, target)
-        return {}
+    def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
+        if not isinstance(self.loss, (LogitLoss, WeightedSum)):
+            return {}
+        answers = [(teacher.signal(batch).logits, batch["target"]) for batch in rows.batches()]
+        return self.loss.prepare(*(torch.cat(part) for part in zip(*answers, strict=True)))
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.loss, (LogitLoss, WeightedSum)):

@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..losses import _check
 from ..signals import Signal, Teacher
-from .base import Batch, Method
+from .base import Batch, Method, TrainingRows
 
 
 def strong_view(batch: Batch) -> dict[str, Tensor]:
@@ -35,6 +36,7 @@ class TwoViewMethod(Method):
         strong_weight: Of the loss of ``batch["strong"]``, above 0.
     Raises:
         ValueError: On a weight that is not positive.
+        UserError: If the method makes steps of its own, which look at one view.
     Example:
         >>> from luce import KDLoss
         >>> from luce.methods import LogitMethod
@@ -47,6 +49,11 @@ class TwoViewMethod(Method):
     def __init__(self, method: Method, weight: float = 1.0, strong_weight: float = 1.0) -> None:
         super().__init__()
         _check.check_positive(weight=weight, strong_weight=strong_weight)
+        if method.own_steps:
+            raise UserError(
+                f"expected one view of each batch for {type(method).__name__}, which makes steps of its own; "
+                "leave out `data.strong_augment`"
+            )
         self.method = method
         self.weight, self.strong_weight = float(weight), float(strong_weight)
         self.needs_teacher = method.needs_teacher
@@ -59,8 +66,8 @@ class TwoViewMethod(Method):
     def attached(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
         return self.method.attached(student, teacher)
 
-    def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
-        return self.method.prepare(teacher_logits, target)
+    def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
+        return self.method.prepare(teacher, rows)
 
     def set_epoch(self, epoch: int) -> None:
         self.method.set_epoch(epoch)

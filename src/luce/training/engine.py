@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from .. import data
 from ..data import Examples
 from ..errors import UserError, import_optional, unknown_name
-from ..methods import Method, strong_view
+from ..methods import Method
 from ..models import Classifier
-from ..signals import RememberedTeacher, Signal, Teacher
+from ..signals import RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
 from .processes import processes
 from .progress import Bar
 from .recipe import TrainingOptions
+from .rows import KnownRows
+from .session import Session, TrainingError
 
 TRACKERS = ("tensorboard", "wandb")
-FINITE_CHECK_STEPS = 50
-"""Steps between looks at the loss on an accelerator, each of which makes the host wait for it."""
 
-
-PREPARATION_BATCH = 256
-
-
-class TrainingError(UserError):
-    """A training that cannot go on."""
+__all__ = ["Fit", "TrainingError", "fit"]
 
 
 @dataclass
@@ -55,6 +48,7 @@ class Fit:
             one without validation rows.
         best_weights: Of the student's body after that epoch.
         prepared: What the method found out about the teacher before training, by name.
+        companions: Other networks that the method has trained along, by name.
     """
 
     student: Classifier
@@ -63,6 +57,7 @@ class Fit:
     best_epoch: int
     best_weights: dict[str, Tensor]
     prepared: dict[str, float]
+    companions: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def fit(
@@ -109,6 +104,8 @@ def fit(
         )
     if options.trackers and folder is None:
         raise UserError("expected a folder to track the training in, got none; give one or no `trackers`")
+    check_own_steps(method, options)
+    train, quiz = divide(method, train, options.seed)
     known = train
     if not method.uses_unlabelled:
         train = train.labelled.repeat_to(len(train))
@@ -123,21 +120,37 @@ def fit(
         strong_augment=strong_augment,
         workers=workers,
     )
-    build(method, student, teacher, known, accelerator.device, options.seed)
-    session = Session(accelerator, student, method, teacher, batches, options)
-    prepared: dict[str, float] = {}
-    if method.wants_preparation and teacher is not None:
-        prepared = method.prepare(*what_the_teacher_says(teacher, known, accelerator.device))
+    sample = build(method, student, teacher, known, accelerator.device, options.seed)
+    if accelerator.num_processes == 1:  # otherwise all batches are filled up
+        check_smallest_batch(student, sample, len(train), options.batch_size)
+    session = Session(accelerator, student, method, teacher, batches, quiz, options)
     if validation is not None:
         validation_batches = accelerator.prepare(
             data.loader(validation, batch_size=4 * options.batch_size, seed=None, workers=workers)
         )
 
-    book, lines, best_weights = Bookkeeping(), [], {}
-    if folder is not None and (saved := checkpoint.restore(folder, accelerator)) is not None:
+    book, lines, best_weights, prepared = Bookkeeping(), [], {}, {}
+    saved = None if folder is None else checkpoint.restore(folder, accelerator)
+    if saved is not None:
         book, best_weights = Bookkeeping(**saved["bookkeeping"]), saved["best_weights"]
-        lines = saved["lines"]
+        lines, prepared = saved["lines"], saved["prepared"]
         session.load_state_dict(saved["session"])
+
+    def save() -> None:
+        extra = {
+            "bookkeeping": vars(book),
+            "lines": lines,
+            "prepared": prepared,
+            "session": session.state_dict(),
+            "best_weights": best_weights,
+        }
+        if folder is not None:
+            checkpoint.save(folder, accelerator, book.epoch, extra)
+
+    if saved is None and method.wants_preparation and teacher is not None:
+        rows = KnownRows(known, accelerator.device, options.seed, augment, progress)
+        prepared = session.prepare(teacher, rows)
+        save()
     log = MetricsLog(folder if accelerator.is_main_process else None, lines)
     if options.trackers:
         accelerator.init_trackers("luce", config={"lr": options.lr, "batch_size": options.batch_size})
@@ -160,19 +173,13 @@ def fit(
             line["seconds"] = time.perf_counter() - started
             log.append(line)
             accelerator.log(flat(line), step=session.step)
-            if folder is not None and (
-                book.epoch % options.checkpoint_every == 0 or book.epoch == options.epochs
-            ):
-                extra = {
-                    "bookkeeping": vars(book),
-                    "lines": log.lines,
-                    "session": session.state_dict(),
-                    "best_weights": best_weights,
-                }
-                checkpoint.save(folder, accelerator, book.epoch, extra)
+            if book.epoch % options.checkpoint_every == 0 or book.epoch == options.epochs:
+                save()
     for tracker in accelerator.trackers:  # not end_training(), which would part processes that go on together
         tracker.finish()
-    return Fit(session.evaluated, accelerator, log.lines, book.best_epoch, best_weights, prepared)
+    return Fit(
+        session.evaluated, accelerator, log.lines, book.best_epoch, best_weights, prepared, method.companions
+    )
 
 
 def build(
@@ -201,13 +208,59 @@ def build(
     return sample
 
 
-def what_the_teacher_says(teacher: Teacher, rows: Examples, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The teacher's logits of all rows as they look without augmentation, and their labels."""
-    logits, targets = [], []
-    for batch in data.loader(rows.plain, batch_size=PREPARATION_BATCH, seed=None):
-        logits.append(teacher.signal({name: part.to(device) for name, part in batch.items()}).logits)
-        targets.append(batch["target"].to(device))
-    return torch.cat(logits), torch.cat(targets)
+def divide(method: Method, train: Examples, seed: int) -> tuple[Examples, Examples | None]:
+    """The rows to train on and those that the method holds out, if it does.
+
+    Raises:
+        UserError: If that leaves a class without a row on either side.
+    """
+    if not method.quiz:
+        return train, None
+    try:
+        return data.hold_out(train, method.quiz, seed)
+    except UserError as error:
+        raise UserError(f"no rows for the `quiz` of {type(method).__name__}: {error}") from error
+
+
+def check_own_steps(method: Method, options: TrainingOptions) -> None:
+    """Refuse what does not go with a method that makes steps of its own."""
+    name = type(method).__name__
+    if method.own_steps and options.accumulate > 1:
+        raise UserError(
+            f"expected `training.accumulate: 1` for {name}, which makes steps of its own for each batch, "
+            f"got {options.accumulate}; raise `training.batch_size` instead"
+        )
+    if method.own_steps and options.precision == "fp16":
+        raise UserError(
+            f"expected `training.precision` bf16 or no for {name}, whose own steps scale nothing, got fp16"
+        )
+
+
+def check_smallest_batch(
+    student: nn.Module, sample: Mapping[str, Tensor], rows: int, batch_size: int
+) -> None:
+    """Refuse a batch of one row where batch normalisation cannot do with one.
+
+    Args:
+        student: Left as it is.
+        sample: A batch of one row.
+        rows: Of an epoch.
+        batch_size: Of all batches but perhaps the last.
+    """
+    if (rows % batch_size or batch_size) > 1:
+        return
+    device = sample["input"].device
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            copy.deepcopy(student).train()(sample["input"])
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "expected at least two rows in every batch, for the student's batch normalisation, but "
+                f"{rows} training rows in batches of {batch_size} end with one of a single row; choose "
+                "another `training.batch_size`"
+            ) from error
 
 
 def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Accelerator:
@@ -230,128 +283,6 @@ def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Acc
     if options.precision == "fp16" and accelerator.device.type == "cpu":  # passed over in silence otherwise
         raise UserError("expected a GPU for `training.precision` fp16; on a CPU use bf16 or no")
     return accelerator
-
-
-class Session:
-    """What moves while a student is trained: the student, the method's own parameters, and their optimizer.
-
-    Attributes:
-        evaluated: The student to validate and to export: itself, or the average of its weights.
-        batches: Prepared for this process.
-        step: Optimizer steps taken.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        student: Classifier,
-        method: Method,
-        teacher: Teacher | None,
-        batches: DataLoader[Any],
-        options: TrainingOptions,
-    ) -> None:
-        self.accelerator = accelerator
-        self.method = method.to(accelerator.device)
-        self.teacher = teacher if method.needs_teacher else None
-        if self.teacher is not None:
-            self.teacher.to(accelerator.device)
-        self.clip_norm = options.clip_norm
-        self.batch_size = options.batch_size
-        self.parameters = [*student.parameters(), *method.parameters()]
-        self.student, self.optimizer, self.batches = accelerator.prepare(
-            student, make_optimizer(options, self.parameters), batches
-        )
-        steps = math.ceil(len(self.batches) / options.accumulate)
-        self.schedule = LambdaLR(self.optimizer.optimizer, learning_rate(options, steps))
-        self.average: AveragedModel | None = None
-        self.evaluated: Classifier = student
-        if options.ema is not None:
-            self.average = AveragedModel(
-                student, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True
-            )
-            self.evaluated = cast(Classifier, self.average.module)
-        self.step = 0
-
-    def epoch(self, number: int, bar: Bar) -> dict[str, float]:
-        """Train for one epoch; the mean of each named term of the loss."""
-        accelerator, on_cpu = self.accelerator, self.accelerator.device.type == "cpu"
-        self.batches.set_epoch(number)
-        self.student.train()
-        self.method.train()
-        self.method.set_epoch(number)
-        sums: dict[str, Tensor] = {}
-        gathered = 0.0
-        for count, batch in enumerate(self.batches, start=1):
-            with accelerator.accumulate(self.student):
-                with accelerator.autocast():
-                    terms = checked_step(self.method, self.student, batch, self.signal(batch))
-                if on_cpu or count % FINITE_CHECK_STEPS == 0:
-                    check_finite(terms, number)
-                share = len(batch["target"]) / self.batch_size
-                gathered += share
-                accelerator.backward(share * terms["loss"])
-                if accelerator.sync_gradients:
-                    self.share_gradients()
-                    self.scale_gradients(accelerator.gradient_accumulation_steps / gathered)
-                    gathered = 0.0
-                    if self.clip_norm is not None:
-                        accelerator.clip_grad_norm_(self.parameters, self.clip_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                self.step += 1
-                self.schedule.step()
-                if self.average is not None:
-                    self.average.update_parameters(accelerator.unwrap_model(self.student))
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-            bar.advance()
-        check_finite(sums, number)
-        if accelerator.num_processes > 1:
-            # As the main process, which saves them, has them.
-            for buffer in (*self.evaluated.buffers(), *self.method.buffers()):
-                broadcast(buffer)
-        means = accelerator.reduce({name: total / count for name, total in sums.items()}, "mean")
-        return {name: mean.item() for name, mean in means.items()}
-
-    def signal(self, batch: Mapping[str, Tensor]) -> Signal | None:
-        """What the teacher says about a batch, and about its second view if it has one."""
-        if self.teacher is None:
-            return None
-        signal = self.teacher.signal(batch)
-        if "strong" in batch:
-            signal = replace(signal, strong=self.teacher.signal(strong_view(batch)))
-        return signal
-
-    def share_gradients(self) -> None:
-        """Average the gradients of the method's parameters over the processes, as DDP does the student's."""
-        if self.accelerator.num_processes > 1:
-            for parameter in self.method.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-
-    def scale_gradients(self, factor: float) -> None:
-        """Make a sum over micro-batches the mean over their rows, of which an epoch's last step has fewer."""
-        if factor != 1:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the accelerator does not save by itself."""
-        return {
-            "step": self.step,
-            "schedule": self.schedule.last_epoch,
-            "method": self.method.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.schedule.last_epoch = state["schedule"]
-        self.method.load_state_dict(state["method"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
 
 
 @dataclass
@@ -396,81 +327,6 @@ class MetricsLog:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}); free some space") from error
-
-
-def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if not parameters:
-        raise UserError("expected a student with parameters to train, got none")
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=options.lr,
-            momentum=options.momentum,
-            nesterov=options.momentum > 0,
-            weight_decay=options.weight_decay,
-        )
-    return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-
-
-def learning_rate(options: TrainingOptions, steps_per_epoch: int) -> Callable[[int], float]:
-    """The factor on the peak learning rate, as a function of the optimizer step from 0.
-
-    Example:
-        >>> half_way = learning_rate(TrainingOptions(epochs=10, schedule="cosine"), steps_per_epoch=5)(25)
-        >>> round(half_way, 6)
-        0.5
-    """
-    warmup = round(options.warmup_epochs * steps_per_epoch)
-    total = options.epochs * steps_per_epoch
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if options.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-        if options.schedule == "step":
-            return options.gamma ** sum(step >= epoch * steps_per_epoch for epoch in options.milestones)
-        return 1.0
-
-    return factor
-
-
-def checked_step(
-    method: Method, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
-) -> dict[str, Tensor]:
-    """A step whose loss can be descended.
-
-    Raises:
-        UserError: If the loss refuses what it gets, is not one number, or does not depend on the student.
-    """
-    try:
-        terms = method.step(student, batch, signal)
-    except UserError:
-        raise
-    except ValueError as error:  # of a loss, which says what it expected
-        raise UserError(str(error)) from error
-    loss = terms["loss"]
-    if loss.numel() != 1:
-        raise UserError(
-            f"expected a loss that is one number, got one of shape {tuple(loss.shape)}; give the mean"
-        )
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise UserError(
-            "expected a loss that depends on the student, got one without a gradient; give a term a weight "
-            "above 0, and detach nothing of the student"
-        )
-    return terms
-
-
-def check_finite(terms: Mapping[str, Tensor], epoch: int) -> None:
-    """Stop at a loss that is no number, and say which term it came from."""
-    if torch.isfinite(terms["loss"]):
-        return
-    bad = [f"`{name}` is {value.item()}" for name, value in terms.items() if not torch.isfinite(value)]
-    raise TrainingError(
-        f"the loss stopped being a number in epoch {epoch}: {', '.join(bad)}; the last checkpoint "
-        "is kept; look for NaN or infinite logits of the teacher, or lower the learning rate"
-    )
 
 
 def flat(line: Mapping[str, Any]) -> dict[str, float]:

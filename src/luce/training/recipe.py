@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,7 +177,8 @@ class Recipe:
             given), perhaps a ``warmup`` (epochs over which the weight grows), perhaps ``standardize: true``
             (it sees each row's logits in units of their spread), and that loss's own options. One on features
             names the modules that they come from: ``student``, such as ``pool`` or ``[stages.0, stages.1]``,
-            and ``teacher``, which is the same unless given.
+            and ``teacher``, which is the same unless given. One entry may have a ``method`` instead, with its
+            options: it changes how the others are trained.
         training: How to train.
     """
 
@@ -188,8 +190,14 @@ class Recipe:
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
 
+PROCEDURES: dict[str, type[Method]] = {}
+"""Methods that go around another one, by their names in recipes."""
+
+
 def build_method(terms: Terms) -> Method:
     """The method that the loss terms of a recipe describe: on the logits, on features, or on both.
+
+    An entry with ``method`` instead of ``loss`` names one of `PROCEDURES`, which goes around the others.
 
     Raises:
         UserError: As `build_loss`, if all weights are 0, and on a term on features that does not say which
@@ -201,6 +209,12 @@ def build_method(terms: Terms) -> Method:
         >>> method.terms["hint"].teacher
         ['stages.0']
     """
+    around = [name for name, term in terms.items() if "method" in term]
+    if len(around) > 1:
+        raise UserError(f"expected one entry with `method` in `loss`, got {around}")
+    for name in around:
+        inner = build_method({other: term for other, term in terms.items() if other != name})
+        return _around(f"loss.{name}", dict(terms[name]), inner)
     if all(term.get("weight", 1.0) == 0 for term in terms.values()):
         raise UserError(f"expected a term of a weight above 0 in `loss`, got {sorted(terms)} without one")
     known = _known(FeatureLoss)
@@ -222,6 +236,22 @@ def build_method(terms: Terms) -> Method:
         return method(build_loss(on_logits) if on_logits else None, features)
     except (TypeError, ValueError) as error:
         raise UserError(f"`loss`: {error}") from error
+
+
+def _around(place: str, options: dict[str, Any], inner: Method) -> Method:
+    """A method around another one, from its name and options."""
+    name = str(options.pop("method"))
+    if name not in PROCEDURES:
+        raise unknown_name(f"method in `{place}`:", name, PROCEDURES)
+    parameters = inspect.signature(PROCEDURES[name]).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of {name} in `{place}`:", option, known)
+    try:
+        return PROCEDURES[name](inner, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"`{place}`: {error}") from error
 
 
 def _paths(term: str, network: str, value: object) -> list[str]:

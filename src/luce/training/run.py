@@ -14,7 +14,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import data, models
 from ..data import Data, Examples
@@ -22,10 +22,12 @@ from ..errors import UserError
 from ..methods import FeatureMethod, TwoViewMethod
 from ..signals import LiveTeacher, RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
-from .engine import Fit, build, checked_step, fit, new_accelerator
+from .engine import Fit, build, check_own_steps, divide, fit, new_accelerator
 from .environment import environment
 from .processes import processes
 from .recipe import ModelOptions, Recipe, build_method, read_yaml
+from .rows import KnownRows
+from .session import checked_step
 
 EVALUATION_BATCH = 256
 
@@ -188,12 +190,18 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
         teacher = LiveTeacher(network)
         if recipe.teacher.remember and isinstance(method, FeatureMethod):
             teacher = RememberedTeacher(torch.empty(0))
-    row = build(method, student, teacher, materials.train, torch.device("cpu"), seed=0)
-    with method.attached(student, teacher), torch.no_grad():
-        signal = None if teacher is None else teacher.signal(row)
-        if method.wants_preparation and signal is not None:
-            method.prepare(signal.logits, row["target"])
-        checked_step(method.eval(), student.eval(), row, signal)
+    cpu = torch.device("cpu")
+    check_own_steps(method, recipe.training)
+    train, quiz = divide(method, materials.train, recipe.training.seed)
+    row = build(method, student, teacher, train, cpu, seed=0)
+    if method.wants_preparation and teacher is not None:
+        method.prepare(teacher, KnownRows(train, cpu, at_most=1))
+    asked = [row] * method.quiz_batches if quiz is not None else []
+    with method.attached(student, teacher):
+        signal = None if teacher is None or not method.needs_teacher else teacher.signal(row)
+        method.eval().before_round(student.eval(), [row] * method.batches_per_round, asked, 0.0)
+        with torch.no_grad():
+            checked_step(method, student, row, signal)
 
 
 def _remember(live: LiveTeacher, examples: Examples, accelerator: Accelerator) -> RememberedTeacher:
@@ -252,7 +260,12 @@ def run(
         "seconds": sum(line["seconds"] for line in fitted.lines),
         "prepared": fitted.prepared,
         "selection": f"highest accuracy, then lowest loss, on {len(materials.validation)} validation rows",
+        "train": fitted.lines[-1]["train"],
         "last": _moment(fitted, len(fitted.lines), materials),
+        "companions": {
+            name: {"test": _test(network, fitted.accelerator, materials)}
+            for name, network in fitted.companions.items()
+        },
         "teacher": None if teacher is None else teacher.description,
     }
     checkpoint.export(folder / "student-last.safetensors", fitted.student.body.state_dict())
@@ -292,7 +305,7 @@ def _moment(fitted: Fit, epoch: int, materials: Materials) -> dict[str, Any]:
     }
 
 
-def _test(student: models.Classifier, accelerator: Accelerator, materials: Materials) -> dict[str, Any]:
+def _test(student: nn.Module, accelerator: Accelerator, materials: Materials) -> dict[str, Any]:
     batches = data.loader(materials.test, batch_size=EVALUATION_BATCH, seed=None)
     teacher = None if materials.teacher is None else materials.teacher.test
     return metrics.full(*metrics.collect(student, accelerator.prepare(batches), accelerator, teacher))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,15 @@ from .. import _check, _features
 
 Shapes = Sequence[torch.Size]
 Tensors = Sequence[Tensor]
+
+
+class TeacherFeatures(Protocol):
+    """The teacher's features of the training rows, for what a loss learns before training."""
+
+    def __call__(
+        self, *, batch_size: int = 256, epochs: int = 1, shuffle: bool = False
+    ) -> Iterator[list[Tensor]]:
+        """Batch by batch a list of features, without gradient; as `luce.methods.TrainingRows.batches`."""
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -85,8 +94,29 @@ class FeatureLoss(nn.Module):
             self._shapes = None
             raise
 
-    def forward(self, student_features: Tensors, teacher_features: Tensors) -> Tensor:
+    @property
+    def wants_preparation(self) -> bool:
+        """Whether `prepare` must be called after `build`, before the first batch."""
+        return False
+
+    def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
+        """Learn what must be known of the teacher before training; most losses need nothing.
+
+        Not called again when a training is resumed: `build` must freeze the parameters that are trained here
+        and no more later.
+
+        Args:
+            teacher_features: Call it for as many passes over them as it takes.
+        Returns:
+            What was found, by name, as far as a reader of the run would want to know it.
+        """
+        return {}
+
+    def forward(self, student_features: Tensors, teacher_features: Tensors) -> Tensor | dict[str, Tensor]:
         """The loss of a batch, a scalar; shapes and errors are those of the function.
+
+        A loss that tells more than its value returns a dict of scalars with the key ``"loss"``, as
+        `luce.WeightedSum` does.
 
         Raises:
             RuntimeError: If this loss learns and was not built.

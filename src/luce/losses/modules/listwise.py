@@ -55,6 +55,13 @@ class PLDLoss(LogitLoss):
         self.suggested = suggest_temperature(teacher_logits)
         return {"teacher_temperature": self.suggested}
 
+    def get_extra_state(self) -> dict[str, float | None]:
+        """What was suggested; saved with the module."""
+        return {"suggested": self.suggested}
+
+    def set_extra_state(self, state: dict[str, float | None]) -> None:
+        self.suggested = state["suggested"]
+
     def options(self) -> dict[str, object]:
         found = {"teacher_temperature": self.suggested or 1.0} if self.wants_preparation else {}
         return {**super().options(), **found}

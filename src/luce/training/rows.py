@@ -1,0 +1,60 @@
+"""The training rows as a method is shown them before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from .. import data
+from ..data import Examples
+from .progress import Bar
+
+
+class KnownRows:
+    """Implements `luce.methods.TrainingRows`.
+
+    Args:
+        examples: The rows.
+        device: Where batches go.
+        seed: Of the order, where one is drawn.
+        augment: As in training.
+        progress: Bars to add the passes to.
+        at_most: End after so many batches, to try whether it works.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        device: torch.device,
+        seed: int = 0,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        progress: Progress | None = None,
+        at_most: int | None = None,
+    ) -> None:
+        self.examples, self.device, self.seed, self.augment = examples, device, seed, augment
+        self.progress, self.at_most = progress, at_most
+
+    def batches(
+        self, batch_size: int = 256, *, epochs: int = 1, shuffle: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        loader = data.loader(
+            self.examples if shuffle else self.examples.plain,
+            batch_size=batch_size,
+            seed=self.seed if shuffle else None,
+            augment=self.augment if shuffle else None,
+        )
+        total = epochs * len(loader) if self.at_most is None else self.at_most
+        with Bar(self.progress, "preparation", total) as bar:
+            done = 0
+            for epoch in range(epochs):
+                if isinstance(loader.sampler, data.EpochSampler):
+                    loader.sampler.set_epoch(epoch)
+                for batch in loader:
+                    if done == total:
+                        return
+                    yield {name: part.to(self.device) for name, part in batch.items()}
+                    done += 1
+                    bar.advance()

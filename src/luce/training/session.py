@@ -1,0 +1,322 @@
+"""What moves while a student is trained, and one epoch of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import count, islice
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from .. import data
+from ..data import Examples
+from ..errors import UserError
+from ..methods import Method, strong_view
+from ..models import Classifier
+from ..signals import Signal, Teacher
+from .progress import Bar
+from .recipe import TrainingOptions
+from .rows import KnownRows
+
+FINITE_CHECK_STEPS = 50
+"""Steps between looks at the loss on an accelerator, each of which makes the host wait for it."""
+
+LAPS = 2**20
+"""More than anyone goes over the rows of a quiz within an epoch."""
+
+T = TypeVar("T")
+
+
+class TrainingError(UserError):
+    """A training that cannot go on."""
+
+
+class Session:
+    """What moves while a student is trained: the student, the method's own parameters, and their optimizers.
+
+    Attributes:
+        evaluated: The student to validate and to export: itself, or the average of its weights.
+        batches: Prepared for this process.
+        step: Optimizer steps taken.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: Classifier,
+        method: Method,
+        teacher: Teacher | None,
+        batches: DataLoader[Any],
+        quiz: Examples | None,
+        options: TrainingOptions,
+    ) -> None:
+        self.accelerator = accelerator
+        self.method = method.to(accelerator.device)
+        self.teacher = teacher if method.needs_teacher else None
+        if self.teacher is not None:
+            self.teacher.to(accelerator.device)
+        self.clip_norm = options.clip_norm
+        self.batch_size = options.batch_size
+        self.seed = options.seed
+        self.quiz = quiz
+        own = {
+            parameter
+            for optimizer in method.optimizers.values()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        self.beside = [parameter for parameter in method.parameters() if parameter not in own]
+        self.parameters = [*student.parameters(), *self.beside]
+        self.bare = student
+        self.student, self.optimizer, self.batches = accelerator.prepare(
+            student, make_optimizer(options, self.parameters), batches
+        )
+        steps = math.ceil(len(self.batches) / options.accumulate)
+        self.schedules = [
+            LambdaLR(optimizer, learning_rate(options, steps))
+            for optimizer in (self.optimizer.optimizer, *method.optimizers.values())
+        ]
+        self.average: AveragedModel | None = None
+        self.evaluated: Classifier = student
+        if options.ema is not None:
+            self.average = AveragedModel(
+                student, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True
+            )
+            self.evaluated = cast(Classifier, self.average.module)
+        self.step = self.number = 0
+
+    def prepare(self, teacher: Teacher, rows: KnownRows) -> dict[str, float]:
+        """Let the method learn what it must know before training, without touching the draws that follow."""
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            found = self.method.prepare(teacher, rows)
+        self.method.zero_grad()  # or the student's optimizer would take one more step
+        self.share_state(*self.method.parameters(), *self.method.buffers())
+        return found
+
+    def epoch(self, number: int, bar: Bar) -> dict[str, float]:
+        """Train for one epoch; the mean of each named term of the loss, and of what the method noted."""
+        self.number = number
+        self.batches.set_epoch(number)
+        self.student.train()
+        self.method.train()
+        self.method.set_epoch(number)
+        quiz = self.quiz_batches(number)
+        sums: dict[str, Tensor] = {}
+        times: dict[str, int] = {}
+
+        def note(terms: Mapping[str, Tensor]) -> None:
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+                times[name] = times.get(name, 0) + 1
+
+        gathered = 0.0
+        for ahead in rounds(self.batches, self.method.batches_per_round):
+            with self.accelerator.autocast():
+                asked = list(islice(quiz, self.method.quiz_batches))
+                rate = self.optimizer.param_groups[0]["lr"]
+                note(self.checked(self.method.before_round(self.bare, ahead, asked, rate)))
+            for batch in ahead:
+                gathered += len(batch["target"]) / self.batch_size
+                note(self.descend(batch, gathered))
+                if self.accelerator.sync_gradients:
+                    gathered = 0.0
+                    self.step += 1
+                    for schedule in self.schedules:
+                        schedule.step()
+                    if self.average is not None:
+                        self.average.update_parameters(self.bare)
+                    with self.accelerator.autocast():
+                        note(self.checked(self.method.after_step(self.bare, batch)))
+                bar.advance()
+        check_finite(sums, number)
+        # As the main process, which saves them, has them.
+        self.share_state(*self.evaluated.buffers(), *self.method.buffers())
+        means = {name: total / times[name] for name, total in sums.items()}
+        return {name: mean.item() for name, mean in self.accelerator.reduce(means, "mean").items()}
+
+    def descend(self, batch: Mapping[str, Tensor], gathered: float) -> dict[str, Tensor]:
+        """One backward pass, and the student's step if it is due.
+
+        Args:
+            batch: To learn from.
+            gathered: Rows since the last step, with this batch, in batches.
+        Returns:
+            The terms of the loss.
+        """
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.student):
+            with accelerator.autocast():
+                terms = self.checked(checked_step(self.method, self.student, batch, self.signal(batch)))
+            accelerator.backward(len(batch["target"]) / self.batch_size * terms["loss"])
+            if accelerator.sync_gradients:
+                self.share_gradients()
+                self.scale_gradients(accelerator.gradient_accumulation_steps / gathered)
+                if self.clip_norm is not None:
+                    accelerator.clip_grad_norm_(self.parameters, self.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return terms
+
+    def checked(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms, which are numbers: always where looking costs nothing, and now and then elsewhere."""
+        if self.accelerator.device.type == "cpu" or self.step % FINITE_CHECK_STEPS == 0:
+            check_finite(terms, self.number)
+        return terms
+
+    def quiz_batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:
+        """Full batches of the rows that are held out, over and over, for this process; none without any."""
+        if self.quiz is None:
+            return
+        loader = data.loader(
+            self.quiz, batch_size=min(self.batch_size, len(self.quiz)), seed=self.seed, drop_last=True
+        )
+        sampler, device = cast(data.EpochSampler, loader.sampler), self.accelerator.device
+        for lap in count():
+            sampler.set_epoch(epoch * LAPS + lap)
+            ours = islice(
+                loader, self.accelerator.process_index % len(loader), None, self.accelerator.num_processes
+            )
+            yield from ({name: part.to(device) for name, part in batch.items()} for batch in ours)
+
+    def signal(self, batch: Mapping[str, Tensor]) -> Signal | None:
+        """What the teacher says about a batch, and about its second view if it has one."""
+        if self.teacher is None:
+            return None
+        signal = self.teacher.signal(batch)
+        if "strong" in batch:
+            signal = replace(signal, strong=self.teacher.signal(strong_view(batch)))
+        return signal
+
+    def share_state(self, *tensors: Tensor) -> None:
+        """Take what the main process has into the others."""
+        if self.accelerator.num_processes > 1:
+            for tensor in tensors:
+                broadcast(tensor.detach())
+
+    def share_gradients(self) -> None:
+        """Average the gradients of the method's parameters over the processes, as DDP does the student's."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.beside:
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    def scale_gradients(self, factor: float) -> None:
+        """Make a sum over micro-batches the mean over their rows, of which an epoch's last step has fewer."""
+        if factor != 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the accelerator does not save by itself."""
+        return {
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "optimizers": {name: own.state_dict() for name, own in self.method.optimizers.items()},
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        for schedule in self.schedules:
+            schedule.last_epoch = self.step
+        self.method.load_state_dict(state["method"])
+        for name, own in self.method.optimizers.items():
+            own.load_state_dict(state["optimizers"][name])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+def rounds(batches: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of so many items, the last one perhaps of fewer.
+
+    >>> list(rounds("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    rest = iter(batches)
+    while ahead := list(islice(rest, size)):
+        yield ahead
+
+
+def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if not parameters:
+        raise UserError("expected a student with parameters to train, got none")
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=options.lr,
+            momentum=options.momentum,
+            nesterov=options.momentum > 0,
+            weight_decay=options.weight_decay,
+        )
+    return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def learning_rate(options: TrainingOptions, steps_per_epoch: int) -> Callable[[int], float]:
+    """The factor on the peak learning rate, as a function of the optimizer step from 0.
+
+    Example:
+        >>> half_way = learning_rate(TrainingOptions(epochs=10, schedule="cosine"), steps_per_epoch=5)(25)
+        >>> round(half_way, 6)
+        0.5
+    """
+    warmup = round(options.warmup_epochs * steps_per_epoch)
+    total = options.epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if options.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        if options.schedule == "step":
+            return options.gamma ** sum(step >= epoch * steps_per_epoch for epoch in options.milestones)
+        return 1.0
+
+    return factor
+
+
+def checked_step(
+    method: Method, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
+) -> dict[str, Tensor]:
+    """A step whose loss can be descended.
+
+    Raises:
+        UserError: If the loss refuses what it gets, is not one number, or does not depend on the student.
+    """
+    try:
+        terms = method.step(student, batch, signal)
+    except UserError:
+        raise
+    except ValueError as error:  # of a loss, which says what it expected
+        raise UserError(str(error)) from error
+    loss = terms["loss"]
+    if loss.numel() != 1:
+        raise UserError(
+            f"expected a loss that is one number, got one of shape {tuple(loss.shape)}; give the mean"
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise UserError(
+            "expected a loss that depends on the student, got one without a gradient; give a term a weight "
+            "above 0, and detach nothing of the student"
+        )
+    return terms
+
+
+def check_finite(terms: Mapping[str, Tensor], epoch: int) -> None:
+    """Stop at a term that is no number, and say which one."""
+    bad = [f"`{name}` is {value.item()}" for name, value in terms.items() if not torch.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"the loss stopped being a number in epoch {epoch}: {', '.join(bad)}; the last checkpoint "
+            "is kept; look for NaN or infinite logits of the teacher, or lower the learning rate"
+        )
