@@ -1,0 +1,24 @@
+"""The code of the documentation runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_method_of_ones_own_trains_its_teacher() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "methods.md").read_text(encoding="utf-8"), re.DOTALL)
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+    data = TensorDataset(torch.randn(64, 20), torch.randint(5, (64,)))
+    names: dict[str, Any] = {"student": nn.Linear(20, 5), "teacher": teacher, "data": data}
+    exec(code.replace("PLDLoss()))", "PLDLoss()), teacher_lr=0.1), epochs=3, show_progress=False"), names)
+    teacher_losses = [line["train"]["teacher"] for line in names["fitted"].lines]
+    assert teacher_losses[0] > teacher_losses[1] > teacher_losses[2]
