@@ -2,7 +2,8 @@
 
 from .curriculum import tempered_kd
 from .divergence import cross_entropy_loss, dkd_loss, jsd_loss, kd_loss, reverse_kl_loss
-from .embeddings import cc_loss, pkt_loss, rkd_loss, sp_loss
+from .embeddings import cc_loss, linear_cka, pkt_loss, rkd_loss, sp_loss
+from .iekd import exploration_loss, inheritance_loss
 from .listwise import listmle_loss, listnet_loss, p_listmle_loss, pld_loss
 from .maps import at_loss, cwd_loss, fitnet_loss, fsp_loss, ickd_loss, mgd_loss, nst_loss, ofd_loss, vid_loss
 from .matching import logit_matching_loss
@@ -29,11 +30,14 @@ __all__ = [
     "decomposed_kd_loss",
     "dist_loss",
     "dkd_loss",
+    "exploration_loss",
     "fitnet_loss",
     "fsp_loss",
     "ickd_loss",
+    "inheritance_loss",
     "jsd_loss",
     "kd_loss",
+    "linear_cka",
     "listmle_loss",
     "listnet_loss",
     "logit_matching_loss",

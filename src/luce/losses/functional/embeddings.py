@@ -242,3 +242,43 @@ def consecutive_products(s: Tensor, t: Tensor) -> Tensor:
     """The consecutive form of `cc_loss` on embeddings ``(N, D)``, of which both may be learnt."""
     apart = (s - t).abs()
     return (apart[:-1] * apart[1:]).sum() / max(len(apart) - 1, 1)
+
+
+def linear_cka(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    r"""Linear centred kernel alignment: whether two networks see the same rows as alike. No loss, a measure.
+
+    .. math:: \frac{\langle K_s, K_t \rangle_F}{\|K_s\|_F \|K_t\|_F}, \quad K = X X^\top
+
+    for the flattened features X, with the mean over the rows taken off each column. Of few rows with many
+    entries it is biased upwards: any two such features look alike. So compare values that were taken on
+    batches of one size, and features of one width.
+
+    Args:
+        student_features: Shape ``(N, ...)``, flattened row by row.
+        teacher_features: Likewise, with the same N; receives no gradient.
+    Returns:
+        From 0 to 1; 1 where one is an orthogonal map of the other, with any factor and shift. 0 where the
+        rows of either are all alike, as is a single row.
+    Raises:
+        ValueError: On a wrong shape.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> linear_cka(3 * features.flip(1) + 5, features)
+        tensor(1.0000)
+        >>> linear_cka(features[:, :1], features)  # 4 / (2 * sqrt(8))
+        tensor(0.7071)
+
+    References:
+        Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019, arXiv 1905.00414.
+    """
+    s, t = _features.rows(student_features, teacher_features)
+    with _features.full_precision(s):
+        return (_alignment(s) * _alignment(t)).sum()
+
+
+def _alignment(x: Tensor) -> Tensor:
+    """``(N * N,)``, the centred Gram matrix as a vector of length 1, or 0 where the rows are all alike."""
+    x = x - x[:1]  # exactly 0 for rows that are alike, which a mean may miss by a rounding error
+    x = unit((x - x.mean(0)).flatten(), dim=0).view_as(x)  # no product of two entries overflows
+    return unit((x @ x.mT).flatten(), dim=0)

@@ -6,6 +6,7 @@ from .curriculum import CTKDLoss
 from .divergence import CrossEntropyLoss, DKDLoss, JSDLoss, KDLoss, ReverseKLLoss
 from .embeddings import CCLoss, PKTLoss, RKDLoss, SPLoss
 from .features import FeatureLoss
+from .iekd import IEKDLoss
 from .listwise import ListMLELoss, ListNetLoss, PLDLoss, PListMLELoss
 from .maps import ATLoss, CWDLoss, FitNetLoss, FSPLoss, ICKDLoss, MGDLoss, NSTLoss, OFDLoss, VIDLoss
 from .matching import LogitMatchingLoss
@@ -34,6 +35,7 @@ __all__ = [
     "FeatureLoss",
     "FitNetLoss",
     "ICKDLoss",
+    "IEKDLoss",
     "JSDLoss",
     "KDLoss",
     "ListMLELoss",
