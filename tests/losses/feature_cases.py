@@ -35,8 +35,14 @@ class Case:
 
     def build(self) -> luce.FeatureLoss:
         torch.manual_seed(1)
-        loss = self.module(**self.options)
+        return self.ready(self.module(**self.options))
+
+    def ready(self, loss: luce.FeatureLoss) -> luce.FeatureLoss:
+        """Built, and prepared if it must be."""
         loss.build(self.student, self.teacher)
+        if loss.wants_preparation:
+            _, teacher = self.batch(8, torch.float32)
+            loss.prepare(lambda batch_size, epochs=1, shuffle=False: [teacher] * epochs)
         return loss
 
     def batch(self, rows: int = 3, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
@@ -51,6 +57,7 @@ class Case:
 SMALL, LARGE = ((3, 4, 4), (4, 2, 2)), ((5, 4, 4), (2, 3, 2))  # channels differ, and a size
 FLOW = ((3, 4, 4), (4, 2, 2)), ((5, 4, 4), (4, 2, 2))
 VECTORS = ((5,),), ((4,),)
+LAST = ((5, 4, 4),), ((4, 3, 3),)
 
 CASES = (
     Case(luce.ATLoss, SMALL, LARGE),
@@ -77,6 +84,20 @@ CASES = (
     Case(luce.CCLoss, *VECTORS, couples_rows=True),
     Case(luce.CCLoss, *VECTORS, {"gamma": 1.0, "order": 3}, couples_rows=True),
     Case(luce.CCLoss, *VECTORS, {"form": "consecutive", "dim": 6}, depends_on_order=True, couples_rows=True),
+    Case(
+        luce.IEKDLoss,
+        *LAST,
+        {
+            "inheritance": 3.0,
+            "exploration": 2.0,
+            "similarity": "cosine",
+            "split": "random",
+            "code_channels": 3,
+            "epochs": 2,
+            "lr": 0.01,
+        },
+    ),
+    Case(luce.IEKDLoss, *LAST, {"autoencoder": "online", "reconstruction": "l2"}),
 )
 LEARNT = tuple(case for case in CASES if case.module(**case.options).learns)
 FREE = tuple(case for case in CASES if case not in LEARNT)

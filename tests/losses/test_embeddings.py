@@ -348,3 +348,83 @@ def test_a_row_of_zeros_is_a_value_and_gets_a_finite_gradient(loss):
         tiny = s.detach().clone()
         tiny[1] = 1e-9
         assert not torch.isclose(loss(tiny, t), value)  # a direction, however short, is one
+
+
+# Linear CKA, which is no loss
+
+
+def hsic(k, other):
+    """By the definition, with the matrix that takes off means."""
+    rows = len(k)
+    centre = torch.eye(rows, dtype=torch.float64) - torch.full((rows, rows), 1 / rows, dtype=torch.float64)
+    return torch.trace(k @ centre @ other @ centre)
+
+
+def test_linear_cka_by_hand():
+    s = tensor([[1], [0], [-1]])  # centred; K_s has the entries 1, 0, -1 and their products
+    t = tensor([[1, 0], [0, 2], [-1, -2]])
+    gram_t = [[1, 0, -1], [0, 4, -4], [-1, -4, 5]]
+    product = gram_t[0][0] - gram_t[0][2] - gram_t[2][0] + gram_t[2][2]
+    size = sqrt(sum(x * x for row in gram_t for x in row))
+    assert luce.linear_cka(s, t).item() == exactly(product / (2 * size))
+
+
+@laws
+@given(batches())
+def test_linear_cka_is_that_of_kernels_and_that_of_features(batch):
+    s, t = batch
+    value = luce.linear_cka(s, t)
+    k, other = s @ s.mT, t @ t.mT
+    assert_close(value, hsic(k, other) / (hsic(k, k) * hsic(other, other)).sqrt())
+    s, t = s - s.mean(0), t - t.mean(0)
+    assert_close(value, (s.mT @ t).norm() ** 2 / (s.mT @ s).norm() / (t.mT @ t).norm())
+    assert 0 <= value <= 1 + 1e-12
+    assert_close(luce.linear_cka(t, s), value)
+
+
+@laws
+@given(batches())
+def test_what_linear_cka_does_not_see(batch):
+    s, t = batch
+    value = luce.linear_cka(s, t)
+    turn, _ = torch.linalg.qr(torch.randn(s.shape[1], s.shape[1], dtype=torch.float64))
+    assert_close(luce.linear_cka(7 * s @ turn + 3, t), value)
+    assert_close(luce.linear_cka(s.flip(0), t.flip(0)), value)
+    assert luce.linear_cka(-s @ turn, s).item() == pytest.approx(1)
+
+
+def test_linear_cka_of_rows_that_are_all_alike_is_0():
+    """Exactly, though the mean of three times 0.1 is not 0.1: rounding errors would correlate."""
+    alike, features = torch.full((3, 4), 0.1), torch.randn(3, 4)
+    for s, t in ((alike, features), (features, alike), (alike, alike), (features[:1], features[:1])):
+        s = s.clone().requires_grad_()
+        value = luce.linear_cka(s, t)
+        assert value == 0
+        assert not torch.autograd.grad(value, s)[0].any()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+def test_linear_cka_of_small_and_large_features(scale):
+    """In float32, where fourth powers of these are no numbers."""
+    s, t = torch.randn(5, 3), torch.randn(5, 4)
+    assert_close(luce.linear_cka(scale * s, t), luce.linear_cka(s, t), rtol=1e-4, atol=1e-5)
+
+
+def test_linear_cka_of_maps_and_16_bits():
+    s, t = torch.randn(4, 3, 2, 2).bfloat16(), torch.randn(4, 5, 3).bfloat16()
+    value = luce.linear_cka(s, t)
+    assert value.dtype == torch.float32
+    assert_close(
+        value.double(), luce.linear_cka(s.double().flatten(1), t.double().flatten(1)), rtol=1e-5, atol=0
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(luce.linear_cka(s.float(), t.float()), value, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the same rows"):
+        luce.linear_cka(s, t[:2])
+
+
+def test_gradients_of_linear_cka_against_finite_differences():
+    s, t = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(4, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: luce.linear_cka(s, t.requires_grad_()), s)
+    luce.linear_cka(s, t).backward()
+    assert t.grad is None

@@ -146,7 +146,7 @@ class IEKDLoss(FeatureLoss):
         return self.autoencoder == "prepared"
 
     def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
-        """Train the auto-encoder on the teacher's maps, and freeze it.
+        """Train the auto-encoder on the teacher's maps, and freeze it; an online one needs none of that.
 
         Args:
             teacher_features: Called with ``batch_size``, ``epochs`` and ``shuffle``, iterates lists of one
@@ -157,6 +157,8 @@ class IEKDLoss(FeatureLoss):
         Raises:
             ValueError: If the error is no number any more.
         """
+        if not self.wants_preparation:
+            return {}
         self._check_built()
         self.of_teacher.freeze(False)
         optimizer = torch.optim.SGD(
