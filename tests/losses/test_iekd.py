@@ -452,6 +452,24 @@ def test_preparing_teaches_the_auto_encoder_what_the_teacher_sees(reconstruction
     assert error(loss.of_teacher, other) < 0.5 * untrained  # of maps it has not seen
 
 
+def test_preparing_is_descent_with_nesterov_momentum_and_weight_decay() -> None:
+    maps, loss = structured(300).double(), built(epochs=2, lr=0.03).double()
+    network = copy.deepcopy(loss.of_teacher)
+    network.freeze(False)
+    velocity = [torch.zeros_like(parameter) for parameter in network.parameters()]
+    source = TeacherFeatures(maps)
+    for (x,) in source(128, epochs=2, shuffle=True):
+        error = (network(x) - x).abs().mean()
+        slopes = torch.autograd.grad(error, list(network.parameters()))
+        with torch.no_grad():
+            for parameter, slope, v in zip(network.parameters(), slopes, velocity, strict=True):
+                slope = slope + 5e-4 * parameter
+                v.mul_(0.9).add_(slope)
+                parameter -= 0.03 * (slope + 0.9 * v)
+    loss.prepare(source)
+    assert_close(loss.of_teacher.state_dict(), network.state_dict())
+
+
 def test_preparing_leaves_the_rest_and_the_generator_alone() -> None:
     loss = built(epochs=2)
     before, state = copy.deepcopy(loss.state_dict()), torch.get_rng_state()
