@@ -267,10 +267,10 @@ def second_coder(layers: Any, x: Tensor, *, training: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("autoencoder", ["prepared", "online"])
-def test_the_loss_by_a_second_implementation(autoencoder: str, training: bool) -> None:
-    options = {"inheritance": 3.0, "exploration": 0.7, "split": "random", "autoencoder": autoencoder}
-    loss = prepared(seed=3, **options).double().train(training)
+@pytest.mark.parametrize(("autoencoder", "similarity"), [("prepared", "l1"), ("online", "cosine")])
+def test_the_loss_by_a_second_implementation(autoencoder: str, similarity: Any, training: bool) -> None:
+    options = {"inheritance": 3.0, "exploration": 0.7, "split": "random", "similarity": similarity}
+    loss = prepared(seed=3, autoencoder=autoencoder, **options).double().train(training)
     for module in loss.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # weights and biases that do something
             torch.nn.init.normal_(module.weight, 1.0, 0.3)
@@ -283,8 +283,8 @@ def test_the_loss_by_a_second_implementation(autoencoder: str, training: bool) -
     f_i = second_coder(loss.inheriting, parts[0], training=training)
     f_e = second_coder(loss.exploring, parts[1], training=training)
     expected = {
-        "inheritance": inheritance_loss(f_i, code),
-        "exploration": exploration_loss(f_e, code),
+        "inheritance": inheritance_loss(f_i, code, similarity=similarity),
+        "exploration": exploration_loss(f_e, code, similarity=similarity),
         "cka_inheritance": luce.linear_cka(parts[0], t),
         "cka_exploration": luce.linear_cka(parts[1], t),
     }
