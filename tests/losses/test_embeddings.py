@@ -394,8 +394,9 @@ def test_what_linear_cka_does_not_see(batch):
 
 
 def test_linear_cka_of_rows_that_are_all_alike_is_0():
-    """Exactly, though the mean of three times 0.1 is not 0.1: rounding errors would correlate."""
-    alike, features = torch.full((3, 4), 0.1), torch.randn(3, 4)
+    """Exactly, though the mean of seven times 0.1 is not 0.1 in float32: such errors would correlate."""
+    alike, features = torch.full((7, 4), 0.1), torch.randn(7, 4)
+    assert (alike.mean(0) != alike[0]).all()
     for s, t in ((alike, features), (features, alike), (alike, alike), (features[:1], features[:1])):
         s = s.clone().requires_grad_()
         value = luce.linear_cka(s, t)

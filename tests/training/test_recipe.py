@@ -88,8 +88,9 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert (runs, before) == (len(recipe.settings) * len(recipe.methods), 0)
 
 
-def test_the_recipe_of_features_runs(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    content = shortened(read_yaml(next(path for path in RECIPES if path.stem == "fashion-mnist-features")))
+@pytest.mark.parametrize("name", ["fashion-mnist-features", "fashion-mnist-iekd"])
+def test_the_recipes_of_features_run(name: str, make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    content = shortened(read_yaml(next(path for path in RECIPES if path.stem == name)))
     few = {"few-labels": {"data": {"labels_per_class": 4}}}
     small = {"seeds": [0], "data": make_recipe().data.__dict__, "settings": few}
     recipe = parse(ComparisonRecipe, merge(content, small))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import UserError
 from .. import _check, _features
 from ..functional.embeddings import linear_cka
 from ..functional.iekd import SIMILARITIES, Similarity, exploration_loss, inheritance_loss
-from .features import FeatureLoss, Shapes, Tensors, channels, through
-
-TeacherFeatures: TypeAlias = Callable[..., Iterable[Tensors]]
+from .features import FeatureLoss, Shapes, TeacherFeatures, Tensors, channels, through
 
 PREPARATION_BATCH = 128
 SLOPE = 0.1
@@ -149,13 +147,12 @@ class IEKDLoss(FeatureLoss):
         """Train the auto-encoder on the teacher's maps, and freeze it; an online one needs none of that.
 
         Args:
-            teacher_features: Called with ``batch_size``, ``epochs`` and ``shuffle``, iterates lists of one
-                map of the teacher.
+            teacher_features: Of the training rows, lists of one map.
         Returns:
             Of all rows, after training: ``reconstruction``, the mean error per entry, and
             ``relative_reconstruction``, which of zeros would be 1.
         Raises:
-            ValueError: If the error is no number any more.
+            UserError: If the error is no number any more, or a batch has a single value per channel.
         """
         if not self.wants_preparation:
             return {}
@@ -186,7 +183,7 @@ class IEKDLoss(FeatureLoss):
             size += self._errors(torch.zeros_like(teacher), teacher).sum().item()
             entries += teacher.numel()
         if not math.isfinite(error):
-            raise ValueError(
+            raise UserError(
                 f"expected a finite error of the prepared auto-encoder of the teacher's maps, got {error}; "
                 f"lower `lr`, or look for infinite or missing values in the teacher's maps"
             )
@@ -287,7 +284,7 @@ def coder(inputs: int, outputs: int) -> nn.Sequential:
 def _check_normalisable(feature: Tensor) -> None:
     """Batch normalisation takes a mean over rows and places."""
     if feature.numel() == feature.shape[1]:
-        raise ValueError(
+        raise UserError(
             "expected more than one value per channel in a batch for IEKDLoss, which normalises over rows "
             "and places, got maps of one place and a single row; choose a batch size that leaves no single "
             "row at the end of an epoch, or maps of more places"
