@@ -52,7 +52,7 @@ class IEKDLoss(FeatureLoss):
 
     An encoder can explore all by itself, with the features as they were. So ``cka_inheritance`` and
     ``cka_exploration`` say how each part's channels compare with the teacher's map (`luce.linear_cka` over
-    the batch); the latter should come out lower.
+    the batch). The latter is meant to come out lower; nothing makes sure of that.
 
     Args:
         inheritance: :math:`\lambda_i`, at least 0.
