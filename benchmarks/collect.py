@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from luce import reports
+from luce.errors import UserError
 
 
 def collect(folder: Path, out: Path) -> None:
@@ -41,4 +42,7 @@ def collect(folder: Path, out: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    collect(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        collect(Path(sys.argv[1]), Path(sys.argv[2]))
+    except UserError as error:
+        sys.exit(str(error))

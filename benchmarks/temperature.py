@@ -25,7 +25,9 @@ import yaml
 from torch import Tensor
 
 from luce import reports
+from luce.errors import UserError
 from luce.losses.temperature import first_place
+from luce.reports.runs import Comparison
 from luce.training import Recipe
 from luce.training.options import parse
 from luce.training.run import prepare
@@ -84,10 +86,25 @@ class Curve:
         return float(self.means.max() - self.accuracy(self.tau(statistic, goal)))
 
 
-def curves(folder: Path) -> list[Curve]:
-    """The curves of one comparison."""
+def whole(folder: Path) -> Comparison:
+    """A comparison of which every run has finished.
+
+    Raises:
+        UserError: If one has not.
+    """
     comparison = reports.read_comparison(folder)
-    first = comparison.finished()[0]
+    seeds = {run.seed for run in comparison.finished()}
+    if comparison.missing or not seeds.issuperset(comparison.recipe["seeds"]):
+        raise UserError(
+            f"expected a finished comparison, got {folder}, of which runs are missing; "
+            f"finish it with `{comparison.command}`"
+        )
+    return comparison
+
+
+def curves(comparison: Comparison) -> list[Curve]:
+    """The curves of one comparison."""
+    folder, first = comparison.folder, comparison.finished()[0]
     recipe = parse(Recipe, yaml.safe_load((first.folder / "recipe.yaml").read_text()))
     assert recipe.teacher is not None
     recipe.teacher.checkpoint = str(folder / "teacher")
@@ -209,7 +226,10 @@ def report(found: Sequence[Curve]) -> str:
 
 
 def main(folders: Sequence[str], out: Path) -> None:
-    found = [curve for folder in folders for curve in curves(Path(folder))]
+    comparisons = [whole(Path(folder)) for folder in folders]
+    found = [curve for comparison in comparisons for curve in curves(comparison)]
+    if len(data := {curve.data for curve in found}) < 2:
+        raise UserError(f"expected two data sets or more, to judge rules on one left out, got {data.pop()}")
     out.mkdir(parents=True, exist_ok=True)
     draw(found, out / "temperature.png")
     (out / "tables.md").write_text(report(found) + "\n", encoding="utf-8")
@@ -229,4 +249,7 @@ def main(folders: Sequence[str], out: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(sys.argv[1:-1], Path(sys.argv[-1]))
+    try:
+        main(sys.argv[1:-1], Path(sys.argv[-1]))
+    except UserError as error:
+        sys.exit(str(error))

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import luce
 from luce.analysis import diagnose as module_or_function
-from luce.analysis.diagnose import EVEN_CONFIDENCE, FLAT_RELATIONS, Diagnosis, diagnose, findings
+from luce.analysis.diagnose import diagnose
+from luce.analysis.findings import EVEN_CONFIDENCE, FLAT_RELATIONS, findings
+from luce.analysis.knowledge import Diagnosis
 
 RHO = torch.tensor(
     [

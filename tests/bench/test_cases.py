@@ -37,6 +37,10 @@ def test_goals_of_exact_pld(shape: tuple[int, int]) -> None:
         assert (Goal(1.5, 1.0, measure="memory") in goals) == (2 * 4 * shape[0] * shape[1] >= 8_000_000)
 
 
+def test_pairs_of_classes_are_compared_where_they_fit() -> None:
+    assert {case.shape for case in select(["rkkd"])} == {(128, 100), (1024, 100)}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SIZES + LONG_ROWS)
 def test_softmax_has_a_goal_at_every_size(shape: tuple[int, int], dtype: str) -> None:

@@ -31,6 +31,8 @@ def gradient(name: str, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     [
         ("KD", "eager kl_div"),
         ("KD + CE", "eager KD"),
+        ("RKKD", "eager RKKD"),
+        ("RKKD", "reference RKKD"),
         ("suffix_logsumexp", "flipped logcumsumexp"),
     ],
 )

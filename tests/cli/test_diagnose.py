@@ -148,7 +148,9 @@ def test_what_cannot_be_diagnosed(
     monkeypatch.setattr(toy, "one", lambda: torch.nn.Linear(4, 1), raising=False)
     monkeypatch.setattr(toy, "one_class", lambda: data.from_datasets(rows), raising=False)
     (place / "file").write_text("mine")
-    assert reason in refuses("diagnose", *words)
+    before = sorted(place.rglob("*"))
+    assert reason in refuses("diagnose", *words, *(() if "--out" in words else ("--out", "new/out")))
+    assert sorted(place.rglob("*")) == before
     assert (place / "file").read_text() == "mine"
 
 

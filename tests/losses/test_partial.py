@@ -260,6 +260,27 @@ def test_a_relation_of_other_classes():
         luce.partial_kd_loss(student, teacher, target, keep="class_mean", relation=torch.eye(4))
 
 
+@pytest.mark.parametrize("keep", RELATED)
+def test_a_negative_relation(keep):
+    student, teacher, target = batch(2)
+    target[:] = torch.tensor([1, UNLABELLED])
+    relation = RELATION.clone()
+    relation[1, 3] = -0.25
+    options = {"keep": keep, "relation": relation}
+    for call in (
+        lambda: luce.partial_kd_loss(student, teacher, target, **options),
+        lambda: luce.partial_target(teacher, target, **options),
+    ):
+        with pytest.raises(ValueError, match=r"`relation` of numbers of at least 0, got -0.25"):
+            call()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(student, teacher, target):
+        return luce.partial_kd_loss(student, teacher, target, **options, reduction="none")
+
+    assert loss(student, teacher, target).isnan().tolist() == [True, False]
+
+
 def test_topk_needs_a_number():
     with pytest.raises(ValueError, match=r"`top_k` .* got None"):
         luce.PartialKDLoss(keep="topk")

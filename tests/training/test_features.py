@@ -173,6 +173,8 @@ def test_terms_on_logits_and_on_features() -> None:
         ({"loss": "FitNetLoss", "student": "a", "techer": "b"}, r"`techer`; did you mean `teacher`"),
         ({"loss": "FitNetLoss", "student": "a", "weight": -1}, r"weight of x.*at least 0, got -1"),
         ({"loss": "FitNetLoss", "student": "a", "weight": "x"}, r"weight of x.*got 'x'"),
+        ({"loss": "FitNetLoss", "student": "a", "weight": True}, r"weight of x.*got True"),
+        ({"loss": "FitNetLoss", "student": "a", "warmup": True}, r"warmup of x.*got True"),
         ({"loss": "CRDLoss", "student": "a", "momentum": 2}, r"`loss\.x`: expected `momentum` below 1"),
         ({"loss": "KDLoss", "student": "a"}, r"unknown option of KDLoss in `loss\.x`: `student`"),
     ],

@@ -74,6 +74,28 @@ def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
     assert not list((tmp_path / "a" / "b").iterdir())
 
 
+def test_a_folder_goes_with_the_work_that_failed(tmp_path: Path) -> None:
+    def stopped(folder: Path, leaves: Path | None = None) -> None:
+        with files.folder_for_work(folder):
+            assert folder.is_dir()
+            if leaves is not None:
+                leaves.write_text("")
+            raise KeyboardInterrupt
+
+    folder, kept = tmp_path / "a" / "b", tmp_path / "kept"
+    kept.mkdir()
+    for place in (folder, kept):
+        with pytest.raises(KeyboardInterrupt):
+            stopped(place)
+    assert list(tmp_path.iterdir()) == [kept]
+    with pytest.raises(KeyboardInterrupt):
+        stopped(folder, leaves=tmp_path / "a" / "mine")
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "mine"]
+    with files.folder_for_work(folder):
+        pass
+    assert folder.is_dir()
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path

@@ -5,7 +5,9 @@ over temperatures, and `landscape` looks at a loss over a plane of logits. They 
 ``luce diagnose`` and ``luce landscape`` find the networks and the data.
 """
 
-from .diagnose import Diagnosis, Finding, Knowledge, Pull, Terms, diagnose, findings
+from .diagnose import diagnose
+from .findings import Finding, findings
+from .knowledge import Diagnosis, Knowledge, Pull, Terms
 from .landscape import Landscape, landscape
 from .limits import AtTemperature, Limits, limits
 

@@ -18,7 +18,8 @@ from ..reports.runs import Bin
 from ..reports.statistics import number
 from ..reports.table import NOTHING, Section, Table
 from . import plots
-from .diagnose import Diagnosis, Finding, Knowledge, Pull, findings
+from .findings import Finding, findings
+from .knowledge import Diagnosis, Knowledge, Pull
 from .limits import Limits
 
 REFERENCES = {"label_smoothing": "label smoothing", "class_mean": "class_mean", "true_prob": "true_prob"}

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..reports.canvas import BLUE, DASHED, GREY, INK, OTHERS, Plot, draw, name_rows, short
-from .diagnose import Diagnosis, Knowledge, Pull
+from .knowledge import Diagnosis, Knowledge, Pull
 from .limits import Limits
 
 if TYPE_CHECKING:

@@ -53,6 +53,13 @@ def lean_pld(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     return (alpha * (u.logcumsumexp(-1) - u)).sum(-1).mean()
 
 
+def eager_rkkd(student: Tensor, teacher: Tensor) -> Tensor:
+    """RKKD as its formula reads, all pairs of classes at once."""
+    d_s, d_t = (x[:, :, None] - x[:, None, :] for x in (student, teacher))
+    rows, classes = student.shape
+    return 1 - (d_t.tanh() * d_s.tanh()).sum() / (rows * classes * (classes - 1))
+
+
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
@@ -113,17 +120,20 @@ CONTESTANTS: dict[str, Step] = {
     "reverse KL": _call(luce.reverse_kl_loss, _PAIR, temperature=TEMPERATURE),
     "JSD": _call(luce.jsd_loss, _PAIR, temperature=TEMPERATURE),
     "DKD": _call(luce.dkd_loss, _LABELLED, temperature=TEMPERATURE),
+    "RKKD": _call(luce.rkkd_loss, _PAIR),
     "suffix_logsumexp": lambda i: _op("suffix_logsumexp", "suffix_logsumexp")(i.student),
     "op pld": lambda i: _op("pld", "pld")(i.student, i.teacher, i.target),
     "eager kl_div": _call(eager_kl_div, _PAIR),
     "eager KD": _call(eager_kd, _LABELLED),
     "eager PLD": _call(eager_pld, _LABELLED),
+    "eager RKKD": _call(eager_rkkd, _PAIR),
     "lean float32 PLD": _call(lean_pld, _LABELLED),
     "compiled eager KD": lambda i: _compiled(eager_kd)(i.student, i.teacher, i.target),
     "compiled eager PLD": lambda i: _compiled(eager_pld)(i.student, i.teacher, i.target),
     "reference reverse KL": _call(luce.reverse_kl_loss, _PAIR, temperature=TEMPERATURE, backend="reference"),
     "reference JSD": _call(luce.jsd_loss, _PAIR, temperature=TEMPERATURE, backend="reference"),
     "reference DKD": _call(luce.dkd_loss, _LABELLED, temperature=TEMPERATURE, backend="reference"),
+    "reference RKKD": _call(luce.rkkd_loss, _PAIR, backend="reference"),
     "flipped logcumsumexp": lambda i: i.student.flip(-1).logcumsumexp(-1).flip(-1),
     "torch.softmax": lambda i: i.student.softmax(-1),
     "scipy": lambda i: _scipy_softmax(i.student.numpy()),

@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +70,9 @@ def main(words: Sequence[str]) -> None:
 
     recipe, same_data = read(request, rest)
     _check_figures(request)
-    if request.out is not None:
-        files.make_folder(request.out)
     command = shlex.join(["luce", "diagnose", *words])
-    report = examine(recipe, request, same_data=same_data, command=command)
+    with nullcontext() if request.out is None else files.folder_for_work(request.out):
+        report = examine(recipe, request, same_data=same_data, command=command)
     if request.json:
         print(json.dumps(page.as_json(report), indent=2))
     else:

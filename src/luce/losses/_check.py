@@ -11,24 +11,29 @@ from torch import Tensor
 REDUCTIONS = ("none", "mean", "sum")
 
 
+def _is_number(value: object) -> bool:
+    """Python counts True among the numbers; who writes it means something else."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_positive(**values: float) -> None:
     """Each value must be a finite number above zero."""
     for name, value in values.items():
-        if not (isinstance(value, Real) and 0 < value < math.inf):
+        if not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number above 0, got {value!r}")
 
 
 def check_not_negative(**values: float) -> None:
     """Each value must be a finite number, zero or above."""
     for name, value in values.items():
-        if not (isinstance(value, Real) and 0 <= value < math.inf):
+        if not (_is_number(value) and 0 <= value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number of at least 0, got {value!r}")
 
 
 def check_at_least(least: float, **values: float) -> None:
     """Each value must be a finite number, `least` or above."""
     for name, value in values.items():
-        if not (isinstance(value, Real) and least <= value < math.inf):
+        if not (_is_number(value) and least <= value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number of at least {least}, got {value!r}")
 
 
@@ -46,7 +51,7 @@ def check_temperature(temperature: float, scale_by_temperature: bool) -> None:
 def check_between(low: float, high: float, **values: float) -> None:
     """Each value must lie strictly between the bounds."""
     for name, value in values.items():
-        if not (isinstance(value, Real) and low < value < high):
+        if not (_is_number(value) and low < value < high):
             raise ValueError(f"expected `{name}` strictly between {low} and {high}, got {value!r}")
 
 

@@ -93,10 +93,10 @@ class Blocks:
                 idle |= target == unlabelled_index
             if unlabelled_index is not None and unlabelled_index != UNLABELLED:
                 no_class = (target == UNLABELLED) & ~idle
-                if _can_ask(target) and bool(no_class.any()):
+                if can_ask(target) and bool(no_class.any()):
                     raise _check.wrong_label(UNLABELLED, student.shape[1])
                 target = target.masked_fill(no_class, -2).masked_fill(target == unlabelled_index, UNLABELLED)
-            if not _can_ask(idle) or bool(idle.any()):
+            if not can_ask(idle) or bool(idle.any()):
                 weight = student.new_ones(rows, dtype=wide) if weight is None else weight
                 weight = weight.masked_fill(idle, 0)
         return cls(student, teacher, target, weight, unlabelled_index is not None, axis, shape)
@@ -135,7 +135,7 @@ class Blocks:
         else:
             values = rows(share)
         result = values.reshape(self.shape) if reduction == "none" else values.sum()
-        if self.target is not None and self.labels_matter and _can_ask(result) and _has_nan(result):
+        if self.target is not None and self.labels_matter and can_ask(result) and _has_nan(result):
             self._check_labels()
         return result
 
@@ -186,7 +186,8 @@ def _has_nan(values: Tensor) -> bool:
     return math.isnan(values.item()) if values.ndim == 0 else bool(values.isnan().any())
 
 
-def _can_ask(tensor: Tensor) -> bool:
+def can_ask(tensor: Tensor) -> bool:
+    """Whether what a tensor holds can be looked at without stalling its device or the compiler."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -248,7 +249,7 @@ class Rows:
             return cls(student, teacher, None, weight, blocks.shape)
         labels = blocks.target.reshape(-1)
         if blocks.labels_matter:
-            if _can_ask(weight):
+            if can_ask(weight):
                 blocks._check_labels()
             else:  # spoil the row: a label that matches no class could else pass for none
                 weight = weight.masked_fill(blocks._wrong_labels().reshape(-1), torch.nan)

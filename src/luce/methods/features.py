@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..losses import _check
 from ..losses.modules import CRDLoss, FeatureLoss, WeightedSum
-from ..losses.modules.weighted_sum import warmed_up
+from ..losses.modules.weighted_sum import losses_of, warmed_up
 from ..models.hooks import Features
 from ..signals import Signal, Teacher
 from .base import Batch, Method, TrainingRows
@@ -77,8 +76,6 @@ class FeatureMethod(Method):
         super().__init__()
         self.logits = None if loss is None else LogitMethod(loss)
         self.terms = {name: FeatureTerm(*term) for name, term in terms.items()}
-        if not self.terms or "loss" in self.terms:
-            raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
         on_logits = loss.weights if isinstance(loss, WeightedSum) else () if loss is None else ("logits",)
         if twice := sorted(self.terms.keys() & set(on_logits)):
             raise ValueError(
@@ -93,13 +90,10 @@ class FeatureMethod(Method):
                 raise TypeError(
                     f"expected lists of paths for `{name}`, got {term.student!r} and {term.teacher!r}"
                 )
-            _check.check_not_negative(**{f"weight of {name}": term.weight, f"warmup of {name}": term.warmup})
-        try:
-            self.losses = nn.ModuleDict({name: term.loss for name, term in self.terms.items()})
-        except KeyError as error:
-            raise ValueError(
-                f"expected names of terms that can name a module, got {sorted(terms)}"
-            ) from error
+        self.losses = losses_of(
+            {name: (term.weight, term.loss) for name, term in self.terms.items()},
+            {name: term.warmup for name, term in self.terms.items()},
+        )
         self.student_paths = [path for term in self.terms.values() for path in term.student]
         self.teacher_paths = [path for term in self.terms.values() for path in term.teacher]
         self.uses_unlabelled = any(

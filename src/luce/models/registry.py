@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from luce.errors import UserError, unknown_name
 from luce.models import doors
 from luce.models.mobilenet import mobilenetv2
-from luce.models.network import positive_integers
+from luce.models.network import Network, positive_integers
 from luce.models.resnet import resnet, resnet50
 from luce.models.shufflenet import shufflenetv1, shufflenetv2
 from luce.models.simkd import simkd
@@ -51,12 +52,37 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "shufflenetv2": shufflenetv2,
 }
 
+
+def simkd_student(
+    name: str, options: Mapping[str, Any], *, classes: int, input_shape: tuple[int, ...]
+) -> nn.Module:
+    """SimKD's student from two native networks: ``name``, and the one that the option ``teacher`` names.
+
+    Further options are ``teacher_options``, the ``factor`` of `luce.models.simkd`, and those of ``name``.
+    """
+    rest = dict(options)
+    teacher_name, teacher_options = rest.pop("teacher", None), rest.pop("teacher_options", {})
+    factor = rest.pop("factor", 2)
+    for which in (name, teacher_name):
+        if which not in names():
+            raise UserError(
+                f"expected `simkd:STUDENT` with `teacher` among its options, both names of native networks, "
+                f"got `{which}`"
+            )
+    student = build(name, classes=classes, input_shape=input_shape, **rest)
+    with torch.random.fork_rng([]):  # only its form is wanted
+        teacher = build(teacher_name, classes=classes, input_shape=input_shape, **teacher_options)
+    assert isinstance(student, Network)
+    assert isinstance(teacher, Network)
+    return simkd(student, teacher, input_shape=input_shape, factor=factor)
+
+
 DOORS: dict[str, Callable[..., nn.Module]] = {
     "timm": doors.from_timm,
     "torchvision": doors.from_torchvision,
     "hf": doors.from_hugging_face,
     "python": doors.from_python,
-    "simkd": simkd,
+    "simkd": simkd_student,
 }
 
 

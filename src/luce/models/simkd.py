@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,60 +10,39 @@ from luce.errors import UserError
 from luce.models.network import Network, conv_bn
 
 
-def simkd(name: str, options: Mapping[str, Any], *, classes: int, input_shape: tuple[int, ...]) -> Network:
-    """A native network that ends as another one does; for `luce.methods.SimKD`.
+def simkd(student: Network, teacher: Network, *, input_shape: tuple[int, ...], factor: int = 2) -> Network:
+    """A network that ends as another one does; for `luce.methods.SimKD`.
 
-    Its ``neck`` is that of the network ``name`` followed by a `Projector`; ``pool`` and ``head`` have the
-    teacher's form. It is built, counted, evaluated and exported as what it is: larger than ``name`` alone.
+    Its ``neck`` is that of the student followed by a `Projector`; ``pool`` and ``head`` have the teacher's
+    form. It is built, counted, evaluated and exported as what it is: larger than the student alone.
 
     Args:
-        name: Of the native network.
-        options: Those of the network and
-
-            - ``teacher``, the name of the native network that the teacher is,
-            - ``teacher_options``, its options,
-            - ``factor``, by which the projector is narrower than the teacher's map, 2 unless given.
-        classes: Number of classes.
+        student: Its stem, stages and neck become those of the result.
+        teacher: Only its form is wanted.
         input_shape: Of one example.
+        factor: By which the projector is narrower than the teacher's map.
 
     Raises:
-        UserError: If one of the two is no native network with a map before its pooling, or ``factor`` is no
-            positive divisor.
+        UserError: If one of the two has no map before its pooling, or ``factor`` is no positive divisor of
+            the teacher's channels.
     """
-    from luce.models.registry import build, names  # which knows this function
-
-    rest = dict(options)
-    teacher_name, factor = rest.pop("teacher", None), rest.pop("factor", 2)
-    teacher_options = rest.pop("teacher_options", {})
-    for which in (name, teacher_name):
-        if which not in names():
-            raise UserError(
-                f"expected `simkd:STUDENT` with `teacher` among its options, both names of native networks, "
-                f"got `{which}`"
-            )
-    student = build(name, classes=classes, input_shape=input_shape, **rest)
-    with torch.random.fork_rng([]):  # only its form is wanted
-        teacher = build(teacher_name, classes=classes, input_shape=input_shape, **teacher_options)
-    assert isinstance(student, Network)
-    assert isinstance(teacher, Network)
     ours, theirs = (_map_shape(network, input_shape) for network in (student, teacher))
     if len(ours) != 3 or len(theirs) != 3:
         raise UserError(
-            f"expected networks with maps before their pooling for SimKD, got `{name}` with features of "
-            f"shape {tuple(ours)} and `{teacher_name}` with {tuple(theirs)}"
+            "expected networks with maps before their pooling for SimKD, got features of shape "
+            f"{tuple(ours)} of the student and {tuple(theirs)} of the teacher"
         )
     if type(factor) is not int or factor < 1 or theirs[0] % factor:
         raise UserError(f"expected `factor` to divide the teacher's {theirs[0]} channels, got {factor!r}")
     projector = Projector(ours[0], theirs[0], (theirs[1], theirs[2]), factor)
-    network = Network(
+    return Network(
         stem=student.stem,
         stages=student.stages,
         neck=nn.Sequential(student.neck, projector),
         pool=teacher.pool,
         features=teacher.head.in_features,
-        classes=classes,
+        classes=teacher.head.out_features,
     )
-    return network
 
 
 class Projector(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +64,17 @@ def make_folder(folder: Path) -> Path:
             "choose another with --out"
         ) from error
     return folder
+
+
+@contextmanager
+def folder_for_work(folder: Path) -> Iterator[None]:
+    """`make_folder` first; if the work within fails, the folders that were made are taken away again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    make_folder(folder)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # what holds something stays, and so does what is around it
+            for path in made:
+                path.rmdir()
+        raise

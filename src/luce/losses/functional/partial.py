@@ -15,7 +15,7 @@ from torch import Tensor
 from ...ops._rows import wide_dtype
 from ...ops.kd.reference import forward_kl
 from .. import _check
-from .._reduce import UNLABELLED, Reduction, Rows
+from .._reduce import UNLABELLED, Reduction, Rows, can_ask
 
 Keep = Literal[
     "uniform",
@@ -158,7 +158,8 @@ def partial_target(
         Probabilities in the shape of the logits, at least float32, without gradient; zeros in rows without a
         label. Classes at ``-inf`` do not exist and get nothing.
     Raises:
-        ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
+        ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`. Where
+            asking would stall the device or the compiler, a row of negative relations is NaN.
         TypeError: On a wrong dtype, or a missing relation.
     Example:
         >>> logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
@@ -366,7 +367,7 @@ def _target(
     elif keep.startswith("true_prob"):
         kept = at_label
     if keep in RELATED:
-        weights = _checked(relation, keep, rho).to(rho)[rows.labels().clamp(0, rho.shape[-1] - 1)]
+        weights = _relation_of(rows, relation, keep)
     elif keep == "uniform":
         even = present.to(rho) / present.sum(-1, keepdim=True).clamp(min=1)
         weights = (1 - label_smoothing) * at_label.to(rho) + label_smoothing * even
@@ -410,16 +411,21 @@ def _check_top_k(top_k: int | float | None, needed: bool) -> None:
         )
 
 
-def _checked(relation: Tensor | None, keep: str, like: Tensor) -> Tensor:
+def _relation_of(rows: Rows, relation: Tensor | None, keep: str) -> Tensor:
+    """``(N, C)``: of each row's label; of any class where there is none."""
     if not isinstance(relation, Tensor):
         raise TypeError(
             f"expected `relation` to be a torch.Tensor for `keep={keep!r}`, got {type(relation).__name__}; "
             "see `luce.class_relations` and `luce.weight_similarity`"
         )
-    classes = like.shape[-1]
+    classes = rows.teacher.shape[-1]
     if relation.shape != (classes, classes):
         raise ValueError(
             f"expected `relation` of shape {(classes, classes)}, a row for each class of the logits, "
             f"got {tuple(relation.shape)}"
         )
-    return relation.detach()
+    weights = relation.detach().to(rows.teacher)[rows.labels().clamp(0, classes - 1)]
+    negative = weights < 0
+    if can_ask(negative) and bool(negative.any()):
+        raise ValueError(f"expected `relation` of numbers of at least 0, got {weights[negative][0].item()}")
+    return weights.masked_fill(negative, torch.nan)  # shows where asking would stall device or compiler

@@ -68,8 +68,6 @@ class CTKDLoss(LogitLoss):
         Li et al., Curriculum Temperature for Knowledge Distillation, AAAI 2023, arXiv 2211.16231.
     """
 
-    function = staticmethod(tempered_kd)
-
     classes: int | None = None
     lowest_temperature: float = 1.0
     temperature_range: float = 20.0

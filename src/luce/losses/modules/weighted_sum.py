@@ -35,24 +35,13 @@ class WeightedSum(nn.Module):
         self, terms: Mapping[str, tuple[float, nn.Module]], warmup: Mapping[str, float] | None = None
     ) -> None:
         super().__init__()
-        if not terms or "loss" in terms:
-            raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
-        for name, (weight, loss) in terms.items():
-            _check.check_not_negative(**{f"weight of {name}": weight})
+        self.warmup = dict(warmup or {})
+        self.losses = losses_of(terms, self.warmup)
+        for name, loss in self.losses.items():
             if getattr(loss, "reduction", None) == "none":
                 raise ValueError(f"expected `reduction` of {name} to be 'mean' or 'sum', got 'none'")
         self.weights = {name: float(weight) for name, (weight, _) in terms.items()}
-        self.warmup = dict(warmup or {})
-        for name, epochs in self.warmup.items():
-            _check.check_choice("warmup", name, tuple(terms))
-            _check.check_not_negative(**{f"warmup of {name}": epochs})
         self.epoch: int | None = None
-        try:
-            self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
-        except KeyError as error:
-            raise ValueError(
-                f"expected names of terms that can name a module, got {sorted(terms)}"
-            ) from error
 
     @property
     def uses_unlabelled(self) -> bool:
@@ -114,3 +103,23 @@ def warmed_up(weight: float, warmup: float, epoch: int | None) -> float:
     0.5
     """
     return weight if epoch is None or not warmup else min(epoch / warmup, 1.0) * weight
+
+
+def losses_of(terms: Mapping[str, tuple[float, nn.Module]], warmup: Mapping[str, float]) -> nn.ModuleDict:
+    """The losses of terms ``(weight, loss)`` by name, if names, weights and warm-ups can be used.
+
+    Raises:
+        ValueError: If there are no terms, one is called ``"loss"`` or as no module can be, a weight or a
+            warm-up is negative, or there is a warm-up of no term.
+    """
+    if not terms or "loss" in terms:
+        raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
+    for name, (weight, _) in terms.items():
+        _check.check_not_negative(**{f"weight of {name}": weight})
+    for name, epochs in warmup.items():
+        _check.check_choice("warmup", name, tuple(terms))
+        _check.check_not_negative(**{f"warmup of {name}": epochs})
+    try:
+        return nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
+    except KeyError as error:
+        raise ValueError(f"expected names of terms that can name a module, got {sorted(terms)}") from error
