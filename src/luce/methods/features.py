@@ -99,9 +99,9 @@ class FeatureMethod(Method):
         self.uses_unlabelled = any(
             term.weight and not term.loss.needs_labels for term in self.terms.values()
         ) or (self.logits is not None and self.logits.uses_unlabelled)
-        self.wants_preparation = any(term.loss.wants_preparation for term in self.terms.values()) or (
-            self.logits is not None and self.logits.wants_preparation
-        )
+        self.wants_preparation = any(
+            term.weight and term.loss.wants_preparation for term in self.terms.values()
+        ) or (self.logits is not None and self.logits.wants_preparation)
         self.epoch: int | None = None
         self._student: Features | None = None
 
@@ -138,7 +138,7 @@ class FeatureMethod(Method):
         if self.logits is not None and self.logits.wants_preparation:
             found = self.logits.prepare(teacher, rows)
         for name, term in self.terms.items():
-            if not term.loss.wants_preparation:
+            if not (term.weight and term.loss.wants_preparation):
                 continue
 
             def features(*, paths: Sequence[str] = term.teacher, **how: Any) -> Iterator[list[Tensor]]:
