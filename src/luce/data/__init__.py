@@ -19,6 +19,7 @@ from luce.data.dataset import Data, from_datasets
 from luce.data.doors import load, names
 from luce.data.examples import UNLABELLED, Examples, hold_out, keep_labels, split
 from luce.data.sources import InMemory, Source
+from luce.data.text import Tokenizer
 
 __all__ = [
     "UNLABELLED",
@@ -27,6 +28,7 @@ __all__ = [
     "Examples",
     "InMemory",
     "Source",
+    "Tokenizer",
     "augment",
     "augmentations",
     "from_datasets",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from luce.data.sources import InMemory, LazyImages, Part, Source, as_source
+from luce.data.text import Tokenizer
 from luce.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from luce.errors import UserError
 
@@ -35,6 +36,7 @@ class Data:
         mean: Per channel (first dimension of an input) over the training inputs; ``(0.0,)`` if not known.
         std: As ``mean``, the population standard deviation; ``(1.0,)`` if not known. Never 0.
         licence: Of the data, as far as its source states it.
+        tokenizer: That has made the inputs of texts, which are token ids; None for anything else.
 
     Raises:
         UserError: If a part is empty or has labels outside ``0 .. len(classes) - 1``.
@@ -48,6 +50,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     licence: str
+    tokenizer: Tokenizer | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
@@ -57,7 +60,13 @@ class Data:
 
 
 def describe(
-    name: str, train: Source, test: Source, *, classes: Sequence[str] | None = None, licence: str
+    name: str,
+    train: Source,
+    test: Source,
+    *,
+    classes: Sequence[str] | None = None,
+    licence: str,
+    tokenizer: Tokenizer | None = None,
 ) -> Data:
     """Fill in what the rows themselves tell: input shape, channel statistics, and class numbers as names."""
     if not len(train):
@@ -69,11 +78,15 @@ def describe(
         mean, std = channel_statistics(train.inputs)
     elif isinstance(train, LazyImages):
         mean, std = IMAGENET_MEAN, IMAGENET_STD
-    return Data(name, train, test, tuple(classes), tuple(train.plain.read(0).shape), mean, std, licence)
+    shape = tuple(train.plain.read(0).shape)
+    return Data(name, train, test, tuple(classes), shape, mean, std, licence, tokenizer)
 
 
 def from_datasets(
-    train: Dataset[Any], test: Dataset[Any] | None = None, classes: Sequence[str] | None = None
+    train: Dataset[Any],
+    test: Dataset[Any] | None = None,
+    classes: Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Data:
     """Data from map-style datasets of one's own.
 
@@ -88,6 +101,7 @@ def from_datasets(
             bytes are read as images and divided by 255.
         test: As ``train``; None holds out a fixed stratified quarter of ``train``.
         classes: Class names; None takes ``train.classes`` where it exists, else the labels as text.
+        tokenizer: That has made the inputs, if they are token ids; networks are checked against it.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -101,12 +115,12 @@ def from_datasets(
         classes = getattr(train, "classes", None)
     if not len(source):
         raise UserError("expected at least one row in `train`, got an empty dataset")
-    if test is not None:
-        return describe("datasets", source, as_source(test), classes=classes, licence="unknown")
-    kept, held_out = stratified(source.targets, 0.25, seed=0)
-    return describe(
-        "datasets", _part(source, kept), _part(source, held_out), classes=classes, licence="unknown"
-    )
+    if test is None:
+        kept, held_out = stratified(source.targets, 0.25, seed=0)
+        source, rest = _part(source, kept), _part(source, held_out)
+    else:
+        rest = as_source(test)
+    return describe("datasets", source, rest, classes=classes, licence="unknown", tokenizer=tokenizer)
 
 
 def _part(source: Source, indices: Tensor) -> Source:

@@ -47,7 +47,7 @@ def load(name: str, *, root: str | Path | None = None, **options: Any) -> Data:
     - ``imagefolder:PATH``: ``PATH/train/CLASS/*.jpg`` and ``PATH/test`` or ``PATH/val``. Option
       ``image_size``.
     - ``hf:NAME``: what ``datasets.load_dataset`` finds. Options ``config``, ``input_column``,
-      ``label_column``, ``test_split`` and ``image_size``.
+      ``label_column``, ``test_split`` and ``image_size``, for texts ``tokenizer`` and ``max_length``.
     - ``python:MODULE.FUNCTION``: what your function returns, called with the options, and ``root`` if given.
 
     Args:

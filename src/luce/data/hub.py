@@ -13,6 +13,7 @@ from torch import Tensor
 
 from luce.data.dataset import Data, describe
 from luce.data.sources import InMemory, LazyImages, Source
+from luce.data.text import Tokenizer
 from luce.data.transforms import evaluation_view, training_view
 from luce.errors import UserError, import_optional, unknown_name
 
@@ -29,18 +30,23 @@ def load_hub(
     label_column: str | None = None,
     test_split: str | None = None,
     image_size: int | None = None,
+    tokenizer: str | None = None,
+    max_length: int = 128,
 ) -> Data:
-    """Images or lists of numbers, by their name on the hub or in a folder that ``datasets`` can read.
+    """Images, texts or lists of numbers, by their name on the hub or in a folder that ``datasets`` can read.
 
     Args:
         name: As for ``datasets.load_dataset``.
         root: Cache folder; None for that of ``datasets``.
         config: Which of several data sets under this name.
-        input_column: Column to learn from; None if only one holds images or lists of numbers.
+        input_column: Column to learn from; None if only one holds images or lists of numbers, or with a
+            tokenizer only one holds texts.
         label_column: Column of labels; None if only one is declared as class labels.
         test_split: None for ``test`` or, without it, ``validation``.
         image_size: Images of any size are read when needed and cropped to this many pixels, as by
             ``imagefolder:``; None decodes images of one size into memory.
+        tokenizer: Makes token ids of texts, and is the network's own: a name on the hub or a folder.
+        max_length: Tokens of every text, as `luce.data.Tokenizer` has it.
 
     Raises:
         UserError: If the data cannot be had, or a column or split cannot be told.
@@ -61,13 +67,25 @@ def load_hub(
     features = splits["train"].features
     pictures = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
     numbers = [c for c, feature in features.items() if _is_numbers(feature)]
+    texts = [c for c, feature in features.items() if _is_text(feature)]
     labels = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    input_column = _choose("input_column", input_column, features, pictures + numbers)
+    if tokenizer is None and (input_column in texts or (texts and not pictures + numbers)):
+        raise UserError(
+            f"expected a `tokenizer` for the texts in column `{input_column or texts[0]}`: the name or the "
+            "folder of the network's own"
+        )
+    tokens = None if tokenizer is None else Tokenizer(tokenizer, max_length)
+    candidates = pictures + numbers if tokens is None else texts
+    input_column = _choose("input_column", input_column, features, candidates)
+    if tokens is not None and input_column not in texts:
+        raise UserError(f"expected a column of texts for `tokenizer`, `{input_column}` holds others")
     label_column = _choose("label_column", label_column, features, labels)
 
     def source(split: str, views: list[Callable[..., Tensor]]) -> Source:
         rows = splits[split]
         targets = _labels(rows, label_column)
+        if tokens is not None:
+            return InMemory(tokens(rows[input_column]), targets)
         if input_column not in pictures:
             return InMemory(_numbers(rows, input_column), targets)
         if image_size is None:
@@ -81,6 +99,7 @@ def load_hub(
         source(test_split, [evaluation_view]),
         classes=getattr(features[label_column], "names", None),
         licence=splits["train"].info.license or "unknown",
+        tokenizer=tokens,
     )
 
 
@@ -103,6 +122,10 @@ def _is_numbers(feature: Any) -> bool:
     while hasattr(feature, "feature"):
         feature = feature.feature
     return (is_list or hasattr(feature, "shape")) and feature.dtype.startswith(("int", "uint", "float"))
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def _labels(rows: Any, column: str) -> Tensor:

@@ -31,6 +31,7 @@ from luce.models.classifier import Classifier
 from luce.models.heads import center_head_, equal_mean_head
 from luce.models.network import count_parameters, logits_of
 from luce.models.registry import build, names
+from luce.models.text import mask_padding
 
 __all__ = [
     "Classifier",
@@ -39,5 +40,6 @@ __all__ = [
     "count_parameters",
     "equal_mean_head",
     "logits_of",
+    "mask_padding",
     "names",
 ]

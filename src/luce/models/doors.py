@@ -8,15 +8,25 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from luce.errors import UserError, import_optional, unknown_name
 from luce.models.network import image_channels
+from luce.models.text import mask_padding
 
 Options = Mapping[str, Any]
+
+LISTED = 8
+"""Weights that a warning names."""
+
+
+class FreshWeights(UserWarning):
+    """Some weights of a network that was to come from a checkpoint are not in it."""
 
 
 def from_timm(name: str, options: Options, *, classes: int, input_shape: tuple[int, ...]) -> nn.Module:
@@ -52,38 +62,73 @@ def from_hugging_face(
     """A classifier of images or of text from the Hugging Face hub or a local folder.
 
     The checkpoint's head is kept if it fits ``classes``. Otherwise it starts afresh, which is right for a
-    student and never for a teacher: hence the warning.
+    student and never for a teacher: hence the warning. Options are those of the network's config, such as
+    ``num_hidden_layers``, which keeps the first ones of the checkpoint; with ``pretrained: false`` all
+    weights start afresh. A classifier of text reads token ids ``(N, T)`` and looks past their padding; see
+    `mask_padding`.
     """
     transformers = import_optional("transformers", "text")
+    settings = {name: value for name, value in options.items() if name != "pretrained"}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **options)
+        config, others = transformers.AutoConfig.from_pretrained(
+            name, num_labels=classes, return_unused_kwargs=True, **settings
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"`hf:{name}` is no model on the hub and no local folder of one: {error}") from error
+    reads_text = False
     if type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         factory = transformers.AutoModelForImageClassification
         _check_channels(f"`hf:{name}`", getattr(config, "num_channels", 3), input_shape)
     elif type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        factory = transformers.AutoModelForSequenceClassification
+        factory, reads_text = transformers.AutoModelForSequenceClassification, True
     else:
         raise UserError(
             f"expected `hf:{name}` to classify images or text, got a model of type `{config.model_type}`, "
             "for which transformers has no classifier"
         )
     try:
-        loaded: tuple[nn.Module, dict[str, Any]] = factory.from_pretrained(
-            name, num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True, **options
-        )
-    except TypeError as error:
+        if options.get("pretrained", True):
+            model = _from_checkpoint(transformers, factory, name, classes, settings)
+        else:
+            model = factory.from_config(config, **others)
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(f"`hf:{name}` cannot be built with these options: {error}") from error
+    return mask_padding(model) if reads_text else model
+
+
+def _from_checkpoint(
+    transformers: ModuleType, factory: Any, name: str, classes: int, settings: Options
+) -> nn.Module:
+    with _quiet(transformers):
+        loaded: tuple[nn.Module, dict[str, Any]] = factory.from_pretrained(
+            name, num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+        )
     model, report = loaded
     fresh = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if fresh:
+        more = f" and {len(fresh) - LISTED} more" if len(fresh) > LISTED else ""
         warnings.warn(
-            f"the checkpoint `hf:{name}` does not fill {', '.join(fresh)} for {classes} classes; "
-            "these start at random, so train the model before you take it as a teacher",
-            stacklevel=3,
+            f"the checkpoint `hf:{name}` does not fill {', '.join(fresh[:LISTED])}{more} for {classes} "
+            "classes; these start at random, so train the model before you take it as a teacher",
+            FreshWeights,
+            stacklevel=4,
         )
     return model
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """Without the bar and the table of all weights that transformers shows; our warning has what matters."""
+    logging = transformers.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def from_python(path: str, options: Options, *, classes: int, input_shape: tuple[int, ...]) -> nn.Module:

@@ -97,13 +97,15 @@ def build(name: str, *, classes: int, input_shape: Sequence[int] = (3, 32, 32), 
     Args:
         name: One of :func:`names`, or where to find the model: ``timm:NAME``, ``torchvision:NAME``,
             ``hf:NAME`` (a hub id or a local folder, for images or text as its config says; a head for another
-            number of classes starts afresh, with a warning), ``python:package.module.attribute``, a function
+            number of classes starts afresh, with a warning; one for text reads token ids ``(N, T)`` and looks
+            past their padding), ``python:package.module.attribute``, a function
             or class that is called with ``classes`` and ``input_shape`` where it takes them, or
             ``simkd:NAME``, a native network that ends in its teacher's classifier (`luce.models.simkd`).
         classes: Number of classes, at least 1.
         input_shape: Of one example, ``(channels, height, width)`` for images; text models ignore it.
         options: Handed to the builder, for example ``hidden=(256, 256)`` for ``mlp``, ``widths`` for ``cnn``,
-            ``pretrained=True`` for timm, ``weights="DEFAULT"`` for torchvision.
+            ``pretrained=True`` for timm, ``weights="DEFAULT"`` for torchvision, fields of the config such as
+            ``num_hidden_layers=2`` for ``hf:``, or ``pretrained=False``.
 
     Returns:
         The model. What a Hugging Face model returns is an object, not a tensor:

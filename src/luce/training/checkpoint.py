@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import models
 from ..errors import UserError
+from ..models.doors import FreshWeights
 from . import files
 from .processes import processes
 
@@ -132,6 +134,21 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise UserError(f"the checkpoint {path} does not fit the network: {'; '.join(lines[:3])}") from error
 
 
+def build(
+    name: str, options: Mapping[str, Any], *, classes: int, input_shape: Sequence[int], weights: Path
+) -> nn.Module:
+    """A network whose weights are all in a file, whatever it starts with: nobody is warned of that.
+
+    Raises:
+        UserError: As `luce.models.build` and `load_weights` do.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FreshWeights)
+        body = models.build(name, classes=classes, input_shape=input_shape, **options)
+    load_weights(body, weights)
+    return body
+
+
 def describe(
     name: str,
     options: Mapping[str, Any],
@@ -159,16 +176,16 @@ def load_student(folder: Path) -> tuple[models.Classifier, dict[str, Any]]:
     """
     try:
         description = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-        body = models.build(
+        body = build(
             description["model"],
+            description["options"],
             classes=len(description["classes"]),
             input_shape=description["input_shape"],
-            **description["options"],
+            weights=folder / "student.safetensors",
         )
         student = models.Classifier(body, description["mean"], description["std"])
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(
             f"expected {folder} to be a finished run with an exported student ({files.reason(error)})"
         ) from error
-    load_weights(body, folder / "student.safetensors")
     return student.eval(), description

@@ -20,6 +20,7 @@ from .. import data, models
 from ..data import Data, Examples
 from ..errors import UserError
 from ..methods import FeatureMethod, TwoViewMethod
+from ..models.text import check_tokens
 from ..signals import LiveTeacher, RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
 from .engine import Fit, build, check_own_steps, divide, fit, new_accelerator
@@ -74,8 +75,8 @@ def prepare_data(recipe: Recipe) -> Materials:
     train, validation, test = data.split(loaded, validation=options.validation, seed=options.split_seed)
     if options.labels_per_class is not None:
         train = data.keep_labels(train, per_class=options.labels_per_class, seed=options.split_seed)
-    augmentation(options.augment)
-    augmentation(options.strong_augment)
+    for name in (options.augment, options.strong_augment):
+        check_augmentation(name, train)
     build_network(recipe.student, loaded)
     return Materials(loaded, train, validation, test, teacher=None)
 
@@ -83,6 +84,18 @@ def prepare_data(recipe: Recipe) -> Materials:
 def augmentation(name: str) -> Callable[[Tensor], Tensor] | None:
     """What a recipe does to training batches; None for nothing."""
     return None if name == "none" else data.augment(name)
+
+
+def check_augmentation(name: str, rows: Examples) -> None:
+    """Try an augmentation on one row, leaving the draws that follow alone.
+
+    Raises:
+        UserError: If there is none of this name, or the rows are not what it changes.
+    """
+    augment = augmentation(name)
+    if augment is not None:
+        with torch.random.fork_rng([]):
+            augment(rows.batch([0])["input"])
 
 
 def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifier, dict[str, Any]]:
@@ -101,11 +114,11 @@ def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifie
             )
         check_fit(network, loaded)
         return network, description
-    body = models.build(
-        options.name, classes=len(loaded.classes), input_shape=loaded.input_shape, **options.options
-    )
-    if source is not None:
-        checkpoint.load_weights(body, source)
+    shape: dict[str, Any] = {"classes": len(loaded.classes), "input_shape": loaded.input_shape}
+    if source is None:
+        body = models.build(options.name, **shape, **options.options)
+    else:
+        body = checkpoint.build(options.name, options.options, weights=source, **shape)
     mean, std = options.mean or list(loaded.mean), options.std or list(loaded.std)
     description = checkpoint.describe(
         options.name, options.options, loaded.classes, loaded.input_shape, mean, std
@@ -119,15 +132,20 @@ def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifie
 def check_fit(network: models.Classifier, loaded: Data) -> None:
     """Ask a network about one row of the data: it must answer with a logit for each class.
 
+    Of texts it must also know the tokens.
+
     Raises:
         UserError: If it does not.
     """
     row = Examples(loaded.train, [0]).plain[0]["input"].unsqueeze(0)
+    if loaded.tokenizer is not None:
+        check_tokens(network.body, size=loaded.tokenizer.size, padding=loaded.tokenizer.padding)
+    what = "inputs" if loaded.tokenizer is None else "token ids"
     try:
         answer = tuple(network.eval()(row).shape)
     except Exception as error:  # networks fail in many ways at inputs they were not made for
         raise UserError(
-            f"expected a network for the inputs of `{loaded.name}`, of shape {loaded.input_shape}, "
+            f"expected a network for the {what} of `{loaded.name}`, of shape {loaded.input_shape}, "
             f"got one that fails at them ({files.reason(error)})"
         ) from error
     if answer != (1, len(loaded.classes)):

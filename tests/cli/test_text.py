@@ -1,0 +1,151 @@
+"""Text classifiers of Hugging Face, from a recipe to figures, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from luce.training import Recipe, checkpoint, prepare, run
+from luce.training.options import parse
+from luce.training.recipe import merge
+
+datasets = pytest.importorskip("datasets", reason="needs the extra [text]")
+
+FRESH = "ignore:the checkpoint .* does not fill classifier:UserWarning"
+PLD = {"pld": {"loss": "PLDLoss"}}
+
+
+def news(rows: int) -> dict[str, list[Any]]:
+    """Texts of three topics, told by their first word, of several lengths."""
+    topics = ["wheat", "bank", "oil"]
+    texts = [f"{topics[i % 3]} {'falls ' * (i % 4)}{'rises' if i % 2 else 'rate'}" for i in range(rows)]
+    return {"text": texts, "label": [i % 3 for i in range(rows)]}
+
+
+@pytest.fixture
+def content(place: Path, bert_folder: Path) -> dict[str, Any]:
+    """A recipe: the tiny classifier teaches its own first layer about a folder of texts."""
+    kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["grain", "money", "crude"])}
+    for split, rows in (("train", 60), ("test", 12)):
+        made = datasets.Dataset.from_dict(news(rows), features=datasets.Features(kinds))
+        made.to_parquet(str(place / "news" / f"{split}.parquet"))
+    tokens = {"tokenizer": str(bert_folder), "max_length": 8}
+    return {
+        "data": {"name": "hf:news", "root": "cache", "options": tokens, "validation": 0.2},
+        "student": {"name": f"hf:{bert_folder}", "options": {"num_hidden_layers": 1}},
+        "teacher": {"name": f"hf:{bert_folder}", "remember": True},
+        "loss": PLD,
+        "training": {"epochs": 4, "batch_size": 16, "lr": 1e-3},
+    }
+
+
+@pytest.fixture
+def make(content: dict[str, Any]) -> Callable[..., Recipe]:
+    return lambda **changes: parse(Recipe, merge(content, changes))
+
+
+def test_distil_evaluate_report_diagnose(
+    content: dict[str, Any], luce: Callable[..., Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("text.yaml").write_text(yaml.safe_dump(content))
+    answer = luce("distill", "text.yaml", "--out", "runs/text")
+    assert answer.status == 0, answer.err
+    result = json.loads(Path("runs/text/result.json").read_text())
+    lines = [json.loads(line) for line in Path("runs/text/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train"]["loss"] < lines[0]["train"]["loss"]
+    assert result["student"]["parameters"] < result["teacher"]["parameters"]
+
+    answer = luce("evaluate", "runs/text")
+    assert (answer.status, answer.err) == (0, "")
+    assert json.loads(answer.out) == result["best"]["test"]
+    assert luce("report", "runs/text").status == 0
+    answer = luce("diagnose", "runs/text", "hf:news", "--student", "runs/text", "--out", "diagnosis")
+    assert answer.status == 0, answer.err
+    assert Path("diagnosis/diagnose.html").exists()
+
+    student, description = checkpoint.load_student(Path("runs/text"))
+    assert (description["input_shape"], description["classes"]) == ([8], ["grain", "money", "crude"])
+    short, padded = torch.tensor([[2, 5, 7, 3]]), torch.tensor([[2, 5, 7, 3, 0, 0, 0]])
+    torch.testing.assert_close(student(padded), student(short), rtol=1e-4, atol=1e-4)
+
+
+def test_a_students_head_may_be_fresh_and_an_exported_one_is_not(
+    make: Callable[..., Recipe], bert_folder: Path, place: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    recipe = make(teacher={"name": "hf:other"}, loss={"task": {"loss": "CrossEntropyLoss"}})
+    config = json.loads((bert_folder / "config.json").read_text())
+    other = place / "other"
+    other.mkdir()
+    for file in bert_folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config.update(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    (other / "config.json").write_text(json.dumps(config))
+    recipe.teacher = None
+    recipe.student.name = f"hf:{other}"
+    run(recipe, place / "runs/a")
+    recwarn.clear()
+    checkpoint.load_student(place / "runs/a")
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"hint": {"loss": "FitNetLoss", "student": "bert.encoder.layer.0", "teacher": "bert.encoder.layer.1"}},
+        {"rkd": {"loss": "RKDLoss", "student": "bert.pooler"}},
+        {"crd": {"loss": "CRDLoss", "student": "bert.pooler"}},
+    ],
+    ids=["FitNet", "RKD", "CRD"],
+)
+def test_what_lies_inside(loss: dict[str, Any], make: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make(loss=loss, teacher={"remember": False}, training={"epochs": 3})
+    recipe.loss.pop("pld", None)
+    recipe.loss["task"] = {"loss": "CrossEntropyLoss"}
+    run(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train"]["loss"] < lines[0]["train"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {"name": "cnn", "options": {}}}, r"(channels, height, width)"),
+        ({"student": {"name": "mlp", "options": {}}}, "expected a network for the token ids of `hf:news`"),
+        ({"data": {"name": "sklearn:digits", "root": None, "options": {}}}, "expected token ids of shape (N, T)"),
+        ({"data": {"augment": "flip"}}, "augmentation `flip` expects images of shape (N, C, H, W), got (1, 8)"),
+        ({"data": {"strong_augment": "strong"}}, "augmentation `strong` expects images"),
+        ({"student": {"options": {"pad_token_id": 3}}}, "a network that takes token 0 for padding"),
+        ({"student": {"options": {"vocab_size": 9}}}, "at least the 15 tokens of the tokenizer, got one of 9"),
+        ({"student": {"mean": [1.0], "std": [2.0]}}, "expected token ids of shape (N, T)"),
+        ({"data": {"options": {"tokenizer": "nowhere/at all"}}}, "`nowhere/at all` gives none"),
+        ({"data": {"options": {"max_length": 64}}}, "expected `max_length` in 1 .. 32"),
+        ({"student": {"options": {"max_position_embeddings": 6}}}, "a network for the token ids of `hf:news`"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::luce.models.doors.FreshWeights")
+def test_what_does_not_fit_is_refused_before_training(
+    changes: dict[str, Any], message: str, content: dict[str, Any], luce: Callable[..., Any]
+) -> None:
+    content = merge(content, changes)
+    for part in ("student", "data"):
+        if changes.get(part, {}).get("options") == {}:
+            content[part]["options"] = {}
+    Path("text.yaml").write_text(yaml.safe_dump(content))
+    answer = luce("distill", "text.yaml", "--out", "runs/text")
+    assert (answer.status, answer.out) == (2, "")
+    assert message in answer.err
+    assert not Path("runs/text").exists()
+
+
+def test_rows_of_texts_are_split_and_their_labels_hidden(make: Callable[..., Recipe]) -> None:
+    materials = prepare(make(data={"labels_per_class": 3}))
+    assert [len(part) for part in (materials.train, materials.validation, materials.test)] == [48, 12, 12]
+    assert (materials.train.targets >= 0).sum() == 9
+    batch = materials.train.batch(range(4))
+    assert (batch["input"].dtype, tuple(batch["input"].shape)) == (torch.int64, (4, 8))
