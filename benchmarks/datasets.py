@@ -17,6 +17,7 @@ import sys
 import zipfile
 from collections import Counter
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,7 @@ def letters(root: str | Path = "data") -> Data:
     )
 
 
+@cache  # a comparison asks for it once per setting
 def reuters(
     root: str | Path = "data",
     classes: int = 8,

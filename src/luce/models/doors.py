@@ -29,6 +29,14 @@ class FreshWeights(UserWarning):
     """Some weights of a network that was to come from a checkpoint are not in it."""
 
 
+@contextmanager
+def fresh_weights_expected() -> Iterator[None]:
+    """Without `FreshWeights`: where others take their place at once, or the warning has been given before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FreshWeights)
+        yield
+
+
 def from_timm(name: str, options: Options, *, classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     """An architecture of timm, or a scheme of its own such as ``hf-hub:owner/name``."""
     channels = image_channels(input_shape)
@@ -70,9 +78,10 @@ def from_hugging_face(
     transformers = import_optional("transformers", "text")
     settings = {name: value for name, value in options.items() if name != "pretrained"}
     try:
-        config, others = transformers.AutoConfig.from_pretrained(
-            name, num_labels=classes, return_unused_kwargs=True, **settings
-        )
+        with _quiet(transformers):
+            config, others = transformers.AutoConfig.from_pretrained(
+                name, num_labels=classes, return_unused_kwargs=True, **settings
+            )
     except (OSError, ValueError) as error:
         raise UserError(f"`hf:{name}` is no model on the hub and no local folder of one: {error}") from error
     reads_text = False
@@ -118,7 +127,7 @@ def _from_checkpoint(
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Without the bar and the table of all weights that transformers shows; our warning has what matters."""
+    """Without what transformers says of labels and weights that do not fit; our warning has what matters."""
     logging = transformers.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -85,5 +85,5 @@ def check_tokens(model: nn.Module, *, size: int, padding: int) -> None:
 
 def _text_config(model: nn.Module) -> Any:
     """What Hugging Face's networks are made from, the part on text; None of other networks."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else None

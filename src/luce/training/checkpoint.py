@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import models
 from ..errors import UserError
-from ..models.doors import FreshWeights
+from ..models.doors import fresh_weights_expected
 from . import files
 from .processes import processes
 
@@ -137,13 +136,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def build(
     name: str, options: Mapping[str, Any], *, classes: int, input_shape: Sequence[int], weights: Path
 ) -> nn.Module:
-    """A network whose weights are all in a file, whatever it starts with: nobody is warned of that.
+    """A network whose weights are all in a file, whatever it starts with.
 
     Raises:
         UserError: As `luce.models.build` and `load_weights` do.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FreshWeights)
+    with fresh_weights_expected():
         body = models.build(name, classes=classes, input_shape=input_shape, **options)
     load_weights(body, weights)
     return body

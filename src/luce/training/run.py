@@ -20,6 +20,7 @@ from .. import data, models
 from ..data import Data, Examples
 from ..errors import UserError
 from ..methods import FeatureMethod, TwoViewMethod
+from ..models.doors import fresh_weights_expected
 from ..models.text import check_tokens
 from ..signals import LiveTeacher, RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
@@ -201,10 +202,11 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
         UserError: If a path, a shape or an option of a loss does not fit.
     """
     method = build_method(recipe.loss)
-    student, _ = build_network(recipe.student, materials.data)
+    with fresh_weights_expected():  # of the student `prepare_data` has told, and the teacher may yet learn
+        student, _ = build_network(recipe.student, materials.data)
+        network = None if recipe.teacher is None else build_network(recipe.teacher, materials.data)[0]
     teacher: Teacher | None = None
-    if recipe.teacher is not None:
-        network, _ = build_network(recipe.teacher, materials.data)
+    if recipe.teacher is not None and network is not None:
         teacher = LiveTeacher(network)
         if recipe.teacher.remember and isinstance(method, FeatureMethod):
             teacher = RememberedTeacher(torch.empty(0))
@@ -255,7 +257,8 @@ def run(
     claim(folder, "recipe.yaml", asdict(recipe))
 
     set_seed(recipe.training.seed)
-    student, description = build_network(recipe.student, materials.data)
+    with fresh_weights_expected():
+        student, description = build_network(recipe.student, materials.data)
     files.write_json(folder / "environment.json", environment())
     fitted = fit(
         student,
