@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.utils.data import TensorDataset
 
+from luce import data, models
+from luce.methods import LogitMethod
 from luce.models.doors import FreshWeights
-from luce.training import Recipe, checkpoint, prepare, run
+from luce.training import Recipe, checkpoint, distill, prepare, run
 from luce.training.options import parse
 from luce.training.recipe import merge
 
@@ -53,7 +56,7 @@ def make(content: dict[str, Any]) -> Callable[..., Recipe]:
 
 
 def test_distil_evaluate_report_diagnose(
-    content: dict[str, Any], luce: Callable[..., Any], place: Path, monkeypatch: pytest.MonkeyPatch
+    content: dict[str, Any], luce: Callable[..., Any], place: Path
 ) -> None:
     Path("text.yaml").write_text(yaml.safe_dump(content))
     answer = luce("distill", "text.yaml", "--out", "runs/text")
@@ -89,6 +92,32 @@ def test_of_fresh_weights_we_hear_once_and_of_exported_ones_never(
         checkpoint.load_student(tmp_path / "run")
 
 
+class Interrupt(Exception):
+    """As if the process had been killed."""
+
+
+def test_an_interrupted_training_ends_in_the_same_weights(
+    make: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(make(training={"ema": 0.9}), tmp_path / "whole")
+    step, batches = LogitMethod.step, iter(range(7))  # the third epoch is cut in its second batch
+
+    def counted(*arguments: Any) -> Any:
+        if next(batches, None) is None:
+            raise Interrupt
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogitMethod, "step", counted)
+        with pytest.raises(Interrupt):
+            run(make(training={"ema": 0.9}), tmp_path / "cut")
+    assert list((tmp_path / "cut").glob("checkpoint-2"))
+    cut = run(make(training={"ema": 0.9}), tmp_path / "cut")
+    assert (cut["last"], cut["best"]) == (whole["last"], whole["best"])
+    weights = [(tmp_path / name / "student-last.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -113,6 +142,20 @@ def test_what_lies_inside(loss: dict[str, Any], make: Callable[..., Recipe], tmp
     assert {*loss, "task", "loss"} == lines[-1]["train"].keys()
     assert all(0 < value < 100 for line in lines for value in line["train"].values())
     assert checkpoint.load_student(tmp_path / "run")[1]["model"] == result["student"]["model"]
+
+
+def test_distilling_in_one_call(bert_folder: Path) -> None:
+    columns = news(30)
+    tokenizer = data.Tokenizer(bert_folder, max_length=8)
+    rows = TensorDataset(tokenizer(columns["text"]), torch.tensor(columns["label"]))
+    teacher, student = (
+        models.build(f"hf:{bert_folder}", classes=3, num_hidden_layers=layers) for layers in (2, 1)
+    )
+    fitted = distill(student, teacher, rows, epochs=4, batch_size=10, lr=1e-3, show_progress=False)
+    assert fitted.lines[-1]["train"]["loss"] < fitted.lines[0]["train"]["loss"]
+    short, padded = torch.tensor([[2, 5, 7, 3]]), torch.tensor([[2, 5, 7, 3, 0, 0, 0]])
+    answers = [fitted.student.eval()(ids) for ids in (short, padded)]
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

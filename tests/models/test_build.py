@@ -181,6 +181,16 @@ def test_hugging_face_door_warns_of_a_fresh_head(tiny_vit) -> None:
         assert name.startswith("classifier") or torch.equal(kept[name], value), name
 
 
+def test_hugging_face_door_starts_afresh_if_asked(tiny_vit, recwarn) -> None:
+    folder, saved = tiny_vit
+    torch.manual_seed(1)  # the saved one was drawn with 0
+    model = models.build(f"hf:{folder}", classes=5, input_shape=(1, 8, 8), pretrained=False)
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+    assert model.state_dict().keys() == saved.state_dict().keys()
+    assert not torch.equal(model.classifier.weight, saved.classifier.weight)
+    assert models.logits_of(model(torch.randn(3, 1, 8, 8))).shape == (3, 5)
+
+
 def test_hugging_face_door_reads_text_models(transformers, tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=20,

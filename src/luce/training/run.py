@@ -202,14 +202,14 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
         UserError: If a path, a shape or an option of a loss does not fit.
     """
     method = build_method(recipe.loss)
-    with fresh_weights_expected():  # of the student `prepare_data` has told, and the teacher may yet learn
-        student, _ = build_network(recipe.student, materials.data)
-        network = None if recipe.teacher is None else build_network(recipe.teacher, materials.data)[0]
     teacher: Teacher | None = None
-    if recipe.teacher is not None and network is not None:
-        teacher = LiveTeacher(network)
-        if recipe.teacher.remember and isinstance(method, FeatureMethod):
-            teacher = RememberedTeacher(torch.empty(0))
+    with fresh_weights_expected():  # `prepare_data` has told of the student's, and the teacher may yet learn
+        student, _ = build_network(recipe.student, materials.data)
+        if recipe.teacher is not None:
+            network, _ = build_network(recipe.teacher, materials.data)
+            teacher = LiveTeacher(network)
+            if recipe.teacher.remember and isinstance(method, FeatureMethod):
+                teacher = RememberedTeacher(torch.empty(0))
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)
     train, quiz = divide(method, materials.train, recipe.training.seed)
