@@ -138,6 +138,8 @@ def test_which_column(hub, bert_folder: Path) -> None:
     numbers = {"numbers": [[1.0, 2.0]] * 4}
     hub({**NEWS, **numbers}, numbers=datasets.Sequence(datasets.Value("float32")))
     assert data.load("hf:some/set").input_shape == (2,)
+    with pytest.raises(UserError, match="a `tokenizer` for the texts in column `text`"):
+        data.load("hf:some/set", input_column="text")
     tokenizer = {"tokenizer": str(bert_folder), "max_length": 5}
     assert data.load("hf:some/set", **tokenizer).input_shape == (5,)
     with pytest.raises(UserError, match="a column of texts for `tokenizer`, `numbers` holds others"):
