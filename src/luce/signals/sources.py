@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..errors import UserError
 from ..models.hooks import Features
@@ -64,10 +65,42 @@ class LiveTeacher(Teacher):
     @torch.no_grad()
     def signal(self, batch: Batch) -> DenseSignal:
         if self._features is None:
-            return DenseSignal(self.model(batch["input"]))
+            return DenseSignal(self._answer(batch["input"]))
         with self._features.caught() as features:
-            logits = self.model(batch["input"])
+            logits = self._answer(batch["input"])
         return DenseSignal(logits, features)
+
+    def _answer(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs)
+        return logits
+
+
+class LearningTeacher(LiveTeacher):
+    """A network that is itself being trained, asked in the mode in which it is.
+
+    In training mode it normalises by the statistics of the batch and drops units out, as when it learns, but
+    what it counts (the running statistics of batch normalisation, any buffer) stays as it was.
+
+    Args:
+        model: From inputs to logits. Unchanged, its mode too.
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> rows = {"input": torch.tensor([[1.0, 5.0], [3.0, 9.0]])}
+        >>> LearningTeacher(norm).signal(rows).logits.round()
+        tensor([[-1., -1.],
+                [ 1.,  1.]])
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._features = None
+
+    def _answer(self, inputs: Tensor) -> Tensor:
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        logits: Tensor = functional_call(self.model, buffers, (inputs,))
+        return logits
 
 
 class RememberedTeacher(Teacher):
