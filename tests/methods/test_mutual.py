@@ -129,7 +129,8 @@ def test_no_gradient_crosses() -> None:
         assert all(parameter.grad is None for parameter in peer.parameters())
         assert same(peer, before)
         gradients, before = [p.grad.clone() for p in student.parameters()], everything_of(student)
-        method.after_step(student, rows)
+        found = method.after_step(student, rows)
+        assert not any(value.requires_grad for value in found.values())
         assert all(map(torch.equal, gradients, (p.grad for p in student.parameters())))
         assert same(student, before)
         assert all(parameter.grad is None for parameter in peer.parameters())  # ready for the next
@@ -185,6 +186,20 @@ def test_two_networks_come_to_agree() -> None:
         return (a - b).abs().sum(1).mean().item()
 
     assert distance(student, peer) < 0.5 * distance(alone, other)
+
+
+def test_both_directions_hear_of_epochs() -> None:
+    loss = WeightedSum({"task": (1.0, CrossEntropyLoss()), "kl": (1.0, KDLoss())}, {"kl": 4})
+    student, rows = network(1), batch()
+    method = MutualLearning(LogitMethod(loss), network(2), optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    method.build(student, None, rows, rows)
+    found = {}
+    with method.attached(student, None):
+        for epoch in (1, 4):
+            method.set_epoch(epoch)
+            found[epoch] = method.step(student, rows, None) | method.after_step(student, rows)
+    for name in ("kl", "peer.kl"):
+        assert_close(4 * found[1][name], found[4][name])
 
 
 @pytest.mark.parametrize("clip_norm", [1e-3, 1e3])
@@ -323,6 +338,13 @@ def test_building_leaves_no_trace_in_networks_that_are_there() -> None:
     assert same(student, before[0])
     assert same(peer, before[1])
     assert [m.training for n in (student, peer) for m in n.modules()] == modes
+
+
+def test_a_network_that_cannot_learn_from_one_row_is_built_for_one() -> None:
+    student, peer = (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 4)) for _ in range(2))
+    method = MutualLearning(hinted(rkd=(1.0, RKDLoss(), ["1"], ["1"])), peer, optimizer=sgd)
+    method.build(student, None, batch(rows=1), batch())
+    assert peer.training
 
 
 def test_what_is_kept_is_enough_to_go_on() -> None:
