@@ -26,7 +26,7 @@ from luce import (
     models,
 )
 from luce.errors import UserError
-from luce.methods import FeatureMethod, LogitMethod, MutualLearning, SimKD
+from luce.methods import FeatureMethod, LogitMethod, Method, MutualLearning, SimKD, TwoViewMethod
 from luce.models import Classifier
 from luce.signals import LearningTeacher
 
@@ -421,14 +421,16 @@ class Prepared(KDLoss):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
+        (TwoViewMethod(LogitMethod(KDLoss())), "one view and without steps of its own.*got TwoViewMethod"),
+        (MutualLearning(dml(), network(2), optimizer=sgd), "without steps of its own.*got MutualLearning"),
         (LogitMethod(CrossEntropyLoss()), "a loss that compares with a teacher for mutual learning"),
         (LogitMethod(PLDLoss(teacher_temperature="auto")), "without a trained teacher"),
         (LogitMethod(Prepared()), "without a trained teacher"),
         (SimKD(None, {"simkd": (1.0, SimKDLoss(), ["neck"], ["neck"])}), "without a trained teacher"),
     ],
-    ids=["nothing mutual", "auto", "prepared", "SimKD"],
+    ids=["two views", "own steps", "nothing mutual", "auto", "prepared", "SimKD"],
 )
-def test_losses_that_are_refused(method: LogitMethod, message: str) -> None:
+def test_losses_that_are_refused(method: Method, message: str) -> None:
     with pytest.raises(UserError, match=message):
         MutualLearning(method, network(2), optimizer=sgd)
 
@@ -439,10 +441,10 @@ def test_a_limit_that_makes_no_sense(clip_norm: float) -> None:
         MutualLearning(dml(), network(2), optimizer=sgd, clip_norm=clip_norm)
 
 
-def test_a_peer_that_is_the_student_is_refused() -> None:
+def test_a_peer_that_is_a_twin_is_refused() -> None:
     student, rows = network(1), batch()
-    for peer in (student, Classifier(student)):
-        with pytest.raises(UserError, match="shares no parameters with the student"):
+    for peer in (student, Classifier(student), network(1)):
+        with pytest.raises(UserError, match="starts from other weights than the student's"):
             MutualLearning(dml(), peer, optimizer=sgd).build(student, None, rows, rows)
 
 

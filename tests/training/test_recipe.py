@@ -41,11 +41,11 @@ def test_every_recipe_says_what_it_means(path: Path) -> None:
                 recipe = comparison.recipe(setting, method, seed=11)
                 assert (recipe.method, recipe.training.seed) == (method, 11)
                 assert recipe.loss == terms
-                assert names_of(build_method(recipe.loss)) == set(terms)
+                assert names_of(method_of(recipe)) == set(terms)
         if comparison.teacher_training is not None:
             assert comparison.teacher_recipe().data.labels_per_class is None
     else:
-        build_method(parse(Recipe, content).loss)
+        method_of(parse(Recipe, content))
     assert len(path.read_text().splitlines()) <= 60  # a recipe fits on a screen
 
 

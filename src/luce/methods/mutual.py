@@ -44,14 +44,14 @@ class MutualLearning(Method):
 
     Args:
         method: What teaches the student, a `LogitMethod` or `FeatureMethod`; a copy of it teaches the peer.
-        peer: From inputs to logits: a network, or what makes one, called once when the parts are built. A
-            network of the student's kind must not start from its weights, or the two have nothing to tell
-            each other.
+        peer: From inputs to logits: a network, or what makes one, called once when the parts are built. It
+            starts from weights of its own.
         optimizer: Makes the peer's optimizer from a list of its parameters. A training lays the factor of the
-            student's learning rate on it too.
+            student's learning rate on it too. An average of weights is kept of the student alone.
         clip_norm: Largest norm of the peer's gradient; None for no limit.
     Raises:
-        UserError: If the losses compare with no teacher, or want one that is trained already.
+        UserError: If the losses compare with no teacher or want one that is trained already, or the method
+            has two views or steps of its own.
     Example:
         >>> from luce import CrossEntropyLoss, KDLoss, WeightedSum
         >>> from luce.methods import LogitMethod
@@ -84,6 +84,11 @@ class MutualLearning(Method):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__()
+        if method.own_steps or method.two_views:
+            raise UserError(
+                "expected a method of one view and without steps of its own for mutual learning, got "
+                f"{type(method).__name__}"
+            )
         if not method.needs_teacher:
             raise UserError(
                 "expected a loss that compares with a teacher for mutual learning, such as KDLoss"
@@ -101,7 +106,6 @@ class MutualLearning(Method):
         self.new_peer = None if isinstance(peer, nn.Module) else peer
         self.new_optimizer, self.clip_norm = optimizer, clip_norm
         self.uses_unlabelled = method.uses_unlabelled
-        self.two_views = method.two_views
         self.optimizer: torch.optim.Optimizer | None = None
         self._sources: tuple[Teacher, Teacher] | None = None
 
@@ -122,11 +126,13 @@ class MutualLearning(Method):
                 torch.manual_seed(int(torch.randint(2**62, ())))
                 self.peer = self.new_peer()
             assert self.peer is not None
-            if not {*map(id, student.parameters())}.isdisjoint(map(id, self.peer.parameters())):
-                raise UserError(
-                    "expected a peer that shares no parameters with the student; make another network"
-                )
             share_weights(self.peer.to(device))
+            ours, theirs = [*student.parameters()], [*self.peer.parameters()]
+            if len(ours) == len(theirs) and all(map(torch.equal, ours, theirs)):
+                raise UserError(
+                    "expected a peer that starts from other weights than the student's, or the two have "
+                    "nothing to tell each other; name another network, checkpoint or seed for it"
+                )
             with dry_run(self.peer, device):
                 self.method.build(student, LearningTeacher(self.peer), sample, rows)
                 self.peer_method.build(self.peer, LearningTeacher(student), sample, rows)
@@ -159,7 +165,8 @@ class MutualLearning(Method):
         assert self.peer is not None
         assert self.optimizer is not None
         terms = self.peer_method.step(self.peer, batch, self._sources[0].signal(batch))
-        terms["loss"].backward()
+        with torch.autocast(terms["loss"].device.type, enabled=False):  # as the student's is made
+            terms["loss"].backward()
         learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         average_gradients(learning)
         if self.clip_norm is not None:

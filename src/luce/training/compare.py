@@ -20,11 +20,10 @@ from .recipe import (
     Recipe,
     TeacherOptions,
     TrainingOptions,
-    build_method,
     merge,
     read_yaml,
 )
-from .run import Materials, claim, holds, know_teacher, prepare_data, rehearse, run
+from .run import Materials, claim, holds, know_teacher, method_of, prepare_data, rehearse, run
 
 
 @dataclass
@@ -138,9 +137,10 @@ def compare(
         for seed in recipe.seeds
         for method in recipe.methods
     }
-    for name, terms in recipe.methods.items():
-        with about(name):
-            build_method(terms)
+    for _, one in grid.values():
+        if one.training.seed == recipe.seeds[0]:
+            with about(one.method):
+                method_of(one)
     grows = extends(folder, recipe)
     if not grows:
         holds(folder, "comparison.yaml", asdict(recipe), command=command)

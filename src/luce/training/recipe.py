@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -190,14 +190,15 @@ class Recipe:
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
 
-PROCEDURES: dict[str, type[Method]] = {}
+PROCEDURES: dict[str, Callable[..., Method]] = {}
 """Methods that go around another one, by their names in recipes."""
 
 
-def build_method(terms: Terms) -> Method:
+def build_method(terms: Terms, procedures: Mapping[str, Callable[..., Method]] = PROCEDURES) -> Method:
     """The method that the loss terms of a recipe describe: on the logits, on features, or on both.
 
-    An entry with ``method`` instead of ``loss`` names one of `PROCEDURES`, which goes around the others.
+    An entry with ``method`` instead of ``loss`` names one of the procedures, which goes around the others.
+    Its options are those that the procedure takes by name only.
 
     Raises:
         UserError: As `build_loss`, if all weights are 0, and on a term on features that does not say which
@@ -214,7 +215,7 @@ def build_method(terms: Terms) -> Method:
         raise UserError(f"expected one entry with `method` in `loss`, got {around}")
     for name in around:
         inner = build_method({other: term for other, term in terms.items() if other != name})
-        return _around(f"loss.{name}", dict(terms[name]), inner)
+        return _around(f"loss.{name}", dict(terms[name]), inner, procedures)
     if all(term.get("weight", 1.0) == 0 for term in terms.values()):
         raise UserError(f"expected a term of a weight above 0 in `loss`, got {sorted(terms)} without one")
     known = _known(FeatureLoss)
@@ -238,18 +239,20 @@ def build_method(terms: Terms) -> Method:
         raise UserError(f"`loss`: {error}") from error
 
 
-def _around(place: str, options: dict[str, Any], inner: Method) -> Method:
+def _around(
+    place: str, options: dict[str, Any], inner: Method, procedures: Mapping[str, Callable[..., Method]]
+) -> Method:
     """A method around another one, from its name and options."""
     name = str(options.pop("method"))
-    if name not in PROCEDURES:
-        raise unknown_name(f"method in `{place}`:", name, PROCEDURES)
-    parameters = inspect.signature(PROCEDURES[name]).parameters.values()
+    if name not in procedures:
+        raise unknown_name(f"method in `{place}`:", name, procedures)
+    parameters = inspect.signature(procedures[name]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for option in options:
         if option not in known:
             raise unknown_name(f"option of {name} in `{place}`:", option, known)
     try:
-        return PROCEDURES[name](inner, **options)
+        return procedures[name](inner, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"`{place}`: {error}") from error
 

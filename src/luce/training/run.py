@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ from torch import Tensor, nn
 from .. import data, models
 from ..data import Data, Examples
 from ..errors import UserError
-from ..methods import FeatureMethod, TwoViewMethod
+from ..methods import FeatureMethod, Method, MutualLearning, TwoViewMethod
 from ..models.doors import fresh_weights_expected
 from ..models.text import check_tokens
 from ..signals import LiveTeacher, RememberedTeacher, Teacher
 from . import checkpoint, files, metrics
 from .engine import Fit, build, check_own_steps, divide, fit, new_accelerator
 from .environment import environment
+from .options import parse
 from .processes import processes
-from .recipe import ModelOptions, Recipe, build_method, read_yaml
+from .recipe import PROCEDURES, ModelOptions, Recipe, build_method, read_yaml
 from .rows import KnownRows
-from .session import checked_step
+from .session import checked_step, make_optimizer
 
 EVALUATION_BATCH = 256
 
@@ -195,13 +197,44 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
     return dataclasses.replace(materials, teacher=KnownTeacher(ask_train, ask_test, about))
 
 
+def method_of(recipe: Recipe, loaded: Data | None = None) -> Method:
+    """The method that a recipe describes.
+
+    Args:
+        recipe: Its loss, and for networks that a method trains along, how they are trained.
+        loaded: The data for such networks; None if the method is to be looked at, not used.
+    Raises:
+        UserError: As `build_method` does.
+    """
+
+    def mutual_learning(
+        method: Method, *, peer: dict[str, Any] | None = None, peer_lr: float | None = None
+    ) -> MutualLearning:
+        """With a peer like the student, trained like it, but for what is given."""
+        if not isinstance(peer, dict | None):
+            raise UserError(f"expected a mapping for `peer`, such as {{name: resnet20}}, got {peer!r}")
+        network = recipe.student if peer is None else parse(ModelOptions, peer)
+        training = recipe.training if peer_lr is None else dataclasses.replace(recipe.training, lr=peer_lr)
+
+        def new_peer() -> nn.Module:
+            assert loaded is not None
+            with fresh_weights_expected():
+                return build_network(network, loaded)[0]
+
+        return MutualLearning(
+            method, new_peer, optimizer=partial(make_optimizer, training), clip_norm=training.clip_norm
+        )
+
+    return build_method(recipe.loss, {**PROCEDURES, "MutualLearning": mutual_learning})
+
+
 def rehearse(recipe: Recipe, materials: Materials) -> None:
     """Make a step on one row with networks like a recipe's own, to hear of what does not fit before training.
 
     Raises:
         UserError: If a path, a shape or an option of a loss does not fit.
     """
-    method = build_method(recipe.loss)
+    method = method_of(recipe, materials.data)
     teacher: Teacher | None = None
     with fresh_weights_expected():  # `prepare_data` has told of the student's, and the teacher may yet learn
         student, _ = build_network(recipe.student, materials.data)
@@ -248,11 +281,12 @@ def run(
     done = folder / "result.json"
     if holds(folder, "recipe.yaml", asdict(recipe)) and done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    method = build_method(recipe.loss)
+    method_of(recipe)  # what makes no sense is told before the data is loaded
+    materials = materials or prepare(recipe)
+    method = method_of(recipe, materials.data)
     strong_augment = augmentation(recipe.data.strong_augment)
     if strong_augment is not None:
         method = TwoViewMethod(method)
-    materials = materials or prepare(recipe)
     teacher = materials.teacher
     claim(folder, "recipe.yaml", asdict(recipe))
 

@@ -131,12 +131,12 @@ class Session:
                 if self.accelerator.sync_gradients:
                     gathered = 0.0
                     self.step += 1
-                    for schedule in self.schedules:
+                    with self.accelerator.autocast():
+                        note(self.checked(self.method.after_step(self.bare, batch)))
+                    for schedule in self.schedules:  # all steps on this batch were made at one rate
                         schedule.step()
                     if self.average is not None:
                         self.average.update_parameters(self.bare)
-                    with self.accelerator.autocast():
-                        note(self.checked(self.method.after_step(self.bare, batch)))
                 bar.advance()
         check_finite(sums, number)
         # As the main process, which saves them, has them.
