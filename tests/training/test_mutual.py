@@ -22,7 +22,6 @@ from luce.errors import UserError
 from luce.methods import MutualLearning
 from luce.training import ComparisonRecipe, Recipe, TrainingError, compare, run
 from luce.training.options import parse
-from luce.training.recipe import read_yaml
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]
@@ -75,7 +74,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_two_students_learn_the_digits(tmp_path: Path) -> None:
     """The recipe of the repository, from the command line, with fewer epochs."""
     path = Path(__file__).parents[2] / "recipes/digits-mutual.yaml"
-    words = ["--out", str(tmp_path / "run"), "--training.epochs", "8", "--data.labels_per_class", "null"]
+    words = ["--out", str(tmp_path / "run"), "--training.epochs", "8"]
     assert main(["train", str(path), *words]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["teacher"] is None
@@ -156,19 +155,20 @@ def test_starts_are_drawn_by_the_seed(make: Make, built: list[Any], tmp_path: Pa
 
 def test_features_teach_both_ways(make: Make, tmp_path: Path) -> None:
     loss = {"dml": {"method": "MutualLearning", "peer": OTHER}, **TASK, "hint": HINT}
-    result = run(make(loss=loss, training={"epochs": 8}), tmp_path / "run")
+    run(make(loss=loss, training={"epochs": 8}), tmp_path / "run")
     first, *_, last = (line["train"] for line in lines_of(tmp_path / "run"))
     assert last.keys() == {"task", "hint", "loss", "peer.task", "peer.hint", "peer.loss"}
-    for term in ("hint", "peer.hint"):
+    for term in ("task", "peer.task", "hint", "peer.hint"):
         assert last[term] < first[term]
-    assert result["companions"]["peer"]["test"]["accuracy"] > 0.5
 
 
 def test_plackett_luce_teaches_both_ways(make: Make, tmp_path: Path) -> None:
     loss = {"mutual": {"method": "MutualLearning"}, "pld": {"loss": "PLDLoss", "teacher_temperature": 2.0}}
-    result = run(make(loss=loss, training={"epochs": 10}), tmp_path / "run")
-    assert result["last"]["test"]["accuracy"] > 0.7
-    assert result["companions"]["peer"]["test"]["accuracy"] > 0.7
+    run(make(loss=loss, training={"epochs": 8}), tmp_path / "run")
+    first, *_, last = (line["train"] for line in lines_of(tmp_path / "run"))
+    assert last.keys() == {"pld", "loss", "peer.pld", "peer.loss"}
+    for term in ("pld", "peer.pld"):
+        assert last[term] < 0.9 * first[term]
 
 
 # Resuming ---------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_a_comparison_whose_teacher_it_does_not_ask(toy: ModuleType, tmp_path: P
         **content,
         "methods": {**content["methods"], "bad": {**DML, "hint": {**HINT, "teacher": "stages.7"}}},
     }
-    with pytest.raises(UserError, match="^method `bad`: .*`stages.7`"):
+    with pytest.raises(UserError, match=r"^method `bad`: .*`stages\.7`"):
         compare(parse(ComparisonRecipe, bad), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -315,17 +315,18 @@ def test_two_processes(tmp_path: Path) -> None:
     recipe = {
         "method": "DML",
         "data": {"validation": 0.2},
-        "student": {"name": "cnn", "options": {"widths": [4, 8]}},
-        "loss": {**DML, "hint": {"loss": "FitNetLoss", "student": "stages.0"}},
-        "training": {"epochs": 2, "batch_size": 32, "lr": 0.01, "cpu": True},
+        "student": {"name": "mlp", "options": {"hidden": [16]}},
+        "loss": DML,
+        "training": {"epochs": 3, "batch_size": 32, "lr": 0.01, "cpu": True},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "luce", "train", "recipe.yaml", "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    first, last = (line["train"] for line in lines_of(tmp_path / "run"))
-    for term in ("task", "peer.task", "hint", "peer.hint"):
+    first, *_, last = (line["train"] for line in lines_of(tmp_path / "run"))
+    for term in ("task", "peer.task"):
         assert last[term] < first[term]
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["companions"]["peer"]["test"]["accuracy"] > 0.5
+    assert result["last"]["test"]["accuracy"] > 0.7
+    assert result["companions"]["peer"]["test"]["accuracy"] > 0.7

@@ -14,7 +14,8 @@ from luce.errors import UserError
 from luce.methods import FeatureMethod, LogitMethod, Method
 from luce.training import ComparisonRecipe, Recipe, TrainingOptions, compare, run
 from luce.training.options import overrides, parse
-from luce.training.recipe import build_loss, build_method, merge, read_yaml
+from luce.training.recipe import build_loss, merge, read_yaml
+from luce.training.run import method_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
