@@ -38,9 +38,10 @@ class MutualLearning(Method):
     with the student's optimizer, what teaches the peer with the peer's. A term's paths ``student`` and
     ``teacher`` are those of the student and of the peer, in both directions.
 
-    With `IEKDLoss` on features this is our reading of IE-DML (Huang et al., CVPR 2021, arXiv 2107.00181), of
-    which no code is published: that the code of a network that is itself changing comes from an auto-encoder
-    that is trained along, that it is made anew for each step, and the weights are reconstructed.
+    With ``IEKDLoss(autoencoder="online")`` on features beside them, this is our reading of IE-DML (Huang et
+    al., CVPR 2021, arXiv 2107.00181), of which no code is published. That the auto-encoders of networks that
+    are themselves changing are trained along, that codes are made anew for each network's step, and the
+    weights are reconstructed.
 
     Args:
         method: What teaches the student, a `LogitMethod` or `FeatureMethod`; a copy of it teaches the peer.
@@ -96,8 +97,8 @@ class MutualLearning(Method):
         if method.wants_preparation or any(isinstance(part, SimKD) for part in method.modules()):
             raise UserError(
                 "expected losses that can do without a trained teacher for mutual learning, whose networks "
-                "start together; give no `teacher_temperature: auto`, no SimKDLoss, and nothing else that is "
-                "prepared before training"
+                "start together; give no `teacher_temperature: auto`, no SimKDLoss, no IEKDLoss but with "
+                "`autoencoder: online`, and nothing else that is prepared before training"
             )
         if clip_norm is not None:
             _check.check_positive(clip_norm=clip_norm)
