@@ -30,6 +30,13 @@ TASK = {"task": {"loss": "CrossEntropyLoss"}}
 DML = {"dml": {"method": "MutualLearning"}, **TASK, "kl": {"loss": "KDLoss", "temperature": 1.0}}
 CNN = {"name": "cnn", "options": {"widths": [4, 6, 6]}}
 OTHER = {"name": "cnn", "options": {"widths": [6, 8, 10]}}
+IE = {
+    "loss": "IEKDLoss",
+    "autoencoder": "online",
+    "inheritance": 50,
+    "exploration": 50,
+    "student": "stages.1",
+}
 HINT = {"loss": "FitNetLoss", "weight": 10.0, "student": "stages.0", "teacher": "stages.1"}
 
 
@@ -64,7 +71,8 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in network.state_dict().items()}
+    state = network.state_dict()
+    return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -171,6 +179,18 @@ def test_plackett_luce_teaches_both_ways(make: Make, tmp_path: Path) -> None:
         assert last[term] < 0.9 * first[term]
 
 
+def test_inheritance_and_exploration_both_ways(make: Make, built: list[Any], tmp_path: Path) -> None:
+    """IE-DML: each direction has encoders and an auto-encoder of its own, which learn along."""
+    run(make(loss={**DML, "ie": IE}, training={"epochs": 6}), tmp_path / "run")
+    first, *_, last = (line["train"] for line in lines_of(tmp_path / "run"))
+    for term in ("task", "ie.inheritance", "ie.reconstruction"):
+        assert last[term] < first[term]
+        assert last[f"peer.{term}"] < first[f"peer.{term}"]
+    method, _ = built[-1]
+    for direction in (method.method, method.peer_method):
+        assert all(parameter.requires_grad for parameter in direction.losses["ie"].parameters())
+
+
 # Resuming ---------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +205,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "data": {"labels_per_class": 6, "augment": "crop_flip"},
         "training": {"ema": 0.9, "clip_norm": 1.0, "optimizer": "sgd"},
     },
+    "IE-DML": {"loss": {**DML, "ie": {**IE, "split": "random"}}},
     "what is counted": {
         "loss": {
             **DML,
@@ -234,6 +255,7 @@ def test_an_interrupted_run_ends_in_the_same_numbers(
             {"loss": {**DML, "pld": {"loss": "PLDLoss", "teacher_temperature": "auto"}}},
             "without a trained teacher",
         ),
+        ({"loss": {**DML, "ie": {**IE, "autoencoder": "prepared"}}}, "`autoencoder: online`"),
         ({"loss": {**DML, "dml": {"method": "MutualLearning", "pier": {}}}}, "did you mean `peer`"),
         ({"loss": {**DML, "dml": {"method": "MutualLearning", "peer": "cnn"}}}, "a mapping for `peer`"),
         (

@@ -15,8 +15,8 @@ def together() -> bool:
 def share_weights(network: nn.Module) -> None:
     """Give every process the first one's weights and buffers, as DDP does; alone, do nothing."""
     if together():
-        for tensor in network.state_dict().values():
-            distributed.broadcast(tensor, src=0)
+        for tensor in (*network.parameters(), *network.buffers()):
+            distributed.broadcast(tensor.detach(), src=0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
