@@ -1,28 +1,31 @@
-"""What a method that trains networks of its own does where several processes train together."""
+"""Several processes that train one student, for methods that make gradients of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from torch import distributed, nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 
-def together() -> bool:
-    """Whether there is a group of processes."""
-    return distributed.is_available() and distributed.is_initialized()
+def mean_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor's mean over all processes; as it is where there is one. All must have the same dtype.
+
+    >>> mean_over_processes([torch.ones(2)])
+    [tensor([1., 1.])]
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1) or not tensors:
+        return list(tensors)
+    together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(together)  # a sum, for not every backend knows a mean
+    together /= dist.get_world_size()
+    parts = together.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def share_weights(network: nn.Module) -> None:
-    """Give every process the first one's weights and buffers, as DDP does; alone, do nothing."""
-    if together():
+    """Give every process the first one's parameters and buffers, as DDP does; alone, do nothing."""
+    if dist.is_available() and dist.is_initialized():
         for tensor in (*network.parameters(), *network.buffers()):
-            distributed.broadcast(tensor.detach(), src=0)
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every process the mean of all processes' gradients, as DDP does; alone, do nothing."""
-    if together():
-        for parameter in parameters:
-            if parameter.grad is not None:
-                distributed.all_reduce(parameter.grad)
-                parameter.grad /= distributed.get_world_size()
+            dist.broadcast(tensor.detach(), src=0)

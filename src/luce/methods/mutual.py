@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..losses import _check
 from ..signals import LearningTeacher, Signal, Teacher
-from ._processes import average_gradients, share_weights
+from ._processes import mean_over_processes, share_weights
 from .base import Batch, Method
 from .features import FeatureMethod, dry_run
 from .simkd import SimKD
@@ -168,8 +168,11 @@ class MutualLearning(Method):
         terms = self.peer_method.step(self.peer, batch, self._sources[0].signal(batch))
         with torch.autocast(terms["loss"].device.type, enabled=False):  # as the student's is made
             terms["loss"].backward()
-        learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        average_gradients(learning)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        learning = [parameter for parameter in parameters if parameter.grad is not None]
+        means = mean_over_processes([parameter.grad for parameter in learning])
+        for parameter, mean in zip(learning, means, strict=True):
+            parameter.grad = mean
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(learning, self.clip_norm)
         self.optimizer.step()
