@@ -2,7 +2,16 @@
 
 from . import functional, modules
 from ._reduce import UNLABELLED
+from ._teacher import teacher_gradient
 from .functional.listwise import pld_error_bound, teacher_order
 from .temperature import suggest_temperature
 
-__all__ = ["UNLABELLED", "functional", "modules", "pld_error_bound", "suggest_temperature", "teacher_order"]
+__all__ = [
+    "UNLABELLED",
+    "functional",
+    "modules",
+    "pld_error_bound",
+    "suggest_temperature",
+    "teacher_gradient",
+    "teacher_order",
+]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..ops._rows import as_matrix, wide_dtype
 from . import _check
+from ._teacher import as_teacher
 
 Reduction = Literal["none", "mean", "sum"]
 UNLABELLED = -1
@@ -29,7 +30,7 @@ class Blocks:
 
     Attributes:
         student: ``(N, C)`` or ``(N, C, M)``.
-        teacher: Same shape, detached; None where a loss has no teacher.
+        teacher: Same shape, detached (but see `teacher_gradient`); None where a loss has no teacher.
         target: ``(N,)`` or ``(N, M)``, int64, `UNLABELLED` in rows without a label; None if not given.
         weight: Same shape, 0 in rows that do not count; None if all rows count alike.
         labels_matter: Whether a label must name a class, beyond marking rows that do not count.
@@ -77,7 +78,7 @@ class Blocks:
         axis = _check.class_axis(student_logits, class_dim)
         shape = student_logits.shape[:axis] + student_logits.shape[axis + 1 :]
         student = _as_block(student_logits, axis)
-        teacher = None if teacher_logits is None else _as_block(teacher_logits.detach(), axis)
+        teacher = None if teacher_logits is None else _as_block(as_teacher(teacher_logits), axis)
         rows = student.shape[:1] + student.shape[2:]
 
         wide = wide_dtype(student, teacher)

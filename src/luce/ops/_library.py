@@ -57,9 +57,14 @@ def describe() -> dict[str, str]:
     return {"backend": "cpu", "instruction_set": instruction_set}
 
 
-def choose(backend: str, like: Tensor) -> Literal["cpu", "reference"]:
+def choose(backend: str, like: Tensor, teacher: Tensor | None = None) -> Literal["cpu", "reference"]:
     """The engine for tensors such as this one.
 
+    Args:
+        backend: One of `BACKENDS`.
+        like: What the engine will work on.
+        teacher: A tensor that the native engine takes for constant: where it needs a gradient, ``"auto"``
+            takes the reference.
     Raises:
         ValueError: If there is no backend of that name.
         RuntimeError: If the named backend cannot run here.
@@ -69,8 +74,11 @@ def choose(backend: str, like: Tensor) -> Literal["cpu", "reference"]:
     if backend == "reference":
         return "reference"
     on_cpu = like.device.type == "cpu"
+    constant = teacher is None or not (teacher.requires_grad and torch.is_grad_enabled())
     if backend == "auto":
-        return "cpu" if on_cpu and WHY_NOT is None else "reference"
+        return "cpu" if on_cpu and constant and WHY_NOT is None else "reference"
+    if not constant:
+        raise RuntimeError("backend='cpu' has no gradient for the teacher; detach its logits or use 'auto'")
     if not on_cpu:
         raise RuntimeError(f"expected tensors on the CPU for backend='cpu', got {like.device}; use 'auto'")
     if WHY_NOT is not None:

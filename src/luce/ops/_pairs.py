@@ -57,14 +57,20 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor, None, None]:
-        s, t = ctx.saved_tensors
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()  # somebody wants to differentiate the gradient too
-        gradient = torch.zeros_like(s)
-        for first in range(0, s.shape[-1], ctx.width):
+        inputs = ctx.saved_tensors if again else [x.detach() for x in ctx.saved_tensors]
+        asked = [x for x, wanted in zip(inputs, ctx.needs_input_grad[1:3], strict=True) if wanted]
+        gradients = [torch.zeros_like(x) for x in asked]
+        for first in range(0, inputs[0].shape[-1], ctx.width):
             with torch.enable_grad():
-                x = s if again else s.detach().requires_grad_()
-                value = ctx.part(x, t, first, min(ctx.width, s.shape[-1] - first))
-            (of_part,) = torch.autograd.grad(value, x, slope, create_graph=again)
-            gradient = gradient + of_part if again else gradient.add_(of_part)
-        return None, gradient, None, None
+                for x in asked:
+                    x.requires_grad_()
+                value = ctx.part(*inputs, first, min(ctx.width, inputs[0].shape[-1] - first))
+            of_part = torch.autograd.grad(value, asked, slope, create_graph=again)
+            gradients = [
+                total + part if again else total.add_(part)
+                for total, part in zip(gradients, of_part, strict=True)
+            ]
+        found = iter(gradients)
+        return None, *(next(found) if wanted else None for wanted in ctx.needs_input_grad[1:3]), None

@@ -10,6 +10,7 @@ from ...ops.pld import ranking_nll, teacher_order
 from ...ops.rkkd.reference import widened
 from .. import _check
 from .._reduce import Reduction, Rows
+from .._teacher import refuse_teacher_gradient
 
 
 def rankdistil_loss(
@@ -68,6 +69,7 @@ def rankdistil_loss(
     References:
         Reddi et al., RankDistil: Knowledge Distillation for Ranking, AISTATS 2021.
     """
+    refuse_teacher_gradient("RankDistil", "which draws rankings from it")
     _check.check_top_k(top_k)
     _check.check_count(sample_size=sample_size)
     _check.check_positive(temperature=temperature)

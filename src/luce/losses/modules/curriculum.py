@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from .._teacher import refuse_teacher_gradient
 from ..functional.curriculum import tempered_kd
 from .base import LogitLoss
 
@@ -111,6 +112,7 @@ class CTKDLoss(LogitLoss):
         )
 
     def _theta_of_rows(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        refuse_teacher_gradient("CTKD with `classes`", "whose temperatures are learnt against it")
         _check.check_logits("student_logits", student_logits)
         _check.check_logits("teacher_logits", teacher_logits, like=student_logits)
         axis = _check.class_axis(student_logits, self.class_dim)

@@ -27,7 +27,7 @@ def weighted_dkd(
 
     Args:
         student: ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64.
-        teacher: Same shape, any of these dtypes; receives no gradient.
+        teacher: Same shape, any of these dtypes; only the reference passes a gradient on to it.
         target: ``(N,)`` or ``(N, M)``, int64. A label outside [0, C), and one whose class both networks
             exclude, makes its row NaN.
         temperature: Divides both networks' logits.
@@ -43,5 +43,5 @@ def weighted_dkd(
         >>> weighted_dkd(student, teacher, torch.tensor([2]), 4.0, alpha=1.0, beta=8.0)
         tensor([0.4867])
     """
-    run = cpu.dkd if choose(backend, student) == "cpu" else dkd_rows
+    run = cpu.dkd if choose(backend, student, teacher) == "cpu" else dkd_rows
     return run(student, teacher, target, weight, temperature, alpha, beta)

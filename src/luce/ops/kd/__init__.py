@@ -1,9 +1,10 @@
 """Divergences between the teacher's and the student's distribution, one value per row.
 
 All take logits ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64, the
-teacher's in the shape of the student's and without a gradient, and return ``(N,)`` or ``(N, M)`` in nats,
-float32 or, if either network is, float64. `weight`, of that dtype and shape, is what each row's value is
-multiplied by; rows of weight 0 are not looked at. `backend` is ``"auto"``, ``"cpu"`` or ``"reference"``.
+teacher's in the shape of the student's, and return ``(N,)`` or ``(N, M)`` in nats, float32 or, if either
+network is, float64. Only the reference passes a gradient on to the teacher. `weight`, of that dtype and
+shape, is what each row's value is multiplied by; rows of weight 0 are not looked at. `backend` is
+``"auto"``, ``"cpu"`` or ``"reference"``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _run(
     temperature: float,
     beta: float = 0.5,
 ) -> Tensor:
-    run = divergence if choose(backend, student) == "cpu" else divergence_rows
+    run = divergence if choose(backend, student, teacher) == "cpu" else divergence_rows
     return run(student, teacher, weight, kind, temperature, beta)
 
 

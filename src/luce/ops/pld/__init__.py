@@ -39,7 +39,7 @@ def pld_with_bound(
         gradient's L1 norm. Zero, up to rounding, unless places were left out or classes left unsorted.
     """
     options = options or PldOptions()
-    if choose(backend, student) == "cpu":
+    if choose(backend, student, teacher) == "cpu":
         values, bound = cpu.pld(student, teacher, target, weight, order, options)
     else:
         values = pld_rows(student, teacher, target, weight, order, options)
@@ -63,7 +63,7 @@ def pld(
 
     Args:
         student: ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64.
-        teacher: Same shape, any of these dtypes; receives no gradient.
+        teacher: Same shape, any of these dtypes; only the reference passes a gradient on to it.
         target: ``(N,)`` or ``(N, M)``, int64: a class, or -1 where a row has no label. None for no labels.
         weight: What each row's value is multiplied by; rows of weight 0 are not looked at.
         order: `teacher_order` of the rows if it is known already, shaped like the logits, int64 or int32.
@@ -78,6 +78,6 @@ def pld(
         tensor([0.8530])
     """
     options = options or PldOptions()
-    if choose(backend, student) == "cpu":
+    if choose(backend, student, teacher) == "cpu":
         return cpu.pld(student, teacher, target, weight, order, options)[0]
     return pld_rows(student, teacher, target, weight, order, options)

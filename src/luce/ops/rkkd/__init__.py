@@ -48,7 +48,7 @@ def rkkd(
 
     Args:
         student: ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64.
-        teacher: Same shape, any of these dtypes; receives no gradient.
+        teacher: Same shape, any of these dtypes; only the reference passes a gradient on to it.
         form: The agreement.
         steepness: *k* above 0, per logit (``"product"``: per squared logit). The larger it is, the closer the
             value is to Kendall's tau and the fewer pairs have a gradient: those within a few *1/k*.
@@ -75,9 +75,8 @@ def rkkd(
         (arXiv 2409.17823). ``product``: Zheng et al., DiffKendall, NeurIPS 2023 (arXiv 2307.15317).
     """
     _check(student, teacher, weight, form, steepness)
-    teacher = teacher.detach()
     weight = None if weight is None else weight.detach().to(wide_dtype(student, teacher)).contiguous()
-    if choose(backend, student) == "cpu":
+    if choose(backend, student, teacher) == "cpu":
         return cpu.rkkd(student, teacher, weight, form, steepness)
     return rkkd_rows(student, teacher, weight, form, steepness)
 

@@ -1,0 +1,241 @@
+r"""What steps of the student do to its loss on other rows, and how that depends on the teacher.
+
+A *pilot* takes steps of plain gradient descent with the teacher's logits :math:`z^T_k` of *K* batches,
+
+.. math:: \theta_k = \theta_{k-1} - \lambda \nabla_\theta \ell_k\big(z^S_k(\theta_{k-1}), z^T_k\big),
+
+and is then asked about a quiz: :math:`L_Q(\theta_K)`. The derivative of that towards :math:`z^T_k` follows the
+steps backwards. With :math:`a_K = \nabla L_Q(\theta_K)`, and :math:`u_k = J_k a_k` for how the student's logits
+of batch *k* change as :math:`\theta_{k-1}` moves along :math:`a_k`,
+
+.. math:: \frac{\partial L_Q}{\partial z^T_k} = -\lambda \frac{\partial}{\partial z^T_k}
+    \Big\langle \frac{\partial \ell_k}{\partial z^S_k}, u_k \Big\rangle, \quad
+    a_{k-1} = a_k - \lambda \nabla_\theta \big\langle \nabla_\theta \ell_k, a_k \big\rangle .
+
+Nobody needs :math:`a_0`: of the first batch it takes one product :math:`J a` in forward mode, and only the loss
+on logits is differentiated twice. With a single pilot step that is all; of further batches the student is
+differentiated twice as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..losses import teacher_gradient
+from ..losses.functional import cross_entropy_loss
+from ._processes import mean_over_processes
+from .base import Batch
+
+LogitsLoss = Callable[[Tensor, Tensor, Batch], Tensor]
+"""A scalar from the student's logits, the teacher's logits and the batch."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a network stands, so that a forward pass can be made from there again, with the same draws.
+
+    Attributes:
+        parameters: Those that are trained, by name.
+        buffers: By name.
+        random: State of the generator on the CPU, and on the network's GPU if it is on one.
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    random: tuple[Tensor, Tensor | None]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Place:
+        """Where it stands now; the parameters are its own."""
+        parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        return cls(parameters, buffers, _random_state(next(iter(parameters.values())).device))
+
+    @property
+    def values(self) -> list[Tensor]:
+        return list(self.parameters.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.values[0].device
+
+    def forward(self, network: nn.Module, inputs: Tensor) -> tuple[Tensor, Place]:
+        """Logits, and where that leaves the network, whose own parameters and buffers are not touched."""
+        _set_random_state(self.random, self.device)
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        logits: Tensor = functional_call(network, {**self.parameters, **buffers}, (inputs,))
+        return logits, Place(self.parameters, buffers, _random_state(self.device))
+
+    def settle(self, network: nn.Module) -> None:
+        """Bring a network's own buffers and the random states here; its parameters are left as they are."""
+        _set_random_state(self.random, self.device)
+        for name, buffer in network.named_buffers():
+            buffer.copy_(self.buffers[name])
+
+    def moved(self, gradient: Sequence[Tensor], step_size: float) -> Place:
+        """After a step of gradient descent, which the graph of what follows does not remember."""
+        parameters = {
+            name: (value.detach() - step_size * slope).requires_grad_()
+            for (name, value), slope in zip(self.parameters.items(), gradient, strict=True)
+        }
+        return Place(parameters, self.buffers, self.random)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What was found by looking ahead.
+
+    Attributes:
+        logits: The student's of the first batch, with their graph to its own parameters.
+        place: Where that forward pass leaves it.
+        quiz_loss: Of the pilot, nats.
+        cotangents: For each batch the derivative of the quiz loss towards the teacher's logits.
+    """
+
+    logits: Tensor
+    place: Place
+    quiz_loss: Tensor
+    cotangents: list[Tensor]
+
+
+def look_ahead(
+    student: nn.Module,
+    loss: LogitsLoss,
+    batches: Sequence[Batch],
+    teacher_logits: Sequence[Tensor],
+    quiz: Sequence[Batch],
+    step_size: float,
+) -> Ahead:
+    """Take pilot steps and differentiate the quiz loss after them towards the teacher's logits.
+
+    Nothing of the student changes, nor do the random states: its own steps will draw what the pilot drew.
+
+    Args:
+        student: In the mode in which it is trained; in the quiz all but batch normalisation are in
+            evaluation mode, so that no dropout blurs it.
+        loss: Whose steps are taken.
+        batches: One for each step.
+        teacher_logits: Of each of them.
+        quiz: Labelled batches; their mean cross-entropies are averaged.
+        step_size: Of the pilot.
+    Raises:
+        ValueError: By a loss that cannot pass a gradient on to the teacher.
+        NotImplementedError: If an operation of the student has no derivative in forward mode.
+    """
+    place = Place.of(student)
+    device, steps = place.device, []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for batch, said in zip(batches, teacher_logits, strict=True):
+            logits, after = place.forward(student, batch["input"])
+            slope, teacher = slope_on_logits(loss, logits, said, batch)
+            gradient = _gradient(logits, place.values, slope.detach(), retain_graph=not steps)
+            if not steps:
+                first = logits, after
+            steps.append((place, batch, slope, teacher))
+            place = after.moved(mean_over_processes(gradient), step_size)
+        quiz_loss, adjoint = _quiz(student, place, quiz)
+
+        cotangents: list[Tensor] = []
+        for place, batch, _, teacher in reversed(steps[1:]):
+            with _twice_differentiable(), teacher_gradient():
+                logits, _ = place.forward(student, batch["input"])
+                gradient = _gradient(loss(logits, teacher, batch), place.values, create_graph=True)
+            rate = sum((g * a).sum() for g, a in zip(gradient, adjoint, strict=True))
+            *change, of_teacher = _gradient(rate, [*place.values, teacher])
+            cotangents.insert(0, -step_size * of_teacher)
+            adjoint = [
+                a - step_size * c for a, c in zip(adjoint, mean_over_processes(change), strict=True)
+            ]
+        place, batch, slope, teacher = steps[0]
+        rate = (slope * derivative_along(student, place, adjoint, batch["input"])).sum()
+        cotangents.insert(0, -step_size * _gradient(rate, [teacher])[0])
+    return Ahead(*first, quiz_loss, cotangents)
+
+
+def slope_on_logits(
+    loss: LogitsLoss, student_logits: Tensor, teacher_logits: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """The derivative of a loss towards the student's logits, and the teacher's logits that it depends on."""
+    student, teacher = (logits.detach().requires_grad_() for logits in (student_logits, teacher_logits))
+    with teacher_gradient():
+        value = loss(student, teacher, batch)
+    (slope,) = torch.autograd.grad(value, student, create_graph=True)
+    return slope, teacher
+
+
+@torch.no_grad()
+def derivative_along(
+    network: nn.Module, place: Place, direction: Sequence[Tensor], inputs: Tensor
+) -> Tensor:
+    """How the logits change as the parameters move in a direction, by forward-mode differentiation."""
+    with forward_ad.dual_level(), _twice_differentiable():
+        duals = {
+            name: forward_ad.make_dual(value.detach(), change)
+            for (name, value), change in zip(place.parameters.items(), direction, strict=True)
+        }
+        logits, _ = Place(duals, place.buffers, place.random).forward(network, inputs)
+        change = forward_ad.unpack_dual(logits).tangent
+    return torch.zeros_like(logits) if change is None else change
+
+
+def _quiz(student: nn.Module, place: Place, quiz: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
+    """The mean cross-entropy of the quiz batches, and its gradient; one graph at a time."""
+    total, gradient = torch.zeros((), device=place.device), [torch.zeros_like(value) for value in place.values]
+    with _without_dropout(student):
+        for batch in quiz:
+            logits, _ = place.forward(student, batch["input"])
+            value = cross_entropy_loss(logits, batch["target"]) / len(quiz)
+            gradient = [a + b for a, b in zip(gradient, _gradient(value, place.values), strict=True)]
+            total = total + value.detach()
+    return total, mean_over_processes(gradient)
+
+
+@contextmanager
+def _without_dropout(network: nn.Module) -> Iterator[None]:
+    """Everything as in evaluation, but that batch normalisation goes on to use the batch's statistics.
+
+    Those that it has gathered belong to other weights.
+    """
+    modes = {module: module.training for module in network.modules()}
+    for module in modes:
+        module.training &= isinstance(module, _BatchNorm)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _twice_differentiable() -> AbstractContextManager[None]:
+    """Fused attention has neither a derivative in forward mode nor a second one."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _gradient(
+    value: Tensor, inputs: Sequence[Tensor], slope: Tensor | None = None, **options: bool
+) -> list[Tensor]:
+    """As `torch.autograd.grad`; 0 where an input has no part in the value."""
+    if not value.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    found = torch.autograd.grad(value, inputs, slope, allow_unused=True, **options)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    on_cpu, on_gpu = state
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu, device)
