@@ -3,6 +3,7 @@
 from .base import Method, TrainingRows
 from .features import FeatureMethod, FeatureTerm
 from .logits import LogitMethod, Loss
+from .metadistil import MetaDistil
 from .mutual import MutualLearning
 from .simkd import SimKD
 from .views import TwoViewMethod, strong_view
@@ -12,6 +13,7 @@ __all__ = [
     "FeatureTerm",
     "LogitMethod",
     "Loss",
+    "MetaDistil",
     "Method",
     "MutualLearning",
     "SimKD",
