@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,7 +241,7 @@ def test_before_its_epoch_the_teacher_rests() -> None:
 def test_the_teacher_learns_to_lower_the_quiz_loss() -> None:
     """Through many rounds from the same student: only the teacher changes."""
     student, teacher = networks()
-    method = built(student, teacher, teacher_lr=1.0, clip_norm=None, max_drop=1.0, teacher_weight_decay=0.0)
+    method = built(student, teacher, teacher_lr=0.05, clip_norm=None, max_drop=1.0)
     rows, quiz = batches(1), batches(1, seed=1, rows=32)
     losses = [method.before_round(student, rows, quiz, 0.5)["quiz_loss"].item() for _ in range(30)]
     assert losses[-1] < losses[0] - 0.01
@@ -308,9 +309,9 @@ def test_a_restored_teacher_is_what_it_was_and_learns_more_slowly() -> None:
 
     method.before_round(student, rows, quiz, 0.1)  # at a rate of 1, and so on, down to one that does no harm
     assert method.optimizers["teacher"].param_groups[0]["lr"] == 10.0  # the schedule's own is left alone
-    while method.record["restored"] == (times := method.record["restored"] - 1) + 1 and times < 9:
-        if method.before_round(student, rows, quiz, 0.1)["teacher_restored"] == times + 1:
-            break
+    while method.record["rounds"] == 0:
+        method.before_round(student, rows, quiz, 0.1)
+    assert 2 <= method.record["restored"] <= 6
     step = max(
         (new - old).abs().max()
         for new, old in zip(method.teacher.parameters(), teacher.model.parameters(), strict=True)
@@ -320,7 +321,7 @@ def test_a_restored_teacher_is_what_it_was_and_learns_more_slowly() -> None:
 
 def test_a_teacher_that_is_no_number_is_restored_at_once() -> None:
     student, teacher = networks()
-    method = built(student, teacher, teacher_lr=math.inf if False else 1e38, clip_norm=None, max_drop=1.0)
+    method = built(student, teacher, teacher_lr=1e38, clip_norm=None, max_drop=1.0)
     line = method.before_round(student, batches(1), batches(1, seed=1), 10.0)
     assert line["teacher_restored"] == 1
     assert all(value.isfinite() for value in line.values())
@@ -359,14 +360,12 @@ def test_comparisons_grow_rare() -> None:
     student, teacher = networks()
     method = built(student, teacher)
     asked = []
-    method.original = type("Spy", (), {"signal": lambda _, b: asked.append(method.record["rounds"])})()
-    compare = method._compare
-    method._compare = lambda quiz: (asked.append(method.record["rounds"]), compare.__func__)[0] or {
-        "rows": 1.0,
-        "lost": 0.0,
-        "gained": 0.0,
-        "drift": 0.0,
-    }
+
+    def compare(quiz: object) -> dict[str, float]:
+        asked.append(method.record["rounds"])
+        return {"rows": 1.0, "lost": 0.0, "gained": 0.0, "drift": 0.0}
+
+    method._compare = compare  # type: ignore[method-assign]
     for _ in range(50):
         method._guard([])
     assert asked == [1, 2, 4, 8, 16, 32, 48]
@@ -525,7 +524,7 @@ def test_wrong_values(option: str, value: Any) -> None:
 # Processes --------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import sys, torch, torch.distributed as dist
+import torch, torch.distributed as dist
 from luce import KDLoss
 from luce.methods import LogitMethod, MetaDistil
 from luce.signals import LiveTeacher
@@ -551,10 +550,11 @@ def test_two_processes_teach_as_one_does(tmp_path: Path) -> None:
 
     def start(rank: int, world: int) -> subprocess.Popen[bytes]:
         arguments = [str(rank), str(world), str(tmp_path / "meeting"), str(tmp_path / f"{rank}-of-{world}")]
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments])
+        return subprocess.Popen([sys.executable, "-c", f"import sys\n{SCRIPT}", *arguments])
 
-    running = [start(0, 1), start(0, 2), start(1, 2)]
-    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
+    running = [start(0, 2), start(1, 2)]
+    exec(SCRIPT, {"sys": SimpleNamespace(argv=["", "0", "1", "", str(tmp_path / "0-of-1")])})
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
     alone, *halves = (torch.load(tmp_path / name) for name in ("0-of-1", "0-of-2", "1-of-2"))
     for half in halves:
         assert_close(half[0], alone[0], rtol=1e-9, atol=1e-12)

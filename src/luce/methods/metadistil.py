@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..losses import _check
 from ..losses.functional import kd_loss
 from ..signals import DenseSignal, LiveTeacher, Signal, Teacher
 from ._processes import mean_over_processes
-from .base import Batch, Method
+from .base import Batch, Method, TrainingRows
 from .features import dry_run
 from .logits import LogitMethod
 from .lookahead import Ahead, Place, look_ahead, slope_on_logits
@@ -166,13 +166,15 @@ class MetaDistil(Method):
             self._rehearse(student, sample)
 
     def _rehearse(self, student: nn.Module, sample: Batch) -> None:
-        said = self.teacher(sample["input"])
+        said, change = self.teacher(sample["input"]), None
         try:
             logits, _ = Place.of(student).forward(student, sample["input"])
             slope, of_teacher = slope_on_logits(self._loss, logits, said, sample)
         except ValueError as error:  # of the loss, which says what it expected
             raise UserError(str(error)) from error
-        if not slope.requires_grad or torch.autograd.grad(slope.sum(), of_teacher, allow_unused=True)[0] is None:
+        if slope.requires_grad:
+            (change,) = torch.autograd.grad(slope.sum(), of_teacher, allow_unused=True)
+        if change is None:
             raise UserError(
                 "expected a loss that changes smoothly with the teacher's logits for MetaDistil, got one that "
                 "sees them as a ranking or does not see them; take one such as KDLoss or PLDLoss"
@@ -194,7 +196,7 @@ class MetaDistil(Method):
     def companions(self) -> Mapping[str, nn.Module]:
         return {"teacher": self.teacher}
 
-    def prepare(self, teacher: Any, rows: Any) -> dict[str, float]:
+    def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
         return self.method.prepare(teacher, rows)
 
     def set_epoch(self, epoch: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from .. import losses
 from ..errors import UserError, unknown_name
 from ..losses.modules import FeatureLoss, LogitLoss, SimKDLoss, Standardized, WeightedSum
-from ..methods import FeatureMethod, FeatureTerm, LogitMethod, Method, SimKD
+from ..methods import FeatureMethod, FeatureTerm, LogitMethod, MetaDistil, Method, SimKD
 
 Terms = dict[str, dict[str, Any]]
 
@@ -190,7 +190,9 @@ class Recipe:
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
 
-PROCEDURES: dict[str, Callable[..., Method]] = {}
+PROCEDURES: dict[str, Callable[..., Method]] = {
+    "MetaDistil": MetaDistil,
+}
 """Methods that go around another one, by their names in recipes."""
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import data, models
 from ..data import Data, Examples
 from ..errors import UserError
-from ..methods import FeatureMethod, Method, MutualLearning, TwoViewMethod
+from ..methods import FeatureMethod, MetaDistil, Method, MutualLearning, TwoViewMethod
 from ..models.doors import fresh_weights_expected
 from ..models.text import check_tokens
 from ..signals import LiveTeacher, RememberedTeacher, Teacher
@@ -241,7 +241,7 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
         if recipe.teacher is not None:
             network, _ = build_network(recipe.teacher, materials.data)
             teacher = LiveTeacher(network)
-            if recipe.teacher.remember and isinstance(method, FeatureMethod):
+            if recipe.teacher.remember and isinstance(method, (FeatureMethod, MetaDistil)):
                 teacher = RememberedTeacher(torch.empty(0))
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)
