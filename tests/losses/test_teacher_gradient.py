@@ -86,7 +86,9 @@ def test_what_autograd_would_take_for_constant_is_refused() -> None:
         assert luce.CTKDLoss()(student, teacher.requires_grad_()).requires_grad
 
 
-@pytest.mark.parametrize("name", ["kd_loss", "reverse_kl_loss", "jsd_loss", "dkd_loss", "pld_loss", "rkkd_loss"])
+@pytest.mark.parametrize(
+    "name", ["kd_loss", "reverse_kl_loss", "jsd_loss", "dkd_loss", "pld_loss", "rkkd_loss"]
+)
 def test_a_kernel_by_name_is_refused(name: str) -> None:
     student, teacher, target = batch(2)
     loss = getattr(luce, name)

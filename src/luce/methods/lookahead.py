@@ -4,17 +4,17 @@ A *pilot* takes steps of plain gradient descent with the teacher's logits :math:
 
 .. math:: \theta_k = \theta_{k-1} - \lambda \nabla_\theta \ell_k\big(z^S_k(\theta_{k-1}), z^T_k\big),
 
-and is then asked about a quiz: :math:`L_Q(\theta_K)`. The derivative of that towards :math:`z^T_k` follows the
-steps backwards. With :math:`a_K = \nabla L_Q(\theta_K)`, and :math:`u_k = J_k a_k` for how the student's logits
-of batch *k* change as :math:`\theta_{k-1}` moves along :math:`a_k`,
+and is then asked about a quiz: :math:`L_Q(\theta_K)`. The derivative of that towards the teacher's logits
+follows the steps backwards. With :math:`a_K = \nabla L_Q(\theta_K)`, and :math:`u_k = J_k a_k` for how the
+student's logits of batch *k* change as :math:`\theta_{k-1}` moves along :math:`a_k`,
 
 .. math:: \frac{\partial L_Q}{\partial z^T_k} = -\lambda \frac{\partial}{\partial z^T_k}
     \Big\langle \frac{\partial \ell_k}{\partial z^S_k}, u_k \Big\rangle, \quad
     a_{k-1} = a_k - \lambda \nabla_\theta \big\langle \nabla_\theta \ell_k, a_k \big\rangle .
 
-Nobody needs :math:`a_0`: of the first batch it takes one product :math:`J a` in forward mode, and only the loss
-on logits is differentiated twice. With a single pilot step that is all; of further batches the student is
-differentiated twice as well.
+Nobody needs :math:`a_0`: of the first batch it takes one product :math:`J a` in forward mode, and only the
+loss on logits is differentiated twice. With a single pilot step that is all; of further batches the student
+is differentiated twice as well.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Place:
     @classmethod
     def of(cls, network: nn.Module) -> Place:
         """Where it stands now; the parameters are its own."""
-        parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
+        named = network.named_parameters()
+        parameters: dict[str, Tensor] = {name: value for name, value in named if value.requires_grad}
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         return cls(parameters, buffers, _random_state(next(iter(parameters.values())).device))
 
@@ -75,12 +76,6 @@ class Place:
         logits: Tensor = functional_call(network, {**self.parameters, **buffers}, (inputs,))
         return logits, Place(self.parameters, buffers, _random_state(self.device))
 
-    def settle(self, network: nn.Module) -> None:
-        """Bring a network's own buffers and the random states here; its parameters are left as they are."""
-        _set_random_state(self.random, self.device)
-        for name, buffer in network.named_buffers():
-            buffer.copy_(self.buffers[name])
-
     def moved(self, gradient: Sequence[Tensor], step_size: float) -> Place:
         """After a step of gradient descent, which the graph of what follows does not remember."""
         parameters = {
@@ -90,23 +85,6 @@ class Place:
         return Place(parameters, self.buffers, self.random)
 
 
-@dataclass(frozen=True)
-class Ahead:
-    """What was found by looking ahead.
-
-    Attributes:
-        logits: The student's of the first batch, with their graph to its own parameters.
-        place: Where that forward pass leaves it.
-        quiz_loss: Of the pilot, nats.
-        cotangents: For each batch the derivative of the quiz loss towards the teacher's logits.
-    """
-
-    logits: Tensor
-    place: Place
-    quiz_loss: Tensor
-    cotangents: list[Tensor]
-
-
 def look_ahead(
     student: nn.Module,
     loss: LogitsLoss,
@@ -114,10 +92,11 @@ def look_ahead(
     teacher_logits: Sequence[Tensor],
     quiz: Sequence[Batch],
     step_size: float,
-) -> Ahead:
+) -> tuple[Tensor, list[Tensor]]:
     """Take pilot steps and differentiate the quiz loss after them towards the teacher's logits.
 
     Nothing of the student changes, nor do the random states: its own steps will draw what the pilot drew.
+    No graph is kept: there is only one at a time, beside that of the teacher's logits if they have one.
 
     Args:
         student: In the mode in which it is trained; in the quiz all but batch normalisation are in
@@ -127,6 +106,8 @@ def look_ahead(
         teacher_logits: Of each of them.
         quiz: Labelled batches; their mean cross-entropies are averaged.
         step_size: Of the pilot.
+    Returns:
+        The quiz loss of the pilot, in nats, and its derivative towards the teacher's logits of each batch.
     Raises:
         ValueError: By a loss that cannot pass a gradient on to the teacher.
         NotImplementedError: If an operation of the student has no derivative in forward mode.
@@ -137,9 +118,7 @@ def look_ahead(
         for batch, said in zip(batches, teacher_logits, strict=True):
             logits, after = place.forward(student, batch["input"])
             slope, teacher = slope_on_logits(loss, logits, said, batch)
-            gradient = _gradient(logits, place.values, slope.detach(), retain_graph=not steps)
-            if not steps:
-                first = logits, after
+            gradient = _gradient(logits, place.values, slope.detach())
             steps.append((place, batch, slope, teacher))
             place = after.moved(mean_over_processes(gradient), step_size)
         quiz_loss, adjoint = _quiz(student, place, quiz)
@@ -149,16 +128,14 @@ def look_ahead(
             with _twice_differentiable(), teacher_gradient():
                 logits, _ = place.forward(student, batch["input"])
                 gradient = _gradient(loss(logits, teacher, batch), place.values, create_graph=True)
-            rate = sum((g * a).sum() for g, a in zip(gradient, adjoint, strict=True))
+            rate = torch.stack([(g * a).sum() for g, a in zip(gradient, adjoint, strict=True)]).sum()
             *change, of_teacher = _gradient(rate, [*place.values, teacher])
             cotangents.insert(0, -step_size * of_teacher)
-            adjoint = [
-                a - step_size * c for a, c in zip(adjoint, mean_over_processes(change), strict=True)
-            ]
+            adjoint = [a - step_size * c for a, c in zip(adjoint, mean_over_processes(change), strict=True)]
         place, batch, slope, teacher = steps[0]
         rate = (slope * derivative_along(student, place, adjoint, batch["input"])).sum()
         cotangents.insert(0, -step_size * _gradient(rate, [teacher])[0])
-    return Ahead(*first, quiz_loss, cotangents)
+    return quiz_loss, cotangents
 
 
 def slope_on_logits(
@@ -173,9 +150,7 @@ def slope_on_logits(
 
 
 @torch.no_grad()
-def derivative_along(
-    network: nn.Module, place: Place, direction: Sequence[Tensor], inputs: Tensor
-) -> Tensor:
+def derivative_along(network: nn.Module, place: Place, direction: Sequence[Tensor], inputs: Tensor) -> Tensor:
     """How the logits change as the parameters move in a direction, by forward-mode differentiation."""
     with forward_ad.dual_level(), _twice_differentiable():
         duals = {
@@ -189,7 +164,10 @@ def derivative_along(
 
 def _quiz(student: nn.Module, place: Place, quiz: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
     """The mean cross-entropy of the quiz batches, and its gradient; one graph at a time."""
-    total, gradient = torch.zeros((), device=place.device), [torch.zeros_like(value) for value in place.values]
+    total, gradient = (
+        torch.zeros((), device=place.device),
+        [torch.zeros_like(value) for value in place.values],
+    )
     with _without_dropout(student):
         for batch in quiz:
             logits, _ = place.forward(student, batch["input"])
