@@ -58,7 +58,7 @@ class Place:
         """Where it stands now; the parameters are its own."""
         named = network.named_parameters()
         parameters: dict[str, Tensor] = {name: value for name, value in named if value.requires_grad}
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        buffers = dict(network.named_buffers())
         return cls(parameters, buffers, _random_state(next(iter(parameters.values())).device))
 
     @property
