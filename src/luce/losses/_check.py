@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -203,9 +204,14 @@ def check_feature_shape(name: str, shape: torch.Size, takes: str | None) -> None
         raise ValueError(f"expected {name} with something in it beside the batch, got {tuple(shape)}")
 
 
-def check_features(student_features: Tensor, teacher_features: Tensor, takes: str | None) -> None:
+def check_features(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    takes: str | None,
+    names: tuple[str, str] = ("student_features", "teacher_features"),
+) -> None:
     """Floating tensors of ranks that the loss can read, with the same rows, at least one."""
-    for name, feature in (("student_features", student_features), ("teacher_features", teacher_features)):
+    for name, feature in zip(names, (student_features, teacher_features), strict=True):
         if not isinstance(feature, Tensor):
             raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(feature).__name__}")
         if not feature.is_floating_point():
@@ -214,14 +220,47 @@ def check_features(student_features: Tensor, teacher_features: Tensor, takes: st
     rows, others = student_features.shape[0], teacher_features.shape[0]
     if rows != others or rows == 0:
         raise ValueError(
-            f"expected the same rows, at least one, in `student_features` and `teacher_features`, "
-            f"got {rows} and {others}"
+            f"expected the same rows, at least one, in `{names[0]}` and `{names[1]}`, got {rows} and {others}"
         )
     if student_features.device != teacher_features.device:
         raise ValueError(
-            f"expected `teacher_features` on {student_features.device} like `student_features`, "
+            f"expected `{names[1]}` on {student_features.device} like `{names[0]}`, "
             f"got {teacher_features.device}"
         )
+
+
+def check_same_layout(first: Tensor, second: Tensor) -> None:
+    """Both features must be maps, or both tokens."""
+    if first.ndim != second.ndim:
+        raise ValueError(
+            f"expected both features as maps (N, C', H, W) or both as tokens (N, T, D), got "
+            f"{tuple(first.shape)} and {tuple(second.shape)}; reshape the tokens to a map"
+            f", without a class token"
+        )
+
+
+def check_stages(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], least: int) -> None:
+    """As many features of both networks, and at least so many."""
+    student, teacher = len(student_features), len(teacher_features)
+    if student != teacher:
+        raise ValueError(
+            f"expected as many features of the student as of the teacher, got {student} and {teacher}"
+        )
+    if student < least:
+        raise ValueError(f"expected at least {least} features of each network, got {student}")
+
+
+def check_matrices(**matrices: Tensor) -> None:
+    """Each must be a floating tensor of matrices that are not empty."""
+    for name, matrix in matrices.items():
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(matrix).__name__}")
+        if not matrix.is_floating_point():
+            raise TypeError(f"expected `{name}` of a floating dtype, got {matrix.dtype}")
+        if matrix.ndim < 2 or 0 in matrix.shape[-2:]:
+            raise ValueError(
+                f"expected `{name}` of shape (..., M, N) with something in it, got {tuple(matrix.shape)}"
+            )
 
 
 def check_two(**pairs: tuple[Tensor, Tensor]) -> None:

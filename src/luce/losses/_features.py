@@ -23,12 +23,7 @@ def maps(student: Tensor, teacher: Tensor, *, pooled: bool = True, like_channels
         like_channels: Refuse channels that differ.
     """
     _check.check_features(student, teacher, "maps")
-    if student.ndim != teacher.ndim:
-        raise ValueError(
-            f"expected both features as maps (N, C', H, W) or both as tokens (N, T, D), got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}; reshape the tokens to a map"
-            f", without a class token"
-        )
+    _check.check_same_layout(student, teacher)
     if pooled and student.ndim == 3 and student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"expected as many tokens of the student as of the teacher, got {student.shape[1]} and "

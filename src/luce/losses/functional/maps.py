@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import _check, _features
 from .._features import unit
 from .divergence import kd_loss
+from .lipschitz import transmitting_matrix
 
 
 def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -160,13 +161,7 @@ def fsp_loss(student_features: tuple[Tensor, Tensor], teacher_features: tuple[Te
         _features.maps(s, t, pooled=False, like_channels=True)
         for s, t in zip(student_features, teacher_features, strict=True)
     )
-    with _features.full_precision(s_in):
-        return (_flow(s_in, s_out) - _flow(t_in, t_out)).square().mean()
-
-
-def _flow(first: Tensor, second: Tensor) -> Tensor:
-    a, b = (x.flatten(2) for x in _features.same_size(first, second))
-    return a @ b.mT / a.shape[2]
+    return (transmitting_matrix(s_in, s_out) - transmitting_matrix(t_in, t_out)).square().mean()
 
 
 def cwd_loss(student_features: Tensor, teacher_features: Tensor, *, temperature: float = 1.0) -> Tensor:

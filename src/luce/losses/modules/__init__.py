@@ -7,6 +7,7 @@ from .divergence import CrossEntropyLoss, DKDLoss, JSDLoss, KDLoss, ReverseKLLos
 from .embeddings import CCLoss, PKTLoss, RKDLoss, SPLoss
 from .features import FeatureLoss
 from .iekd import IEKDLoss
+from .lipschitz import LipschitzLoss, LONDONLoss
 from .listwise import ListMLELoss, ListNetLoss, PLDLoss, PListMLELoss
 from .maps import ATLoss, CWDLoss, FitNetLoss, FSPLoss, ICKDLoss, MGDLoss, NSTLoss, OFDLoss, VIDLoss
 from .matching import LogitMatchingLoss
@@ -38,6 +39,8 @@ __all__ = [
     "IEKDLoss",
     "JSDLoss",
     "KDLoss",
+    "LONDONLoss",
+    "LipschitzLoss",
     "ListMLELoss",
     "ListNetLoss",
     "LogitLoss",

@@ -206,7 +206,7 @@ class ICKDLoss(FeatureLoss):
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         pairs = channels(student_shapes, teacher_shapes)
-        self.projectors = nn.ModuleList([_convolution_and_norm(s, t) for s, t in pairs])
+        self.projectors = nn.ModuleList([convolution_and_norm(s, t) for s, t in pairs])
         self._try(student_shapes, teacher_shapes)
 
     def _stage(self, stage: int, student: Tensor, teacher: Tensor) -> Tensor:
@@ -233,15 +233,22 @@ class OFDLoss(FeatureLoss):
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         pairs = channels(student_shapes, teacher_shapes)
-        self.projectors = nn.ModuleList([_convolution_and_norm(s, t) for s, t in pairs])
+        self.projectors = nn.ModuleList([convolution_and_norm(s, t) for s, t in pairs])
         self.margins = nn.ModuleList([Margin(t) for _, t in pairs])
         self._try(student_shapes, teacher_shapes)
 
     def _stage(self, stage: int, student: Tensor, teacher: Tensor) -> Tensor:
-        s, whole = _features.maps(student, teacher, pooled=False)
+        return self._distance(stage, *self._connected(stage, student, teacher))
+
+    def _connected(self, stage: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's projected map, the teacher's at the same size, and the margins."""
+        _, whole = _features.maps(student, teacher, pooled=False)
         margin = self.margins[stage](whole)
         s, t = _features.maps(student, teacher)
-        loss = maps.ofd_loss(through(self.projectors[stage], s), t, margin)
+        return through(self.projectors[stage], s), t, margin
+
+    def _distance(self, stage: int, student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
+        loss = maps.ofd_loss(student, teacher, margin)
         return loss / 2 ** (len(self.projectors) - 1 - stage)
 
 
@@ -272,7 +279,7 @@ class Margin(nn.Module):
         return self.negative / torch.where(self.share == 0, 1, self.share)
 
 
-def _convolution_and_norm(inputs: int, outputs: int) -> nn.Sequential:
+def convolution_and_norm(inputs: int, outputs: int) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs))

@@ -1,0 +1,152 @@
+"""Modules of LONDON: its Lipschitz term alone, and on top of OFD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check, _features
+from ..functional.lipschitz import ITERATIONS, Iteration, lipschitz_loss
+from .features import FeatureLoss, Shapes, Tensors, channels, through
+from .maps import OFDLoss, convolution_and_norm
+
+
+class _Consecutive(FeatureLoss):
+    """A loss on each feature and the next: it takes at least two."""
+
+    def _check_number(self, student: int, teacher: int) -> None:
+        super()._check_number(student, teacher)
+        if student == 1:
+            raise ValueError(
+                f"expected at least two features of each network for {type(self).__name__}, which compares "
+                f"each stage with the next, got {student}; name a further stage"
+            )
+
+
+@dataclass(eq=False, repr=False)
+class LipschitzLoss(_Consecutive):
+    """Module of `luce.lipschitz_loss`: the norms of the transmitting matrices, from each stage to the next.
+
+    Without connectors nothing is learnt and the student's own maps are measured, whatever their channels;
+    that form is ours. The authors' code measures them after the connectors of OFD, which exist in training
+    alone: `luce.LONDONLoss` is their sum.
+
+    Args:
+        connectors: Whether the student's maps go through a 1x1 convolution to the teacher's channels and batch
+            normalisation first, as in OFD.
+        relative: Whether each square is divided by the teacher's.
+        iterations: Of `luce.spectral_norm`.
+        method: Likewise, ``"lanczos"`` or ``"power"``.
+    Example:
+        >>> loss = LipschitzLoss(relative=True)
+        >>> maps = [torch.ones(1, 1, 2, 2), torch.ones(1, 4, 2, 2)]
+        >>> loss([3 * x for x in maps], maps)
+        tensor(32.)
+    """
+
+    takes = "maps"
+
+    connectors: bool = False
+    relative: bool = False
+    iterations: int = ITERATIONS
+    method: Iteration = "lanczos"
+
+    @property
+    def learns(self) -> bool:
+        return self.connectors
+
+    def _check_options(self) -> None:
+        _check_options(self.relative, self.iterations, self.method)
+
+    def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
+        if self.connectors:
+            pairs = channels(student_shapes, teacher_shapes)
+            self.projectors = nn.ModuleList([convolution_and_norm(s, t) for s, t in pairs])
+        self._try(student_shapes, teacher_shapes)
+
+    def forward(self, student_features: Tensors, teacher_features: Tensors) -> Tensor:
+        """The loss of a batch, a scalar, from the maps of the first stage to those of the last."""
+        self._check_number(len(student_features), len(teacher_features))
+        self._check_built()
+        s, t = student_features, teacher_features
+        if self.connectors:
+            maps = [_features.maps(*pair, pooled=False) for pair in zip(s, t, strict=True)]
+            s = [through(layer, s) for layer, (s, _) in zip(self.projectors, maps, strict=True)]
+            t = [t for _, t in maps]
+        return lipschitz_loss(
+            s, t, relative=self.relative, iterations=self.iterations, method=self.method
+        )
+
+
+@dataclass(eq=False, repr=False)
+class LONDONLoss(_Consecutive, OFDLoss):
+    r"""LONDON: OFD, and how far each stage stretches what enters it, through the same connectors.
+
+    .. math:: L = L_\mathrm{OFD} + \alpha L_\mathrm{lip}
+
+    with `luce.OFDLoss` and, of the connected maps, `luce.lipschitz_loss`. It returns ``{"loss": L, "ofd":
+    ..., "lipschitz": ...}``, the last two without weights.
+
+    The formulas and weights are those of the released code. On CIFAR-100 it minimises the cross-entropy plus
+    ``L_ofd / 1000 + a * L_lip / 200``: here weight 0.001 and ``alpha=5 * a``, with a of 0.2 to 4 by pair, 1 by
+    default (in one setting divided, in another multiplied, after 60 % of the epochs). On ImageNet it is
+    ``L_ofd / 10000 + 2000 * L_lip / (10000 * batch)``: weight 0.0001 and ``alpha=2000 / batch``, about 21 with
+    the batch of 96 that it names. There is no term on logits in it. The Lipschitz term grows with the fourth
+    power of the features; a digest of the paper says that it hurts beyond a fifth of the total loss, which is
+    what the two figures are for.
+
+    It differs from that code in what is no matter of formulas: the teacher stays in evaluation mode, where
+    the code lets its batch statistics drift; the margins are counted (see `luce.OFDLoss`); the norms converge
+    and propagate their exact gradient, where the code goes through 10 noisy steps of power iteration. Its
+    first release (July 2021) calculated the norms without gradients, so that the term taught nothing; it was
+    mended in September, but copies circulate. Here a test holds that each part moves the student. The
+    paper itself, its bounds and tables were not verified.
+
+    Args:
+        alpha: At least 0, of the Lipschitz term.
+        relative: Whether each of its squares is divided by the teacher's.
+        iterations: Of `luce.spectral_norm`.
+        method: Likewise, ``"lanczos"`` or ``"power"``.
+    Example:
+        >>> loss = LONDONLoss(alpha=1.0)
+        >>> loss.build([(2, 8, 8), (3, 4, 4)], [(4, 8, 8), (5, 4, 4)])
+        >>> student = [torch.randn(2, 2, 8, 8), torch.randn(2, 3, 4, 4)]
+        >>> sorted(loss(student, [torch.randn(2, 4, 8, 8), torch.randn(2, 5, 4, 4)]))
+        ['lipschitz', 'loss', 'ofd']
+
+    References:
+        Shang et al., Lipschitz Continuity Guided Knowledge Distillation, ICCV 2021, arXiv 2108.12905.
+    """
+
+    alpha: float = 5.0
+    relative: bool = False
+    iterations: int = ITERATIONS
+    method: Iteration = "lanczos"
+
+    def _check_options(self) -> None:
+        _check.check_not_negative(alpha=self.alpha)
+        _check_options(self.relative, self.iterations, self.method)
+
+    def forward(self, student_features: Tensors, teacher_features: Tensors) -> dict[str, Tensor]:
+        """The loss of a batch and its two parts, scalars."""
+        self._check_number(len(student_features), len(teacher_features))
+        self._check_built()
+        pairs = zip(student_features, teacher_features, strict=True)
+        stages = [self._connected(i, s, t) for i, (s, t) in enumerate(pairs)]
+        ofd = torch.stack([self._distance(i, *stage) for i, stage in enumerate(stages)]).sum()
+        lipschitz = lipschitz_loss(
+            [s for s, _, _ in stages],
+            [t for _, t, _ in stages],
+            relative=self.relative,
+            iterations=self.iterations,
+            method=self.method,
+        )
+        return {"loss": ofd + self.alpha * lipschitz, "ofd": ofd, "lipschitz": lipschitz}
+
+
+def _check_options(relative: bool, iterations: int, method: Iteration) -> None:
+    """The function knows its own rules: see `FeatureLoss._check_options`."""
+    ones = [torch.ones(1, 1, 1, 1)] * 2
+    lipschitz_loss(ones, ones, relative=relative, iterations=iterations, method=method)
