@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import luce
-from luce.losses.modules import embeddings, iekd, maps
+from luce.losses.modules import embeddings, iekd, lipschitz, maps
 
 from .feature_cases import CASES, FREE, LEARNT, Case
 
@@ -40,7 +40,7 @@ def value_and_gradients(loss, student, teacher):
 def test_the_cases_name_every_loss():
     here = {
         cls
-        for module in (embeddings, maps, iekd)
+        for module in (embeddings, maps, iekd, lipschitz)
         for cls in vars(module).values()
         if isinstance(cls, type) and cls.__module__ == module.__name__ and issubclass(cls, luce.FeatureLoss)
     }
@@ -77,9 +77,11 @@ def test_the_student_learns_and_the_teacher_does_not(entry):
 @each
 def test_gradients_against_finite_differences(entry):
     loss = entry.build().double()
-    if entry.module is luce.OFDLoss:  # its margins move with every batch in training mode
+    if issubclass(entry.module, luce.OFDLoss):  # its margins move with every batch in training mode
         loss(*entry.batch(4))
         loss.eval()
+    if entry.options.get("method") == "power":  # the gradient is that of the limit
+        loss.iterations = 300
     student, teacher = entry.batch(4)
     # The code of IE-KD is a target, which no gradient passes.
     learnt = {name: p for name, p in loss.named_parameters() if not name.startswith("of_teacher")}
@@ -140,7 +142,7 @@ def test_a_loss_that_learns_nothing_needs_no_build(entry):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@each_free
+@pytest.mark.parametrize("entry", [c for c in FREE if c.module.stages != "consecutive"], ids=str)
 def test_the_module_is_the_function_stage_by_stage(entry):
     name = entry.module.__name__.removesuffix("Loss").lower() + "_loss"
     function = getattr(luce, name)
@@ -405,7 +407,7 @@ def test_16_bit_features_meet_float32_layers(entry, dtype):
     result = value(loss, student, teacher)
     assert result.dtype == torch.float32
     wide = value(loss, *([x.float() for x in g] for g in (student, teacher)))
-    if entry.module is not luce.OFDLoss:
+    if not issubclass(entry.module, luce.OFDLoss):
         assert_close(result, wide, rtol=1e-6, atol=1e-6)
     low = entry.build().to(dtype)  # and layers in 16 bits meet any features
     assert value(low, *entry.batch(4, torch.float32)).isfinite()

@@ -47,14 +47,15 @@ class FeatureLoss(nn.Module):
     Attributes:
         takes: ``"maps"``, features of shape ``(N, C', H, W)``, or ``(N, T, D)`` as transformers have them,
             which count as a map of T places and D channels; or ``"vectors"``, of shape ``(N, D)``.
-        stages: ``"one"`` feature of each network; ``"many"``, any number, whose losses are summed; or
-            ``"pairs"``, the input and the output of a stage in turn: in, out, in, out, ...
+        stages: ``"one"`` feature of each network; ``"many"``, any number, whose losses are summed;
+            ``"consecutive"``, at least two, each compared with the next; or ``"pairs"``, the input and the
+            output of a stage in turn: in, out, in, out, ...
         needs_labels: `forward` also takes the labels, as ``target=``.
         needs_index: `forward` also takes the number of each row in the data, as ``index=``.
     """
 
     takes: ClassVar[Literal["maps", "vectors"]]
-    stages: ClassVar[Literal["one", "many", "pairs"]] = "many"
+    stages: ClassVar[Literal["one", "many", "consecutive", "pairs"]] = "many"
     needs_labels: ClassVar[bool] = False
     needs_index: ClassVar[bool] = False
     function: ClassVar[Callable[..., Tensor] | None] = None
@@ -168,8 +169,12 @@ class FeatureLoss(nn.Module):
             )
         if self.stages == "one" and student != 1:
             raise ValueError(f"expected one feature of each network, as {name} takes, got {student}")
-        if student == 0 or (self.stages == "pairs" and student % 2):
-            some = "input and output of each stage in turn" if self.stages == "pairs" else "at least one"
+        least = 2 if self.stages == "consecutive" else 1
+        if student < least or (self.stages == "pairs" and student % 2):
+            some = {
+                "consecutive": "at least two, of consecutive stages,",
+                "pairs": "input and output of each stage in turn",
+            }.get(self.stages, "at least one")
             raise ValueError(f"expected {some} as features for {name}, got {student} of each network")
         if self._shapes is not None and student != len(self._shapes[0]):
             raise ValueError(

@@ -13,20 +13,8 @@ from .features import FeatureLoss, Shapes, Tensors, channels, through
 from .maps import OFDLoss, convolution_and_norm
 
 
-class _Consecutive(FeatureLoss):
-    """A loss on each feature and the next: it takes at least two."""
-
-    def _check_number(self, student: int, teacher: int) -> None:
-        super()._check_number(student, teacher)
-        if student == 1:
-            raise ValueError(
-                f"expected at least two features of each network for {type(self).__name__}, which compares "
-                f"each stage with the next, got {student}; name a further stage"
-            )
-
-
 @dataclass(eq=False, repr=False)
-class LipschitzLoss(_Consecutive):
+class LipschitzLoss(FeatureLoss):
     """Module of `luce.lipschitz_loss`: the norms of the transmitting matrices, from each stage to the next.
 
     Without connectors nothing is learnt and the student's own maps are measured, whatever their channels;
@@ -34,8 +22,8 @@ class LipschitzLoss(_Consecutive):
     alone: `luce.LONDONLoss` is their sum.
 
     Args:
-        connectors: Whether the student's maps go through a 1x1 convolution to the teacher's channels and batch
-            normalisation first, as in OFD.
+        connectors: Whether the student's maps go through a 1x1 convolution to the teacher's channels and
+            batch normalisation first, as in OFD.
         relative: Whether each square is divided by the teacher's.
         iterations: Of `luce.spectral_norm`.
         method: Likewise, ``"lanczos"`` or ``"power"``.
@@ -47,6 +35,7 @@ class LipschitzLoss(_Consecutive):
     """
 
     takes = "maps"
+    stages = "consecutive"
 
     connectors: bool = False
     relative: bool = False
@@ -75,13 +64,11 @@ class LipschitzLoss(_Consecutive):
             maps = [_features.maps(*pair, pooled=False) for pair in zip(s, t, strict=True)]
             s = [through(layer, s) for layer, (s, _) in zip(self.projectors, maps, strict=True)]
             t = [t for _, t in maps]
-        return lipschitz_loss(
-            s, t, relative=self.relative, iterations=self.iterations, method=self.method
-        )
+        return lipschitz_loss(s, t, relative=self.relative, iterations=self.iterations, method=self.method)
 
 
 @dataclass(eq=False, repr=False)
-class LONDONLoss(_Consecutive, OFDLoss):
+class LONDONLoss(OFDLoss):
     r"""LONDON: OFD, and how far each stage stretches what enters it, through the same connectors.
 
     .. math:: L = L_\mathrm{OFD} + \alpha L_\mathrm{lip}
@@ -90,12 +77,12 @@ class LONDONLoss(_Consecutive, OFDLoss):
     ..., "lipschitz": ...}``, the last two without weights.
 
     The formulas and weights are those of the released code. On CIFAR-100 it minimises the cross-entropy plus
-    ``L_ofd / 1000 + a * L_lip / 200``: here weight 0.001 and ``alpha=5 * a``, with a of 0.2 to 4 by pair, 1 by
-    default (in one setting divided, in another multiplied, after 60 % of the epochs). On ImageNet it is
-    ``L_ofd / 10000 + 2000 * L_lip / (10000 * batch)``: weight 0.0001 and ``alpha=2000 / batch``, about 21 with
-    the batch of 96 that it names. There is no term on logits in it. The Lipschitz term grows with the fourth
-    power of the features; a digest of the paper says that it hurts beyond a fifth of the total loss, which is
-    what the two figures are for.
+    ``L_ofd / 1000 + a * L_lip / 200``: here weight 0.001 and ``alpha=5 * a``, with a of 0.2 to 4 by pair, 1
+    by default (in one setting divided, in another multiplied, after 60 % of the epochs). On ImageNet it is
+    ``L_ofd / 10000 + 2000 * L_lip / (10000 * batch)``: weight 0.0001 and ``alpha=2000 / batch``, about 21
+    with the batch of 96 that it names. There is no term on logits in it. The Lipschitz term grows with the
+    fourth power of the features; a digest of the paper says that it hurts beyond a fifth of the total loss,
+    which is what the two figures are for.
 
     It differs from that code in what is no matter of formulas: the teacher stays in evaluation mode, where
     the code lets its batch statistics drift; the margins are counted (see `luce.OFDLoss`); the norms converge
@@ -119,6 +106,8 @@ class LONDONLoss(_Consecutive, OFDLoss):
     References:
         Shang et al., Lipschitz Continuity Guided Knowledge Distillation, ICCV 2021, arXiv 2108.12905.
     """
+
+    stages = "consecutive"
 
     alpha: float = 5.0
     relative: bool = False
