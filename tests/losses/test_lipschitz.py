@@ -379,10 +379,7 @@ def test_a_row_in_which_the_teacher_is_dead_counts_nothing_relatively():
 def test_the_options_reach_the_norms():
     student, teacher = two_networks()
     norms = [
-        [
-            spectral_norm(transmitting_matrix(*pair), iterations=2, method="power")
-            for pair in pairwise(maps)
-        ]
+        [spectral_norm(transmitting_matrix(*pair), iterations=2, method="power") for pair in pairwise(maps)]
         for maps in (student, teacher)
     ]
     squares = [(s - t).square().mean() for s, t in zip(*norms, strict=True)]
