@@ -121,10 +121,13 @@ def _top_direction(matrix: Tensor, iterations: int, method: Iteration) -> Tensor
         for _ in range(iterations):
             v = unit(v @ square, dim=-1)
         return v.mT
-    basis = v
-    for _ in range(min(iterations, length) - 1):
+    basis, rounding = v, 100 * torch.finfo(v.dtype).eps * torch.linalg.matrix_norm(square, keepdim=True)
+    for step in range(1, min(iterations, length)):
         v = v @ square
-        for _ in range(3):  # once leaves rounding, which is all there is once the matrix has no more to give
+        v = v - (v @ basis.mT) @ basis
+        # Where the basis holds all that its vectors lead to, nothing but rounding is left: begin elsewhere.
+        v = torch.where(v.norm(dim=-1, keepdim=True) > rounding, v, start.roll(step))
+        for _ in range(2):  # a second time, since the first leaves rounding where little remains
             v = unit(v - (v @ basis.mT) @ basis, dim=-1)
         basis = torch.cat([basis, v], dim=-2)
     # Without the zeros a matrix with a NaN, whose norm will be NaN, would end in an error here.
