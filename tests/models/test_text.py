@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from luce import models
+from luce.data import Tokenizer
 from luce.errors import UserError
 from luce.models import Classifier, mask_padding
 from luce.models.doors import FreshWeights
@@ -205,6 +207,69 @@ def test_from_scratch(bert_folder: Path, tmp_path: Path, recwarn) -> None:
         models.build(name, classes=5, flavour="mild", **scratch)
     with pytest.raises(UserError, match=r"cannot be built with these options: .*model\.safetensors"):
         models.build(name, classes=5)
+
+
+@pytest.mark.parametrize("options", [{}, {"pretrained": False}])
+def test_weights_of_16_bits_are_read_as_float32(options: dict, bert_folder: Path, tmp_path: Path) -> None:
+    transformers.BertForSequenceClassification.from_pretrained(bert_folder).bfloat16().save_pretrained(
+        tmp_path
+    )
+    model = models.build(f"hf:{tmp_path}", classes=3, **options)
+    assert {weight.dtype for weight in model.state_dict().values()} == {torch.float32}
+    if not options:
+        whole = models.build(f"hf:{bert_folder}", classes=3).state_dict()
+        assert all(torch.equal(model.state_dict()[name], whole[name].bfloat16().float()) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "option", ["dtype", "num_labels", "torch_dtype", "trust_remote_code", "weights_only"]
+)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_what_is_settled_is_no_option(option: str, pretrained: bool, bert_folder: Path) -> None:
+    with pytest.raises(UserError, match=f"has no option `{option}`: its weights are float32"):
+        models.build(f"hf:{bert_folder}", classes=3, pretrained=pretrained, **{option: 1})
+
+
+def test_the_code_of_a_checkpoint_is_not_run(bert_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    asked: list[tuple] = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    folder = shutil.copytree(bert_folder, tmp_path / "theirs")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name, classes in (
+        ("config.json", {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["code.Tokenizer", None]}),
+    ):
+        described = json.loads((folder / name).read_text())
+        unknown = {"model_type": "theirs", "tokenizer_class": "Theirs", "auto_map": classes}
+        (folder / name).write_text(json.dumps({**described, **unknown}))
+    with pytest.raises(UserError, match="contains custom code"):
+        models.build(f"hf:{folder}", classes=3)
+    with pytest.raises(UserError, match="contains custom code"):
+        Tokenizer(folder)
+    assert (asked, (tmp_path / "ran").exists()) == ([], False)
+
+
+@pytest.mark.parametrize("options", [{"num_hidden_layers": "two"}, {"hidden_dropout_prob": "some"}])
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_an_option_of_the_wrong_type(options: dict, pretrained: bool, bert_folder: Path) -> None:
+    with pytest.raises(UserError, match="cannot be built with these options: "):
+        models.build(f"hf:{bert_folder}", classes=3, pretrained=pretrained, **options)
+
+
+class Attack:
+    def __reduce__(self) -> tuple:
+        return pytest.fail, ("it was unpickled",)
+
+
+def test_a_damaged_checkpoint_and_one_that_would_run_code(bert_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(bert_folder / "config.json", tmp_path)
+    weights = models.build(f"hf:{bert_folder}", classes=3).state_dict()
+    torch.save({**weights, "attack": Attack()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"cannot be built with these options: "):
+        models.build(f"hf:{tmp_path}", classes=3)
+    (tmp_path / "model.safetensors").write_bytes((bert_folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cannot be built with these options: "):
+        models.build(f"hf:{tmp_path}", classes=3)
 
 
 def test_names_of_weights_and_modules_are_the_networks_own(bert_folder: Path) -> None:

@@ -99,7 +99,7 @@ class Tokenizer:
 def _load(name: str) -> Any:
     transformers = import_optional("transformers", "text")
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # what is no tokenizer fails in many ways
         raise UserError(
             f"expected a tokenizer on the hub or in a local folder, `{name}` gives none ({error})"

@@ -24,6 +24,9 @@ Options = Mapping[str, Any]
 LISTED = 8
 """Weights that a warning names."""
 
+LOADING = ("dtype", "num_labels", "torch_dtype", "trust_remote_code", "weights_only")
+"""Arguments of transformers that are settled here: classes are the data's, and files hold no code to run."""
+
 
 class FreshWeights(UserWarning):
     """Some weights of a network that was to come from a checkpoint are not in it."""
@@ -72,18 +75,26 @@ def from_hugging_face(
     The checkpoint's head is kept if it fits ``classes``. Otherwise it starts afresh, which is right for a
     student and never for a teacher: hence the warning. Options are those of the network's config, such as
     ``num_hidden_layers``, which keeps the first ones of the checkpoint; with ``pretrained: false`` all
-    weights start afresh. A classifier of text reads token ids ``(N, T)`` and looks past their padding; see
-    `mask_padding`.
+    weights start afresh. They are float32 even where the checkpoint has fewer bits, which are too few to
+    learn with; ``training.precision`` saves memory. No code that comes with a checkpoint is run. A
+    classifier of text reads token ids ``(N, T)`` and looks past their padding; see `mask_padding`.
     """
     transformers = import_optional("transformers", "text")
+    for option in sorted(options.keys() & set(LOADING)):
+        raise UserError(
+            f"`hf:{name}` has no option `{option}`: its weights are float32, its classes those of the data, "
+            "and no code of a checkpoint is run"
+        )
     settings = {name: value for name, value in options.items() if name != "pretrained"}
     try:
         with _quiet(transformers):
             config, others = transformers.AutoConfig.from_pretrained(
-                name, num_labels=classes, return_unused_kwargs=True, **settings
+                name, num_labels=classes, return_unused_kwargs=True, trust_remote_code=False, **settings
             )
     except (OSError, ValueError) as error:
         raise UserError(f"`hf:{name}` is no model on the hub and no local folder of one: {error}") from error
+    except Exception as error:  # an option of another type than the config's has an error of its own
+        raise UserError(f"`hf:{name}` cannot be built with these options: {error}") from error
     reads_text = False
     if type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         factory = transformers.AutoModelForImageClassification
@@ -100,8 +111,9 @@ def from_hugging_face(
             model = _from_checkpoint(transformers, factory, name, classes, settings)
         else:
             model = factory.from_config(config, **others)
-    except (OSError, TypeError, ValueError) as error:
+    except Exception as error:  # wrong options and damaged files fail in many ways
         raise UserError(f"`hf:{name}` cannot be built with these options: {error}") from error
+    model = model.float()
     return mask_padding(model) if reads_text else model
 
 
@@ -110,7 +122,12 @@ def _from_checkpoint(
 ) -> nn.Module:
     with _quiet(transformers):
         loaded: tuple[nn.Module, dict[str, Any]] = factory.from_pretrained(
-            name, num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+            name,
+            num_labels=classes,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **settings,
         )
     model, report = loaded
     fresh = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
