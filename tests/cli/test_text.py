@@ -179,7 +179,7 @@ def test_distilling_in_one_call(bert_folder: Path) -> None:
         ),
         ({"student": {"mean": [1.0], "std": [2.0]}}, "expected token ids of shape (N, T)"),
         ({"data": {"options": {"tokenizer": "nowhere/at all"}}}, "`nowhere/at all` gives none"),
-        ({"data": {"options": {"max_length": 64}}}, "expected `max_length` in 1 .. 32"),
+        ({"data": {"options": {"max_length": 64}}}, "expected `max_length` in 3 .. 32"),
         (
             {"student": {"options": {"max_position_embeddings": 6}}},
             "a network for the token ids of `hf:news`",

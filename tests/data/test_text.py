@@ -59,11 +59,18 @@ def test_texts_are_padded_to_one_length(bert_folder: Path) -> None:
     ]
 
 
-def test_a_longer_text_loses_its_end_and_we_are_told(bert_folder: Path) -> None:
+def test_a_longer_text_is_cut_and_we_are_told(bert_folder: Path) -> None:
     tokenizer = Tokenizer(bert_folder, max_length=4)
-    with pytest.warns(UserWarning, match=r"1 of 3 texts are longer than `max_length`, 4 tokens, and lose"):
+    with pytest.warns(UserWarning, match=r"1 of 3 texts are longer than `max_length`, 4 tokens, and are cut"):
         ids = tokenizer(["wheat falls", "wheat falls corn rises", "corn"])
     assert ids[1].tolist() == [CLS, WHEAT, FALLS, SEP]
+
+
+def test_a_tokenizer_in_python_cuts_no_text_unheard() -> None:
+    bytes_of = transformers.ByT5Tokenizer()  # has no `encodings`; a token for each letter and one for the end
+    with pytest.warns(UserWarning, match=r"2 of 4 texts are longer than `max_length`, 5 tokens"):
+        ids = Tokenizer(bytes_of, max_length=5)(["rise", "wheat", "oil", "wheat falls"])
+    assert (ids != bytes_of.pad_token_id).sum(1).tolist() == [5, 5, 4, 5]
 
 
 def test_many_texts_are_read_in_pieces(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +94,8 @@ def test_what_is_no_text(bert_folder: Path) -> None:
     tokenizer = Tokenizer(bert_folder, max_length=4)
     with pytest.raises(UserError, match="expected texts, got NoneType as text 1"):
         tokenizer(["wheat", None])
+    with pytest.raises(UserError, match="expected a list of texts, got one"):
+        tokenizer("wheat falls")
     with pytest.raises(UserError, match="expected texts, got list as text 0"):
         tokenizer([["wheat", "corn"]])
     with pytest.raises(UserError, match="a token in every text, text 1 has none"):
@@ -100,9 +109,18 @@ def test_what_is_no_tokenizer(bert_folder: Path, tmp_path: Path) -> None:
         Tokenizer(tmp_path)
     with pytest.raises(UserError, match="a tokenizer with a padding token"):
         Tokenizer(plain_tokenizer())
-    for length in (0, -1, 33):
-        with pytest.raises(UserError, match=rf"`max_length` in 1 \.\. 32 for `.*`, got {length}"):
+    for length in (0, -1, 2, 33, 8.0, "8", True):  # the tokenizer adds two itself
+        with pytest.raises(UserError, match=rf"`max_length` in 3 \.\. 32 for `.*`, got {length!r}"):
             Tokenizer(bert_folder, max_length=length)
+    with pytest.raises(UserError, match=r"`max_length` in 1 \.\. .*, got 0"):
+        Tokenizer(plain_tokenizer(pad_token="[PAD]"), max_length=0)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "T5", "DebertaV2"])
+def test_a_folder_with_a_network_alone(kind: str, tmp_path: Path) -> None:
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"expected a tokenizer"):
+        Tokenizer(tmp_path)
 
 
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

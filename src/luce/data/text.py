@@ -19,21 +19,22 @@ CHUNK = 4096
 class Tokenizer:
     """Token ids of one length, with a tokenizer of Hugging Face.
 
-    A longer text loses its end, a shorter one is filled up with the padding token, which a network must know
-    as such: `luce.models.build` makes those of ``hf:`` look past it, `luce.models.mask_padding` others.
+    A longer text is cut, a shorter one filled up with the padding token, both at the end unless the tokenizer
+    has its own way. A network must know that token as such: `luce.models.build` makes those of ``hf:`` look
+    past it, `luce.models.mask_padding` others.
 
     Args:
         source: A name on the hub, a folder, or a tokenizer of Hugging Face itself; the one that the network
             was trained with.
-        max_length: Tokens of every text, those included that the tokenizer adds itself.
+        max_length: Tokens of every text, those included that the tokenizer adds itself; at least one more.
 
     Attributes:
         size: Number of tokens it knows; ids are ``0 .. size - 1``.
         padding: Id that fills up short texts.
 
     Raises:
-        UserError: If there is no such tokenizer, it has no padding token, or ``max_length`` is not positive
-            or more than it was made for.
+        UserError: If there is no such tokenizer, it knows no words or no padding token, or ``max_length`` is
+            less than it needs or more than it was made for.
 
     Example:
         >>> import tokenizers, transformers
@@ -54,43 +55,52 @@ class Tokenizer:
                 f"expected a tokenizer with a padding token, `{source.name_or_path}` has none; set its "
                 "`pad_token`, save it to a folder and name that"
             )
-        most = source.model_max_length
-        if not 0 < max_length <= most:
+        # What transformers makes of a folder without a vocabulary has special tokens alone.
+        words = "".join(source.get_vocab().keys() - set(source.all_special_tokens))
+        if not any(map(str.isalnum, words)):
             raise UserError(
-                f"expected `max_length` in 1 .. {most} for `{source.name_or_path}`, got {max_length}"
+                f"expected a tokenizer with a vocabulary, `{source.name_or_path}` has none; save the "
+                "network's tokenizer there too, or name another folder"
+            )
+        least, most = 1 + source.num_special_tokens_to_add(), source.model_max_length
+        if type(max_length) is not int or not least <= max_length <= most:
+            raise UserError(
+                f"expected `max_length` in {least} .. {most} for `{source.name_or_path}`, got {max_length!r}"
             )
         self.max_length, self.size, self.padding = max_length, len(source), int(source.pad_token_id)
         self._encode = source
 
     def __call__(self, texts: Iterable[str]) -> Tensor:
-        """The ids, int64, shape ``(N, max_length)``; warns of the number of texts that lose their ends.
+        """The ids, int64, shape ``(N, max_length)``; warns of the number of texts that are cut.
 
         Raises:
-            UserError: If a text is no string, or has no token.
+            UserError: If there is one text instead of several, or one is no string or has no token.
         """
+        if isinstance(texts, str):  # or its letters would pass for texts
+            raise UserError("expected a list of texts, got one; put it into a list")
         texts = list(texts)
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"expected texts, got {type(text).__name__} as text {row}; leave it out")
         ids, cut = [torch.empty(0, self.max_length, dtype=torch.int64)], 0
         for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
             encoded = self._encode(
-                texts[start : start + CHUNK],
-                truncation=True,
-                padding="max_length",
-                max_length=self.max_length,
-                return_tensors="pt",
+                chunk, truncation=True, padding="max_length", max_length=self.max_length, return_tensors="pt"
             )
             ids.append(encoded["input_ids"])
-            cut += sum(bool(one.overflowing) for one in encoded.encodings or ())
+            if encoded.encodings is None:  # a tokenizer in Python does not tell what it has cut
+                cut += sum(len(whole) > self.max_length for whole in self._encode(chunk)["input_ids"])
+            else:
+                cut += sum(bool(one.overflowing) for one in encoded.encodings)
         found = torch.cat(ids)
         empty = (found == self.padding).all(1).nonzero()
         if len(empty):
             raise UserError(f"expected a token in every text, text {int(empty[0])} has none; leave it out")
         if cut:
             warnings.warn(
-                f"{cut} of {len(texts)} texts are longer than `max_length`, {self.max_length} tokens, and "
-                "lose their ends",
+                f"{cut} of {len(texts)} texts are longer than `max_length`, {self.max_length} tokens, "
+                "and are cut",
                 stacklevel=2,
             )
         return found
