@@ -97,10 +97,38 @@ def test_a_mask_of_the_callers_own_is_left_alone() -> None:
     model, plain = mask_padding(network("bert")), network("bert")
     ids, mask = torch.tensor([[5, 7, 0, 3]]), torch.tensor([[1, 0, 1, 1]])
     with torch.no_grad():
-        for given_ in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}):
-            assert torch.equal(model(**given_).logits, plain(**given_).logits)
+        given_ = {"input_ids": ids, "attention_mask": mask}
+        assert torch.equal(model(**given_).logits, plain(**given_).logits)
         assert torch.equal(model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
         assert torch.equal(model(ids, mask).logits, plain(ids, mask).logits)
+
+
+def test_however_it_is_called() -> None:
+    model = mask_padding(network("bert"))
+    ids, padded = torch.tensor([[5, 7]]), torch.tensor([[5, 7, 0, 0]])
+    expected = logits(model, ids)
+    with torch.no_grad():
+        words = model.bert.embeddings.word_embeddings(ids)
+        answers = [
+            model(input_ids=padded),
+            model(padded, attention_mask=None),
+            model(padded, token_type_ids=torch.zeros_like(padded)),
+            model(inputs_embeds=words),
+            mask_padding(model)(padded),
+            torch.compile(model, backend="eager", fullgraph=True)(padded),
+        ]
+    for answer in answers:
+        torch.testing.assert_close(answer.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_who_reads_padding_as_text_is_told(recwarn) -> None:
+    masked, image = mask_padding(network("bert")), transformers.CLIPConfig()
+    image.vision_config.update({"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
+    for model in (masked, torch.compile(masked), transformers.CLIPForImageClassification(image)):
+        Classifier(model)
+    assert warnings_of(recwarn) == []
+    with pytest.warns(UserWarning, match=r"BertFor.* reads padding as text; .*luce\.models\.mask_padding"):
+        Classifier(network("bert"))
 
 
 def test_copies_look_past_padding_too() -> None:
@@ -147,6 +175,11 @@ def test_a_tokenizer_that_is_anothers() -> None:
     check_tokens(model, size=TOKENS, padding=1)
     check_tokens(model, size=TOKENS - 2, padding=1)
     check_tokens(nn.Linear(2, 2), size=TOKENS, padding=0)  # tells nothing of tokens
+    characters = nn.Identity()
+    characters.config = transformers.CanineConfig(pad_token_id=0)
+    check_tokens(characters, size=1114112, padding=0)
+    with pytest.raises(UserError, match="takes token 1 for padding"):
+        check_tokens(characters, size=1114112, padding=1)
     with pytest.raises(UserError, match="at least the 13 tokens of the tokenizer, got one of 12"):
         check_tokens(model, size=13, padding=1)
     with pytest.raises(

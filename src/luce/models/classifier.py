@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from luce.errors import UserError
 from luce.models.network import logits_of
+from luce.models.text import attends_to_padding
 
 
 class Classifier(nn.Module):
@@ -37,6 +39,12 @@ class Classifier(nn.Module):
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise UserError(
                 f"expected `mean` and a positive `std` of the same length, got {list(mean)} and {list(std)}"
+            )
+        if attends_to_padding(body):
+            warnings.warn(
+                f"{type(body).__name__} gets no attention mask and reads padding as text; pass it through "
+                "`luce.models.mask_padding` first",
+                stacklevel=2,
             )
         self.body = body
         # Not persistent: they belong to the recipe, not to the weights.

@@ -15,9 +15,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def mask_padding(model: Model) -> Model:
     """Let a network of Hugging Face look past the padding in its input, token ids ``(N, T)``.
 
-    Called as ``model(ids)``, it is given the attention mask ``ids != pad_token_id`` of its config, so that
-    logits do not depend on how far a text is padded. It stays the same object, with the same names of weights
-    and modules; a mask that the caller gives is left alone. `luce.models.build` does this for ``hf:``.
+    Called without an attention mask, it is given ``ids != pad_token_id`` of its config, so that logits do not
+    depend on how far a text is padded. It stays the same object, with the same names of weights and modules;
+    a mask that the caller gives is left alone. `luce.models.build` does this for ``hf:``.
 
     Args:
         model: From ``input_ids`` and an ``attention_mask``, with a ``config``.
@@ -48,13 +48,23 @@ def mask_padding(model: Model) -> Model:
 def _give_mask(
     padding: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if len(args) != 1 or "attention_mask" in kwargs:
+    ids = args[0] if args else kwargs.get("input_ids")
+    if ids is None or len(args) > 1 or kwargs.get("attention_mask") is not None:
         return None
-    (ids,) = args
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
         what = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise UserError(f"expected token ids of shape (N, T) for {type(model).__name__}, got {what}")
     return args, {**kwargs, "attention_mask": (ids != padding).long()}
+
+
+def attends_to_padding(model: nn.Module) -> bool:
+    """Whether a network of Hugging Face reads token ids and has not been through `mask_padding`."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return (
+        getattr(model, "main_input_name", None) == "input_ids"
+        and getattr(_text_config(model), "pad_token_id", None) is not None
+        and not any(isinstance(hook, partial) and hook.func is _give_mask for hook in hooks)
+    )
 
 
 def check_tokens(model: nn.Module, *, size: int, padding: int) -> None:
@@ -71,7 +81,7 @@ def check_tokens(model: nn.Module, *, size: int, padding: int) -> None:
     config, remedy = _text_config(model), "choose the tokenizer that the network was trained with"
     if config is None:
         return
-    if config.vocab_size < size:
+    if getattr(config, "vocab_size", size) < size:  # characters are hashed, not counted
         raise UserError(
             f"expected a network of at least the {size} tokens of the tokenizer, got one of "
             f"{config.vocab_size}; {remedy}"
