@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_of_fresh_weights_we_hear_once_and_of_exported_ones_never(
     with warnings.catch_warnings():
         warnings.simplefilter("error", FreshWeights)
         checkpoint.load_student(tmp_path / "run")
+
+
+def test_an_exported_student_does_without_the_checkpoint_it_came_from(
+    make: Callable[..., Recipe], bert_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(bert_folder, tmp_path / "bert")
+    recipe = make(student={"name": f"hf:{folder}"}, training={"epochs": 1})
+    run(recipe, tmp_path / "run")
+    ids = torch.tensor([[2, 5, 7, 3, 0]])
+    answer = checkpoint.load_student(tmp_path / "run")[0](ids)
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(checkpoint.load_student(tmp_path / "run")[0](ids), answer)
 
 
 class Interrupt(Exception):

@@ -254,9 +254,7 @@ def test_weights_of_16_bits_are_read_as_float32(options: dict, bert_folder: Path
         assert all(torch.equal(model.state_dict()[name], whole[name].bfloat16().float()) for name in whole)
 
 
-@pytest.mark.parametrize(
-    "option", ["dtype", "num_labels", "torch_dtype", "trust_remote_code", "weights_only"]
-)
+@pytest.mark.parametrize("option", ["dtype", "num_labels", "torch_dtype", "trust_remote_code"])
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_what_is_settled_is_no_option(option: str, pretrained: bool, bert_folder: Path) -> None:
     with pytest.raises(UserError, match=f"has no option `{option}`: its weights are float32"):
@@ -282,9 +280,13 @@ def test_the_code_of_a_checkpoint_is_not_run(bert_folder: Path, tmp_path: Path, 
     assert (asked, (tmp_path / "ran").exists()) == ([], False)
 
 
-@pytest.mark.parametrize("options", [{"num_hidden_layers": "two"}, {"hidden_dropout_prob": "some"}])
+@pytest.mark.parametrize(
+    "options", [{"num_hidden_layers": "two"}, {"hidden_dropout_prob": "some"}, {"weights_only": False}]
+)
 @pytest.mark.parametrize("pretrained", [True, False])
-def test_an_option_of_the_wrong_type(options: dict, pretrained: bool, bert_folder: Path) -> None:
+def test_an_option_that_is_none_or_of_the_wrong_type(
+    options: dict, pretrained: bool, bert_folder: Path
+) -> None:
     with pytest.raises(UserError, match="cannot be built with these options: "):
         models.build(f"hf:{bert_folder}", classes=3, pretrained=pretrained, **options)
 

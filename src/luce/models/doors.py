@@ -24,8 +24,8 @@ Options = Mapping[str, Any]
 LISTED = 8
 """Weights that a warning names."""
 
-LOADING = ("dtype", "num_labels", "torch_dtype", "trust_remote_code", "weights_only")
-"""Arguments of transformers that are settled here: classes are the data's, and files hold no code to run."""
+SETTLED = ("dtype", "num_labels", "torch_dtype", "trust_remote_code")
+"""What transformers would take among the fields of a config, and is not the user's to choose here."""
 
 
 class FreshWeights(UserWarning):
@@ -80,7 +80,7 @@ def from_hugging_face(
     classifier of text reads token ids ``(N, T)`` and looks past their padding; see `mask_padding`.
     """
     transformers = import_optional("transformers", "text")
-    for option in sorted(options.keys() & set(LOADING)):
+    for option in sorted(options.keys() & set(SETTLED)):
         raise UserError(
             f"`hf:{name}` has no option `{option}`: its weights are float32, its classes those of the data, "
             "and no code of a checkpoint is run"
@@ -95,6 +95,11 @@ def from_hugging_face(
         raise UserError(f"`hf:{name}` is no model on the hub and no local folder of one: {error}") from error
     except Exception as error:  # an option of another type than the config's has an error of its own
         raise UserError(f"`hf:{name}` cannot be built with these options: {error}") from error
+    if others:
+        raise UserError(
+            f"`hf:{name}` cannot be built with these options: {type(config).__name__} has no field "
+            f"{', '.join(map(repr, others))}"
+        )
     reads_text = False
     if type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         factory = transformers.AutoModelForImageClassification
@@ -110,7 +115,7 @@ def from_hugging_face(
         if options.get("pretrained", True):
             model = _from_checkpoint(transformers, factory, name, classes, settings)
         else:
-            model = factory.from_config(config, **others)
+            model = factory.from_config(config)
     except Exception as error:  # wrong options and damaged files fail in many ways
         raise UserError(f"`hf:{name}` cannot be built with these options: {error}") from error
     model = model.float()

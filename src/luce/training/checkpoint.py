@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from .. import models
 from ..errors import UserError
-from ..models.doors import fresh_weights_expected
 from . import files
 from .processes import processes
 
@@ -141,8 +140,9 @@ def build(
     Raises:
         UserError: As `luce.models.build` and `load_weights` do.
     """
-    with fresh_weights_expected():
-        body = models.build(name, classes=classes, input_shape=input_shape, **options)
+    if name.startswith("hf:"):  # which would else look for the checkpoint that it once came from
+        options = {**options, "pretrained": False}
+    body = models.build(name, classes=classes, input_shape=input_shape, **options)
     load_weights(body, weights)
     return body
 
