@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import textwrap
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -26,6 +27,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     listed = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
     hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else f"known: {listed}"
     return UserError(f"unknown {kind} `{name}`; {hint}")
+
+
+def said(error: Exception) -> str:
+    """What another library says went wrong, in one line, as ours do."""
+    return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
 
 
 def import_optional(module: str, extra: str) -> ModuleType:

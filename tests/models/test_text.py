@@ -300,8 +300,9 @@ def test_a_damaged_checkpoint_and_one_that_would_run_code(bert_folder: Path, tmp
     shutil.copy(bert_folder / "config.json", tmp_path)
     weights = models.build(f"hf:{bert_folder}", classes=3).state_dict()
     torch.save({**weights, "attack": Attack()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"cannot be built with these options: "):
+    with pytest.raises(UserError, match=r"cannot be built with these options: ") as refused:
         models.build(f"hf:{tmp_path}", classes=3)
+    assert "\n" not in str(refused.value)
     (tmp_path / "model.safetensors").write_bytes((bert_folder / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match=r"cannot be built with these options: "):
         models.build(f"hf:{tmp_path}", classes=3)

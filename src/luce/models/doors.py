@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from luce.errors import UserError, import_optional, unknown_name
+from luce.errors import UserError, import_optional, said, unknown_name
 from luce.models.network import image_channels
 from luce.models.text import mask_padding
 
@@ -92,9 +92,11 @@ def from_hugging_face(
                 name, num_labels=classes, return_unused_kwargs=True, trust_remote_code=False, **settings
             )
     except (OSError, ValueError) as error:
-        raise UserError(f"`hf:{name}` is no model on the hub and no local folder of one: {error}") from error
+        raise UserError(
+            f"`hf:{name}` is no model on the hub and no local folder of one: {said(error)}"
+        ) from error
     except Exception as error:  # an option of another type than the config's has an error of its own
-        raise UserError(f"`hf:{name}` cannot be built with these options: {error}") from error
+        raise UserError(f"`hf:{name}` cannot be built with these options: {said(error)}") from error
     if others:
         raise UserError(
             f"`hf:{name}` cannot be built with these options: {type(config).__name__} has no field "
@@ -117,7 +119,7 @@ def from_hugging_face(
         else:
             model = factory.from_config(config)
     except Exception as error:  # wrong options and damaged files fail in many ways
-        raise UserError(f"`hf:{name}` cannot be built with these options: {error}") from error
+        raise UserError(f"`hf:{name}` cannot be built with these options: {said(error)}") from error
     model = model.float()
     return mask_padding(model) if reads_text else model
 
