@@ -116,6 +116,8 @@ def test_maps_of_other_sizes(student: str, teacher: str) -> None:
         ),
         ("simkd:resnet8", {"teacher": "resnet8", "factor": 0}, "`factor` to divide"),
         ("simkd:resnet8", {"teacher": "resnet8", "widths": [3]}, "no option `widths`"),
+        ("simkd:resnet8", {"teacher": "cnn", "teacher_options": [8]}, r"`teacher_options` .*got \[8\]"),
+        ("simkd:resnet8", {"teacher": "cnn", "teacher_options": {"classes": 9}}, "without `classes` and"),
     ],
 )
 def test_students_that_are_refused(name: str, options: dict, message: str) -> None:

@@ -69,6 +69,11 @@ def simkd_student(
                 f"expected `simkd:STUDENT` with `teacher` among its options, both names of native networks, "
                 f"got `{which}`"
             )
+    if not isinstance(teacher_options, Mapping) or {"classes", "input_shape"} & teacher_options.keys():
+        raise UserError(
+            "expected `teacher_options` to be a mapping such as {widths: [8, 16]}, without `classes` and "
+            f"`input_shape`, which are the student's, got {teacher_options!r}"
+        )
     student = build(name, classes=classes, input_shape=input_shape, **rest)
     with torch.random.fork_rng([]):  # only its form is wanted
         teacher = build(teacher_name, classes=classes, input_shape=input_shape, **teacher_options)
