@@ -135,6 +135,16 @@ def test_a_term_of_weight_zero_is_watched_and_not_felt(both):
     assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_only_a_term_that_counts_is_prepared(weight):
+    one, other = (luce.RKKDLoss(), PLDLoss(teacher_temperature="auto"))
+    loss = WeightedSum({"one": (1.0, one), "other": (weight, other)})
+    assert loss.wants_preparation == bool(weight)
+    found = loss.prepare(batch(4)[1], batch(4)[2])
+    assert list(found) == (["other.teacher_temperature"] if weight else [])
+    assert loss(*batch(4))["other"].isfinite()
+
+
 def test_warmup_grows_to_the_full_weight():
     student, teacher, target = batch(4)
     loss = WeightedSum({"task": (1.0, CrossEntropyLoss()), "kd": (0.8, KDLoss())}, warmup={"kd": 4})

@@ -59,15 +59,23 @@ class WeightedSum(nn.Module):
     @property
     def wants_preparation(self) -> bool:
         """Whether `prepare` must be called before the first batch."""
-        return any(loss.wants_preparation for loss in self.losses.values() if isinstance(loss, LogitLoss))
+        return bool(self._to_prepare)
 
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         """Let each term learn what it must know of the teacher; see `luce.LogitLoss.prepare`."""
         return {
             f"{name}.{key}": value
-            for name, loss in self.losses.items()
-            if isinstance(loss, LogitLoss)
+            for name, loss in self._to_prepare.items()
             for key, value in loss.prepare(teacher_logits, target).items()
+        }
+
+    @property
+    def _to_prepare(self) -> dict[str, LogitLoss]:
+        """By name, those of the terms that count."""
+        return {
+            name: loss
+            for name, loss in self.losses.items()
+            if self.weights[name] and isinstance(loss, LogitLoss) and loss.wants_preparation
         }
 
     def set_epoch(self, epoch: int) -> None:
