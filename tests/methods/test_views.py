@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from luce import CrossEntropyLoss, KDLoss, MLLDLoss, PartialKDLoss, WeightedSum
 from luce.data import Examples
 from luce.errors import UserError
 from luce.methods import LogitMethod, TrainingRows, TwoViewMethod, strong_view
+from luce.methods.base import Batch
 from luce.signals import DenseSignal, LiveTeacher, Teacher
 from luce.training.rows import KnownRows
 
@@ -89,6 +93,28 @@ def test_two_views_prepare_and_hear_of_epochs_once() -> None:
     method.set_epoch(5)
     assert heard == [(teacher, rows), 5]
     assert len(list(method.parameters())) == 2
+
+
+def test_two_views_leave_nothing_out_that_goes_on_between_steps() -> None:
+    class Watching(LogitMethod):
+        batches_per_round, quiz, quiz_batches = 3, 0.25, 2
+
+        @property
+        def companions(self) -> Mapping[str, nn.Module]:
+            return {"loss": self}
+
+        def before_round(self, *arguments: Any) -> dict[str, Tensor]:
+            return {"before": torch.tensor(arguments[-1])}
+
+        def after_step(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            return {"after": batch["target"].sum()}
+
+    one, student, rows = Watching(KDLoss()), nn.Linear(3, 4), batch()
+    two = TwoViewMethod(one)
+    assert (two.batches_per_round, two.quiz, two.quiz_batches) == (3, 0.25, 2)
+    assert two.companions == {"loss": one}
+    assert two.before_round(student, [rows], [], 0.5) == {"before": 0.5}
+    assert two.after_step(student, rows) == {"after": rows["target"].sum()}
 
 
 def test_a_method_with_steps_of_its_own_looks_at_one_view() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
@@ -59,9 +60,15 @@ class TwoViewMethod(Method):
         self.needs_teacher = method.needs_teacher
         self.uses_unlabelled = method.uses_unlabelled
         self.wants_preparation = method.wants_preparation
+        self.batches_per_round = method.batches_per_round
+        self.quiz, self.quiz_batches = method.quiz, method.quiz_batches
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
         self.method.build(student, teacher, sample, rows)
+
+    @property
+    def companions(self) -> Mapping[str, nn.Module]:
+        return self.method.companions
 
     def attached(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
         return self.method.attached(student, teacher)
@@ -71,6 +78,14 @@ class TwoViewMethod(Method):
 
     def set_epoch(self, epoch: int) -> None:
         self.method.set_epoch(epoch)
+
+    def before_round(
+        self, student: nn.Module, batches: Sequence[Batch], quiz: Sequence[Batch], learning_rate: float
+    ) -> dict[str, Tensor]:
+        return self.method.before_round(student, batches, quiz, learning_rate)
+
+    def after_step(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return self.method.after_step(student, batch)
 
     def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
         """The terms of both views; those of the second are called ``strong.NAME``."""
