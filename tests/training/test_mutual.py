@@ -266,7 +266,12 @@ def test_an_interrupted_run_ends_in_the_same_numbers(
             {"loss": {**DML, "dml": {"method": "MutualLearning", "peer": {"name": "cn"}}}},
             "unknown model `cn`",
         ),
-        ({"loss": {**DML, "dml": {"method": "MutualLearning", "peer_lr": -1.0}}}, "`training.lr` above 0"),
+        (
+            {"loss": {**DML, "dml": {"method": "MutualLearning", "peer": {"options": {"widths": [4]}}}}},
+            "a `name` for `peer`, or no `peer`",
+        ),
+        ({"loss": {**DML, "dml": {"method": "MutualLearning", "peer_lr": -1.0}}}, "`peer_lr` .* above 0"),
+        ({"loss": {**DML, "dml": {"method": "MutualLearning", "peer_lr": True}}}, "above 0, got True"),
         (
             {"loss": {**DML, "hint": {**HINT, "teacher": "stages.7"}}},
             r"unknown module of Network `stages\.7`",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import data, models
 from ..data import Data, Examples
 from ..errors import UserError
+from ..losses import _check
 from ..methods import FeatureMethod, MetaDistil, Method, MutualLearning, TwoViewMethod
 from ..models.doors import fresh_weights_expected
 from ..models.text import check_tokens
@@ -214,6 +215,12 @@ def method_of(recipe: Recipe, loaded: Data | None = None) -> Method:
         if not isinstance(peer, dict | None):
             raise UserError(f"expected a mapping for `peer`, such as {{name: resnet20}}, got {peer!r}")
         network = recipe.student if peer is None else parse(ModelOptions, peer)
+        if peer is not None and "name" not in peer:
+            raise UserError(
+                f"expected a `name` for `peer`, or no `peer` for one like the student, got {peer!r}"
+            )
+        if peer_lr is not None:
+            _check.check_positive(peer_lr=peer_lr)
         training = recipe.training if peer_lr is None else dataclasses.replace(recipe.training, lr=peer_lr)
 
         def new_peer() -> nn.Module:
