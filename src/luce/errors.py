@@ -20,10 +20,10 @@ class MissingExtra(UserError, ImportError):
     """An optional package is needed and not installed."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a list: the nearest ones first, else all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     listed = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
     hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else f"known: {listed}"
     return UserError(f"unknown {kind} `{name}`; {hint}")
