@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,17 +14,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
-from luce import KDLoss, PLDLoss
+from luce import FeatureLoss, FitNetLoss, IEKDLoss, KDLoss, PLDLoss
+from luce.data import Examples
 from luce.errors import UserError
-from luce.methods import LogitMethod, Method, TrainingRows
+from luce.methods import FeatureMethod, LogitMethod, Method, MutualLearning, TrainingRows, TwoViewMethod
 from luce.methods.base import Batch
-from luce.signals import Signal, Teacher
+from luce.models import Classifier
+from luce.signals import LiveTeacher, Signal, Teacher
 from luce.training import Recipe, TrainingError, TrainingOptions, compare, fit, prepare, run
 from luce.training.compare import ComparisonRecipe
 from luce.training.engine import check_own_steps
 from luce.training.options import parse
 from luce.training.recipe import PROCEDURES, build_method
+from luce.training.run import rehearse
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]
@@ -173,19 +180,32 @@ def test_an_interrupted_run_ends_in_the_same_numbers(
     assert "prepare" not in [name for name, _ in log]  # what was learned before training is kept
 
 
+def test_a_checkpoint_of_another_method_is_told_as_such(make_recipe: Make, tmp_path: Path) -> None:
+    materials, options = prepare(make_recipe()), TrainingOptions(epochs=1)
+    plain = LogitMethod(KDLoss())
+    mutual = MutualLearning(
+        LogitMethod(KDLoss()), flat_network(normalised=False), optimizer=partial(torch.optim.SGD, lr=0.1)
+    )
+    arguments: dict[str, Any] = {"teacher": LiveTeacher(flat_network(normalised=False)), "options": options}
+    fit(Classifier(flat_network(normalised=False)), plain, materials.train, folder=tmp_path, **arguments)
+    student = Classifier(flat_network(normalised=False))
+    with pytest.raises(UserError, match="checkpoint is of another method"):
+        fit(student, mutual, materials.train, folder=tmp_path, **arguments)
+
+
 def test_own_parts_leave_the_student_as_it_would_be(
     make_recipe: Make, log: list[tuple[str, Any]], tmp_path: Path
 ) -> None:
     """Preparation and the quiz draw from generators of their own."""
     outcomes = []
-    for name, wanted in (("prepared", True), ("not prepared", False)):
+    for name, wanted, ahead in (("all", True, 1), ("not prepared", False, 1), ("smaller quiz", True, 2)):
         Everything.wants_preparation = wanted
         try:
-            run(with_everything(make_recipe, options={"ahead": 1}), tmp_path / name)
+            run(with_everything(make_recipe, options={"ahead": ahead}), tmp_path / name)
         finally:
             Everything.wants_preparation = True
         outcomes.append((tmp_path / name / "student-last.safetensors").read_bytes())
-    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
 def test_parameters_of_own_optimizers_are_not_trained_twice(
@@ -220,6 +240,8 @@ def test_parameters_of_own_optimizers_are_not_trained_twice(
         ({"options": {"quiz": 0.01}}, "no rows for the `quiz` of Everything: cannot hold out 1 of 72 rows"),
         ({"data": {"labels_per_class": 1}}, "no rows for the `quiz` of Everything: cannot hold out 1 of 4"),
         ({"options": {"quiz": 1.5}}, r"expected a share in \(0, 1\)"),
+        ({"options": {"quiz": "some"}}, r"a share in \(0, 1\) of the labelled rows to hold out, got 'some'"),
+        ({"options": {"ahead": 0}}, "`batches_per_round` of Everything to be at least 1, got 0"),
         ({"options": {"spoil": float("nan")}}, "stopped being a number in epoch 1: `own` is nan"),
         ({"data": {"augment": "crop_flip", "strong_augment": "strong"}}, "one view of each batch"),
     ],
@@ -231,6 +253,32 @@ def test_what_cannot_work(
         run(with_everything(make_recipe, **changes), tmp_path / "run")
     began = any(name == "before" for name, _ in log)
     assert began == isinstance(caught.value, TrainingError)
+
+
+def test_batches_that_make_one_step_are_not_looked_at_ahead() -> None:
+    """The loader, read ahead, tells too early of an epoch's end, where a smaller step is due."""
+    method, options = LogitMethod(KDLoss()), TrainingOptions(accumulate=3)
+    check_own_steps(method, options)
+    method.batches_per_round = 2
+    with pytest.raises(UserError, match=r"`training.accumulate: 1` for LogitMethod.*got 3"):
+        check_own_steps(method, options)
+
+
+@pytest.mark.parametrize("where", ["prepare", "before_round", "step", "after_step"])
+def test_what_a_loss_refuses_is_no_traceback(
+    where: str, make_recipe: Make, log: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise ValueError("expected something else")
+
+    monkeypatch.setattr(Everything, where, refuse)
+    with pytest.raises(UserError, match="expected something else"):
+        run(with_everything(make_recipe), tmp_path / "run")
+    materials = prepare(make_recipe())
+    if where == "after_step":  # which is not rehearsed
+        return
+    with pytest.raises(UserError, match="expected something else"):
+        rehearse(with_everything(make_recipe), materials)
 
 
 def test_own_steps_scale_no_gradient() -> None:
@@ -256,16 +304,37 @@ def test_a_comparison_tells_before_the_first_run(
     }
     with pytest.raises(UserError, match="method `everything`: no rows for the `quiz`"):
         compare(parse(ComparisonRecipe, content), tmp_path / "comparison")
-    assert not (tmp_path / "comparison").exists()
     content["methods"]["everything"]["all"]["quiz"] = 0.25  # type: ignore[index]
+    content["data"]["strong_augment"] = "strong"  # type: ignore[index]
+    with pytest.raises(UserError, match="method `everything`: expected one view of each batch"):
+        compare(parse(ComparisonRecipe, content), tmp_path / "comparison")
+    assert not (tmp_path / "comparison").exists()
+    del content["data"]["strong_augment"]  # type: ignore[attr-defined]
     content |= {"training": {"epochs": 1, "batch_size": 16}, "seeds": [0]}
     assert compare(parse(ComparisonRecipe, content), tmp_path / "comparison") == (2, 0)
+
+
+def test_both_views_are_rehearsed(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(data={"strong_augment": "strong"}, loss={"kd": {"loss": "KDLoss"}})
+    step, seen = TwoViewMethod.step, []
+
+    def spy(*arguments: Any) -> dict[str, Tensor]:
+        seen.append(step(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(TwoViewMethod, "step", spy)
+    rehearse(recipe, prepare(recipe))
+    assert seen[0].keys() == {"kd", "strong.kd", "loss"}
 
 
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
         ({"a": {"method": "Nothing"}}, "unknown method in `loss.a`:"),
+        (
+            {"a": {"method": "Everything", 2: 2}},
+            "unknown option of Everything in `loss.a`: `2`; known: ahead",
+        ),
         ({"a": {"method": "Everything", "ahed": 2}}, "unknown option of Everything in `loss.a`: .*ahead"),
         ({"a": {"method": "Everything"}, "b": {"method": "Everything"}}, "one entry with `method`"),
         ({"a": {"method": "Everything"}}, "a term of a weight above 0"),
@@ -301,8 +370,6 @@ def flat_network(normalised: bool) -> nn.Module:
 def test_a_batch_of_one_row_is_told_of_before_training(
     batch_size: int, fits: bool, make_recipe: Make, toy: Any
 ) -> None:
-    from luce.models import Classifier
-
     materials = prepare(make_recipe())
     options = TrainingOptions(epochs=1, batch_size=batch_size)
     for normalised in (True, False):
@@ -315,3 +382,61 @@ def test_a_batch_of_one_row_is_told_of_before_training(
         with pytest.raises(UserError, match=f"72 training rows in batches of {batch_size} end with one"):
             fit(*arguments, teacher=materials.teacher.train, options=options)
         assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("make_loss", [FitNetLoss, partial(IEKDLoss, epochs=1)], ids=["FitNet", "IEKD"])
+def test_what_a_method_learns_is_not_shown_one_row_either(
+    make_loss: Callable[[], FeatureLoss], strong: bool, make_recipe: Make
+) -> None:
+    """The student does without batch normalisation here, and what compares its map of one place does not."""
+    materials = prepare(make_recipe())
+    networks = [
+        nn.Sequential(nn.Conv2d(1, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+        for width in (4, 6)
+    ]
+    method: Method = FeatureMethod(None, {"maps": (1.0, make_loss(), ["1"], ["1"])})
+    method = TwoViewMethod(method) if strong else method
+    student, before = Classifier(networks[0]), copy.deepcopy(networks[0].state_dict())
+    arguments: dict[str, Any] = {"teacher": LiveTeacher(networks[1])}
+    arguments |= {"strong_augment": torch.clone} if strong else {}
+    with pytest.raises(UserError, match="a single row"):
+        fit(student, method, materials.train, options=TrainingOptions(epochs=1, batch_size=71), **arguments)
+    assert all(torch.equal(value, before[name]) for name, value in student.body.state_dict().items())
+    fit(student, method, materials.train, options=TrainingOptions(epochs=1, batch_size=70), **arguments)
+
+
+def test_nor_is_a_peer(make_recipe: Make) -> None:
+    materials, student = prepare(make_recipe()), Classifier(flat_network(normalised=False))
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    method = MutualLearning(LogitMethod(KDLoss()), flat_network(normalised=True), optimizer=optimizer)
+    with pytest.raises(UserError, match="72 training rows in batches of 71 end with one"):
+        fit(student, method, materials.train, options=TrainingOptions(epochs=1, batch_size=71))
+
+
+# Reading for a preparation ----------------------------------------------------------------------------------
+
+
+class WhoReads(Dataset[tuple[Tensor, int]]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return torch.tensor([float(os.getpid())]), row % 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_preparation_reads_with_as_many_processes(workers: int) -> None:
+    readers = []
+
+    class Learning(LogitMethod):
+        def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
+            readers.extend(batch["input"] for batch in rows.batches(4))
+            return {}
+
+    method = Learning(KDLoss())
+    method.wants_preparation = True
+    rows, teacher = Examples(WhoReads(), range(4)), LiveTeacher(nn.Linear(1, 2))
+    options = TrainingOptions(epochs=1, batch_size=4, lr=1e-12)
+    fit(Classifier(nn.Linear(1, 2)), method, rows, teacher=teacher, options=options, workers=workers)
+    assert (readers[0] == os.getpid()).all() == (not workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -174,8 +175,8 @@ def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Exa
         >>> sorted(kept.targets.tolist()), sorted(held.targets.tolist())
         ([-1, -1, 0, 0, 0, 1, 1, 1], [0, 1])
     """
-    if not 0 < share < 1:
-        raise UserError(f"expected a share in (0, 1) of the labelled rows to hold out, got {share}")
+    if not (isinstance(share, Real) and 0 < share < 1):
+        raise UserError(f"expected a share in (0, 1) of the labelled rows to hold out, got {share!r}")
     if not (examples.targets != UNLABELLED).any():
         raise UserError("expected rows with a label to hold some of them out, got none")
     labelled = (examples.targets != UNLABELLED).nonzero().squeeze(1)

@@ -134,7 +134,7 @@ class Method(nn.Module, ABC):
         """Named scalar terms of the batch's loss, among them ``"loss"``, the one to descend."""
 
     def after_step(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Make the method's own steps that come after the student's on a batch.
+        """Make the method's own steps that come after the student's, on the last batch that went into it.
 
         Returns:
             Named scalars to be noted in the run.

@@ -29,7 +29,7 @@ from .processes import processes
 from .progress import Bar
 from .recipe import TrainingOptions
 from .rows import KnownRows
-from .session import Session, TrainingError
+from .session import Session, TrainingError, refusals, signal_of
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -122,7 +122,7 @@ def fit(
     )
     sample = build(method, student, teacher, known, accelerator.device, options.seed)
     if accelerator.num_processes == 1:  # otherwise all batches are filled up
-        check_smallest_batch(student, sample, len(train), options.batch_size)
+        check_smallest_batch(method, student, teacher, sample, known, len(train), options.batch_size)
     session = Session(accelerator, student, method, teacher, batches, quiz, options)
     if validation is not None:
         validation_batches = accelerator.prepare(
@@ -132,9 +132,15 @@ def fit(
     book, lines, best_weights, prepared = Bookkeeping(), [], {}, {}
     saved = None if folder is None else checkpoint.restore(folder, accelerator)
     if saved is not None:
-        book, best_weights = Bookkeeping(**saved["bookkeeping"]), saved["best_weights"]
-        lines, prepared = saved["lines"], saved["prepared"]
-        session.load_state_dict(saved["session"])
+        try:
+            book, best_weights = Bookkeeping(**saved["bookkeeping"]), saved["best_weights"]
+            lines, prepared = saved["lines"], saved["prepared"]
+            session.load_state_dict(saved["session"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"cannot go on in {folder} ({files.reason(error)}): its checkpoint is of another method or "
+                "another version of Luce; choose another folder, or delete it"
+            ) from error
 
     def save() -> None:
         extra = {
@@ -148,7 +154,7 @@ def fit(
             checkpoint.save(folder, accelerator, book.epoch, extra)
 
     if saved is None and method.wants_preparation and teacher is not None:
-        rows = KnownRows(known, accelerator.device, options.seed, augment, progress)
+        rows = KnownRows(known, accelerator.device, options.seed, augment, workers, progress)
         prepared = session.prepare(teacher, rows)
         save()
     log = MetricsLog(folder if accelerator.is_main_process else None, lines)
@@ -223,11 +229,15 @@ def divide(method: Method, train: Examples, seed: int) -> tuple[Examples, Exampl
 
 
 def check_own_steps(method: Method, options: TrainingOptions) -> None:
-    """Refuse what does not go with a method that makes steps of its own."""
+    """Refuse what does not go with a method that makes steps of its own, or one that looks ahead."""
     name = type(method).__name__
-    if method.own_steps and options.accumulate > 1:
+    for count in ("batches_per_round", "quiz_batches"):
+        if getattr(method, count) < 1:
+            raise UserError(f"expected `{count}` of {name} to be at least 1, got {getattr(method, count)}")
+    # The last batches of an epoch make a step, however few, and a round of several hides where they begin.
+    if (method.own_steps or method.batches_per_round > 1) and options.accumulate > 1:
         raise UserError(
-            f"expected `training.accumulate: 1` for {name}, which makes steps of its own for each batch, "
+            f"expected `training.accumulate: 1` for {name}, which does something of its own between batches, "
             f"got {options.accumulate}; raise `training.batch_size` instead"
         )
     if method.own_steps and options.precision == "fp16":
@@ -237,30 +247,48 @@ def check_own_steps(method: Method, options: TrainingOptions) -> None:
 
 
 def check_smallest_batch(
-    student: nn.Module, sample: Mapping[str, Tensor], rows: int, batch_size: int
+    method: Method,
+    student: nn.Module,
+    teacher: Teacher | None,
+    sample: Mapping[str, Tensor],
+    known: Examples,
+    rows: int,
+    batch_size: int,
 ) -> None:
-    """Refuse a batch of one row where batch normalisation cannot do with one.
+    """Refuse a batch of one row where batch normalisation cannot do with one: a step is tried.
 
     Args:
+        method: Left as it is.
         student: Left as it is.
+        teacher: Answers the method's batches.
         sample: A batch of one row.
+        known: For a preparation.
         rows: Of an epoch.
         batch_size: Of all batches but perhaps the last.
     """
     if (rows % batch_size or batch_size) > 1:
         return
     device = sample["input"].device
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            copy.deepcopy(student).train()(sample["input"])
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                "expected at least two rows in every batch, for the student's batch normalisation, but "
-                f"{rows} training rows in batches of {batch_size} end with one of a single row; choose "
-                "another `training.batch_size`"
-            ) from error
+    method, student = copy.deepcopy((method, student))
+    method.to(device).train()
+    if method.two_views:
+        sample = {**sample, "strong": sample["input"]}
+    teacher = teacher if method.needs_teacher else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), refusals():
+        if method.wants_preparation and teacher is not None:
+            method.prepare(teacher, KnownRows(known, device, at_most=1))
+        with method.attached(student.train(), teacher):
+            signal = None if teacher is None else signal_of(teacher, sample)
+            try:
+                method.step(student, sample, signal)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UserError(
+                    "expected at least two rows in every batch, for batch normalisation, but "
+                    f"{rows} training rows in batches of {batch_size} end with one of a single row; choose "
+                    "another `training.batch_size`"
+                ) from error
 
 
 def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Accelerator:

@@ -21,6 +21,7 @@ class KnownRows:
         device: Where batches go.
         seed: Of the order, where one is drawn.
         augment: As in training.
+        workers: Processes that read.
         progress: Bars to add the passes to.
         at_most: End after so many batches, to try whether it works.
     """
@@ -31,11 +32,12 @@ class KnownRows:
         device: torch.device,
         seed: int = 0,
         augment: Callable[[Tensor], Tensor] | None = None,
+        workers: int = 0,
         progress: Progress | None = None,
         at_most: int | None = None,
     ) -> None:
         self.examples, self.device, self.seed, self.augment = examples, device, seed, augment
-        self.progress, self.at_most = progress, at_most
+        self.workers, self.progress, self.at_most = workers, progress, at_most
 
     def batches(
         self, batch_size: int = 256, *, epochs: int = 1, shuffle: bool = False
@@ -45,6 +47,7 @@ class KnownRows:
             batch_size=batch_size,
             seed=self.seed if shuffle else None,
             augment=self.augment if shuffle else None,
+            workers=self.workers,
         )
         total = epochs * len(loader) if self.at_most is None else self.at_most
         with Bar(self.progress, "preparation", total) as bar:

@@ -32,7 +32,7 @@ from .options import parse
 from .processes import processes
 from .recipe import PROCEDURES, ModelOptions, Recipe, build_method, read_yaml
 from .rows import KnownRows
-from .session import checked_step, make_optimizer
+from .session import checked_step, make_optimizer, refusals, signal_of
 
 EVALUATION_BATCH = 256
 
@@ -232,7 +232,8 @@ def method_of(recipe: Recipe, loaded: Data | None = None) -> Method:
             method, new_peer, optimizer=partial(make_optimizer, training), clip_norm=training.clip_norm
         )
 
-    return build_method(recipe.loss, {**PROCEDURES, "MutualLearning": mutual_learning})
+    method = build_method(recipe.loss, {**PROCEDURES, "MutualLearning": mutual_learning})
+    return method if recipe.data.strong_augment == "none" else TwoViewMethod(method)
 
 
 def rehearse(recipe: Recipe, materials: Materials) -> None:
@@ -254,11 +255,14 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
     check_own_steps(method, recipe.training)
     train, quiz = divide(method, materials.train, recipe.training.seed)
     row = build(method, student, teacher, train, cpu, seed=0)
-    if method.wants_preparation and teacher is not None:
-        method.prepare(teacher, KnownRows(train, cpu, at_most=1))
+    if method.two_views:
+        row = {**row, "strong": row["input"]}
     asked = [row] * method.quiz_batches if quiz is not None else []
-    with method.attached(student, teacher):
-        signal = None if teacher is None or not method.needs_teacher else teacher.signal(row)
+    with refusals():
+        if method.wants_preparation and teacher is not None:
+            method.prepare(teacher, KnownRows(train, cpu, at_most=1))
+    with refusals(), method.attached(student, teacher):
+        signal = None if teacher is None or not method.needs_teacher else signal_of(teacher, row)
         method.eval().before_round(student.eval(), [row] * method.batches_per_round, asked, 0.0)
         with torch.no_grad():
             checked_step(method, student, row, signal)
@@ -291,9 +295,6 @@ def run(
     method_of(recipe)  # what makes no sense is told before the data is loaded
     materials = materials or prepare(recipe)
     method = method_of(recipe, materials.data)
-    strong_augment = augmentation(recipe.data.strong_augment)
-    if strong_augment is not None:
-        method = TwoViewMethod(method)
     teacher = materials.teacher
     claim(folder, "recipe.yaml", asdict(recipe))
 
@@ -309,7 +310,7 @@ def run(
         teacher=None if teacher is None else teacher.train,
         options=recipe.training,
         augment=augmentation(recipe.data.augment),
-        strong_augment=strong_augment,
+        strong_augment=augmentation(recipe.data.strong_augment),
         workers=recipe.data.workers,
         folder=folder,
         progress=progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, islice
 from typing import Any, TypeVar, cast
@@ -98,7 +99,8 @@ class Session:
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            found = self.method.prepare(teacher, rows)
+            with refusals():
+                found = self.method.prepare(teacher, rows)
         self.method.zero_grad()  # or the student's optimizer would take one more step
         self.share_state(*self.method.parameters(), *self.method.buffers())
         return found
@@ -121,7 +123,7 @@ class Session:
 
         gathered = 0.0
         for ahead in rounds(self.batches, self.method.batches_per_round):
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), refusals():
                 asked = list(islice(quiz, self.method.quiz_batches))
                 rate = self.optimizer.param_groups[0]["lr"]
                 note(self.checked(self.method.before_round(self.bare, ahead, asked, rate)))
@@ -131,7 +133,7 @@ class Session:
                 if self.accelerator.sync_gradients:
                     gathered = 0.0
                     self.step += 1
-                    with self.accelerator.autocast():
+                    with self.accelerator.autocast(), refusals():
                         note(self.checked(self.method.after_step(self.bare, batch)))
                     for schedule in self.schedules:  # all steps on this batch were made at one rate
                         schedule.step()
@@ -156,7 +158,8 @@ class Session:
         accelerator = self.accelerator
         with accelerator.accumulate(self.student):
             with accelerator.autocast():
-                terms = self.checked(checked_step(self.method, self.student, batch, self.signal(batch)))
+                signal = None if self.teacher is None else signal_of(self.teacher, batch)
+                terms = self.checked(checked_step(self.method, self.student, batch, signal))
             accelerator.backward(len(batch["target"]) / self.batch_size * terms["loss"])
             if accelerator.sync_gradients:
                 self.share_gradients()
@@ -183,19 +186,12 @@ class Session:
         sampler, device = cast(data.EpochSampler, loader.sampler), self.accelerator.device
         for lap in count():
             sampler.set_epoch(epoch * LAPS + lap)
+            with torch.random.fork_rng([]):  # an iterator draws a seed as it starts
+                batches = iter(loader)
             ours = islice(
-                loader, self.accelerator.process_index % len(loader), None, self.accelerator.num_processes
+                batches, self.accelerator.process_index % len(loader), None, self.accelerator.num_processes
             )
             yield from ({name: part.to(device) for name, part in batch.items()} for batch in ours)
-
-    def signal(self, batch: Mapping[str, Tensor]) -> Signal | None:
-        """What the teacher says about a batch, and about its second view if it has one."""
-        if self.teacher is None:
-            return None
-        signal = self.teacher.signal(batch)
-        if "strong" in batch:
-            signal = replace(signal, strong=self.teacher.signal(strong_view(batch)))
-        return signal
 
     def share_state(self, *tensors: Tensor) -> None:
         """Take what the main process has into the others."""
@@ -285,6 +281,23 @@ def learning_rate(options: TrainingOptions, steps_per_epoch: int) -> Callable[[i
     return factor
 
 
+def signal_of(teacher: Teacher, batch: Mapping[str, Tensor]) -> Signal:
+    """What a teacher says about a batch, and about its second view if it has one."""
+    signal: Signal = teacher.signal(batch)
+    return replace(signal, strong=teacher.signal(strong_view(batch))) if "strong" in batch else signal
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What a loss refuses as errors that a user can mend: it says what it expected."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def checked_step(
     method: Method, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
 ) -> dict[str, Tensor]:
@@ -293,12 +306,8 @@ def checked_step(
     Raises:
         UserError: If the loss refuses what it gets, is not one number, or does not depend on the student.
     """
-    try:
+    with refusals():
         terms = method.step(student, batch, signal)
-    except UserError:
-        raise
-    except ValueError as error:  # of a loss, which says what it expected
-        raise UserError(str(error)) from error
     loss = terms["loss"]
     if loss.numel() != 1:
         raise UserError(
