@@ -239,3 +239,12 @@ def test_a_teacher_with_weights_is_not_trained(make: Any, trained: list[str], tm
         (tmp_path / which / "all/KD/seed-0/student.safetensors").read_bytes() for which in ("first", "second")
     )
     assert first == second
+
+
+def test_what_a_teacher_cannot_remember_is_told_before_it_is_trained(
+    make: Any, trained: list[str], tmp_path: Path
+) -> None:
+    data = {"name": "sklearn:digits", "augment": "flip"}
+    with pytest.raises(UserError, match=r"always look the same for `teacher.remember`"):
+        compare(make(data=data), tmp_path / "c")
+    assert (trained, (tmp_path / "c").exists()) == ([], False)

@@ -81,6 +81,7 @@ def prepare_data(recipe: Recipe) -> Materials:
         train = data.keep_labels(train, per_class=options.labels_per_class, seed=options.split_seed)
     for name in (options.augment, options.strong_augment):
         check_augmentation(name, train)
+    check_remembered(recipe, train)
     build_network(recipe.student, loaded)
     return Materials(loaded, train, validation, test, teacher=None)
 
@@ -100,6 +101,28 @@ def check_augmentation(name: str, rows: Examples) -> None:
     if augment is not None:
         with torch.random.fork_rng([]):
             augment(rows.batch([0])["input"])
+
+
+def check_remembered(recipe: Recipe, train: Examples) -> None:
+    """Refuse a teacher that remembers its answers to rows that change.
+
+    Raises:
+        UserError: If rows look different each time.
+    """
+    if recipe.teacher is None or not recipe.teacher.remember:
+        return
+    if train.random:
+        what = "the random transforms of the data itself"
+    elif recipe.data.strong_augment != "none":
+        what = f"a second view by `strong_augment: {recipe.data.strong_augment}`"
+    elif recipe.data.augment != "none":
+        what = f"`augment: {recipe.data.augment}`"
+    else:
+        return
+    raise UserError(
+        "expected training rows that always look the same for `teacher.remember`, which keeps one "
+        f"answer for each, got {what}; leave out one of the two"
+    )
 
 
 def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifier, dict[str, Any]]:
@@ -172,17 +195,6 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
         raise UserError(
             f"expected weights for the teacher, and a fresh `{options.name}` has none: "
             "name a run folder or a file as `teacher.checkpoint`"
-        )
-    augmented = recipe.data.augment != "none" or recipe.data.strong_augment != "none"
-    if options.remember and (augmented or materials.train.random):
-        what = f"`augment: {recipe.data.augment}`"
-        if recipe.data.strong_augment != "none":
-            what = f"a second view by `strong_augment: {recipe.data.strong_augment}`"
-        if materials.train.random:
-            what = "the random transforms of the data itself"
-        raise UserError(
-            "expected training rows that always look the same for `teacher.remember`, which keeps one "
-            f"answer for each, got {what}; leave out one of the two"
         )
     network, description = build_network(options, loaded)
     accelerator = new_accelerator(recipe.training)
