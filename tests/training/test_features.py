@@ -164,7 +164,10 @@ def test_terms_on_logits_and_on_features() -> None:
         ({"loss": "FeatureLoss", "student": "a"}, r"unknown loss in `loss\.x`: `FeatureLoss`"),
         ({"loss": "FitNetLoss"}, r"`loss\.x\.student` to name a module or a list.*got None"),
         ({"loss": "FitNetLoss", "student": []}, r"`loss\.x\.student` to name a module or a list.*got \[\]"),
-        ({"loss": "FitNetLoss", "student": "a", "teacher": [3]}, r"`loss\.x\.teacher` to name.*got \[3\]"),
+        (
+            {"loss": "FitNetLoss", "student": "a", "teacher": [3]},
+            r"`loss\.x\.teacher` to name.*or body\.0 for one that has but a number, got \[3\]",
+        ),
         (
             {"loss": "FitNetLoss", "student": "a", "rely": 1},
             r"option of FitNetLoss.*did you mean `relu`",
