@@ -484,6 +484,20 @@ def test_students_that_cannot_be_differentiated() -> None:
         built(Stubborn(), teacher)
 
 
+@pytest.mark.parametrize("part", [slice(0, None), slice(0, 2)], ids=["whole", "a part"])
+def test_compiled_students_would_tell_nothing_in_forward_mode(part: slice) -> None:
+    student, teacher = networks()
+    hidden = torch.compile(student[part], backend="aot_eager")
+    with pytest.raises(UserError, match=r"as on the way back .* is a part of it compiled"):
+        built(nn.Sequential(hidden, *student[part.stop or len(student) :]), teacher)
+
+
+def test_a_student_without_parameters_to_train() -> None:
+    student, teacher = networks()
+    with pytest.raises(UserError, match="a student with parameters to train, got none"):
+        built(student.requires_grad_(False), teacher)
+
+
 def test_methods_that_cannot_be_taught_by() -> None:
     with pytest.raises(ValueError, match="a loss that looks at the teacher"):
         MetaDistil(LogitMethod(CrossEntropyLoss()))

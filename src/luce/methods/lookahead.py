@@ -61,7 +61,7 @@ class Place:
         named = network.named_parameters()
         parameters: dict[str, Tensor] = {name: value for name, value in named if value.requires_grad}
         buffers = dict(network.named_buffers())
-        return cls(parameters, buffers, _random_state(next(iter(parameters.values())).device))
+        return cls(parameters, buffers, _random_state(next(network.parameters()).device))
 
     @property
     def values(self) -> list[Tensor]:
@@ -161,6 +161,15 @@ def derivative_along(network: nn.Module, place: Place, direction: Sequence[Tenso
         logits, _ = Place(duals, place.buffers, place.random).forward(network, inputs)
         change = forward_ad.unpack_dual(logits).tangent
     return torch.zeros_like(logits) if change is None else change
+
+
+def both_ways(
+    network: nn.Module, place: Place, logits: Tensor, slope: Tensor, inputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The squared norm of a gradient, by forward-mode differentiation along it and as it is."""
+    gradient = _gradient(logits, place.values, slope)
+    change = derivative_along(network, place, gradient, inputs)
+    return (slope * change).sum(), torch.stack([g.square().sum() for g in gradient]).sum()
 
 
 def _quiz(student: nn.Module, place: Place, quiz: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
