@@ -46,6 +46,37 @@ def test_the_mixed_derivative_against_differences_of_the_students_gradient(case:
         assert_close((found * v).sum(), difference, rtol=1e-6, atol=1e-8)
 
 
+def excluded(x: Tensor) -> Tensor:
+    return torch.cat([x[:3], x[3:].masked_fill(torch.arange(5) > 2, -torch.inf)])
+
+
+@taught
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_second_derivatives_are_numbers_where_the_first_are(case: Case, dtype: torch.dtype) -> None:
+    """At classes without a probability too: those that a network excludes and those whose rounds to 0."""
+    student, teacher, target = batch(6, seed=3, dtype=dtype)
+    target %= 3
+    direction = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    hard = {
+        "plain": (student, teacher),
+        "excluded by both": (excluded(student), excluded(teacher)),
+        "excluded by the teacher": (student, excluded(teacher)),
+        "a certain teacher": (student, 40 * teacher),
+        "a certain student": (300 * student, teacher),
+        "equal": (teacher, teacher),
+        "of one value": (torch.full_like(student, 0.3), torch.full_like(teacher, 0.3)),
+    }
+    for name, (s, t) in hard.items():
+        inputs = [x.clone().requires_grad_() for x in (s, t)]
+        with teacher_gradient():
+            value = case(*inputs, target).sum()
+        (slope,) = torch.autograd.grad(value, inputs[0], create_graph=True)
+        if value.isfinite() and slope.requires_grad:
+            rate = (slope * direction.masked_fill(s.isinf(), 0)).sum()
+            for found in torch.autograd.grad(rate, inputs, allow_unused=True):
+                assert found is None or found.isfinite().all(), name
+
+
 def test_kd_in_closed_form() -> None:
     """For KD at T the derivative is -(diag(p) - p p') u / N, and each loss has its factor T^2."""
     student, teacher, target = batch(4)

@@ -85,6 +85,18 @@ def test_pld_takes_the_suggestion():
     )
 
 
+def test_the_suggestion_is_saved_with_the_module_and_nothing_else_is():
+    student, teacher, target = batch(8)
+    loss = PLDLoss(teacher_temperature="auto")
+    loss.prepare(teacher, target)
+    saved = torch.nn.ModuleList([loss]).state_dict()
+    assert list(saved) == ["0.suggested"]
+    again = torch.nn.ModuleList([PLDLoss(teacher_temperature="auto")])
+    again.load_state_dict(saved)
+    assert_close(again[0](student, teacher, target), loss(student, teacher, target))
+    assert PLDLoss().state_dict() == {}
+
+
 def test_a_given_temperature_needs_no_preparation():
     loss = PLDLoss(teacher_temperature=2.0)
     assert not loss.wants_preparation

@@ -64,7 +64,41 @@ class Attention(nn.Module):
         return self.head(self.layer(x.flatten(1, 2)).mean(1))
 
 
-NETWORKS = {"mlp": mlp, "conv": conv, "attention": Attention}
+class Shared(nn.Module):
+    """Of two layers with the same weight, and of one layer that stands in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(36, 36), nn.Linear(36, 36), nn.Linear(36, CLASSES)
+        self.second.weight = self.first.weight
+        self.norm = self.same_norm = nn.BatchNorm1d(36)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.first(x.flatten(1))))
+        return self.last(torch.tanh(self.same_norm(self.second(x))))
+
+
+class Unfollowed(nn.Module):
+    """Divides by a length that it takes for constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(36, 10), nn.Linear(10, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x.flatten(1)))
+        with torch.no_grad():
+            length = x.norm(dim=-1, keepdim=True)
+        return self.last(x / length)
+
+
+def spectral() -> nn.Module:
+    """Steps of an iteration towards its weight's norm, which no gradient follows and no evaluation takes."""
+    return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(36, CLASSES)))
+
+
+NETWORKS = {"mlp": mlp, "conv": conv, "attention": Attention, "shared": Shared, "no-grad": Unfollowed}
+ALL_NETWORKS = {**NETWORKS, "spectral": spectral}
 
 
 def batches(count: int, seed: int = 0, rows: int = 7) -> list[dict[str, Tensor]]:
@@ -80,7 +114,7 @@ def batches(count: int, seed: int = 0, rows: int = 7) -> list[dict[str, Tensor]]
 
 def networks(name: str) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(3)
-    return NETWORKS[name]().double().train(), conv().double().eval()
+    return ALL_NETWORKS[name]().double().train(), conv().double().eval()
 
 
 def by_double_backward(
@@ -138,10 +172,12 @@ def test_the_teachers_gradient_is_that_of_double_back_propagation(
     assert relative_error(found[1], expected[1]) < 1e-8
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("loss", ["kd", "pld"])
-def test_the_cotangents_against_differences(loss: str, steps: int) -> None:
-    student, teacher = networks("conv")
+@pytest.mark.parametrize(
+    ("network", "loss", "steps"),
+    [("conv", "kd", 1), ("conv", "kd", 2), ("conv", "pld", 1), ("conv", "pld", 2), ("spectral", "kd", 1)],
+)
+def test_the_cotangents_against_differences(network: str, loss: str, steps: int) -> None:
+    student, teacher = networks(network)
     rows, quiz = batches(steps), batches(1, seed=1)
     said = [teacher(batch["input"]).detach() for batch in rows]
     _, cotangents = look_ahead(student, of(loss), rows, said, quiz, 0.3)
@@ -217,6 +253,7 @@ def test_no_teacher_in_the_loss_and_no_step_give_exactly_nothing(steps: int) -> 
 def test_student_and_random_states_stay_as_they_were(network: str) -> None:
     student, teacher = networks(network)
     before = {name: value.clone() for name, value in student.state_dict().items()}
+    tensors = [*student.named_parameters(remove_duplicate=False), *student.named_buffers()]
     modes = {module: module.training for module in student.modules()}
     next(student.modules()).register_forward_hook(lambda *_: None)
     rows = batches(2)
@@ -227,6 +264,8 @@ def test_student_and_random_states_stay_as_they_were(network: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
     assert modes == {module: module.training for module in student.modules()}
+    now = [*student.named_parameters(remove_duplicate=False), *student.named_buffers()]
+    assert [(name, id(value)) for name, value in now] == [(name, id(value)) for name, value in tensors]
 
 
 def test_parameters_that_stand_still_or_take_no_part() -> None:

@@ -73,7 +73,7 @@ def taught(teacher: LiveTeacher, batch: dict[str, Tensor], epochs: int = 60) -> 
 def built(student: nn.Module, teacher: LiveTeacher, loss: Any = None, **options: Any) -> MetaDistil:
     method = MetaDistil(LogitMethod(loss or WeightedSum(KD)), **options)
     sample = batches(1, seed=9, rows=1)[0]
-    method.build(student, teacher, sample, sample)
+    method.build(student, teacher, sample, {"index": torch.arange(9000), "target": torch.zeros(9000).long()})
     return method.train()
 
 
@@ -338,13 +338,22 @@ def test_chance_is_no_reason_to_restore() -> None:
     lose(1)
     assert method.record["restored"] == 0
     assert method.record["drift"] > 0
-    for _ in range(4):  # but one of eight, again and again, is
+    assert method.held_out == pytest.approx(1000)  # a tenth of all, beside the 9000 to train on
+    for _ in range(4):  # but one of every eight is
         lose(1)
         assert method.record["restored"] == 0
     for _ in range(20):
         lose(1)
     assert method.record["restored"] >= 1
     method.record = dict.fromkeys(method.record, 0.0)
+    lose(8)
+    assert method.record["restored"] == 1
+
+    method.record = dict.fromkeys(method.record, 0.0)
+    method.held_out = 8.0  # and the one row is the same again and again
+    for _ in range(60):
+        lose(1)
+    assert method.record["restored"] == 0
     lose(8)
     assert method.record["restored"] == 1
 
@@ -482,6 +491,20 @@ def test_students_that_cannot_be_differentiated() -> None:
     _, teacher = networks()
     with pytest.raises(UserError, match="differentiated in forward mode"):
         built(Stubborn(), teacher)
+
+
+@pytest.mark.parametrize("part", [slice(0, None), slice(0, 2)], ids=["whole", "a part"])
+def test_compiled_students_would_tell_nothing_in_forward_mode(part: slice) -> None:
+    student, teacher = networks()
+    hidden = torch.compile(student[part], backend="aot_eager")
+    with pytest.raises(UserError, match=r"as on the way back .* is a part of it compiled"):
+        built(nn.Sequential(hidden, *student[part.stop or len(student) :]), teacher)
+
+
+def test_a_student_without_parameters_to_train() -> None:
+    student, teacher = networks()
+    with pytest.raises(UserError, match="a student with parameters to train, got none"):
+        built(student.requires_grad_(False), teacher)
 
 
 def test_methods_that_cannot_be_taught_by() -> None:

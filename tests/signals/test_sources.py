@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from luce import data
 from luce.errors import UserError
-from luce.signals import DenseSignal, LiveTeacher, RememberedTeacher, Teacher
+from luce.signals import DenseSignal, LearningTeacher, LiveTeacher, RememberedTeacher, Teacher
 
 
 def network() -> nn.Module:
@@ -80,3 +80,15 @@ def test_a_remembered_teacher_does_not_hold_what_it_was_made_from() -> None:
 def test_a_teacher_that_was_asked_nothing_remembers_nothing() -> None:
     with pytest.raises(UserError, match="expected at least one batch"):
         RememberedTeacher.of(LiveTeacher(network()), [], rows=3)
+
+
+def test_a_learning_teacher_with_one_module_in_two_places_keeps_its_statistics() -> None:
+    norm = nn.BatchNorm1d(3)
+    network = nn.Sequential(norm, nn.ReLU(), norm).train()
+    before = {name: (id(value), value.clone()) for name, value in network.named_buffers()}
+    answer = LearningTeacher(network).signal(batch()).logits
+    assert answer.isfinite().all()
+    assert before.keys() == dict(network.named_buffers()).keys()
+    for name, value in network.named_buffers():
+        assert id(value) == before[name][0]
+        assert torch.equal(value, before[name][1])

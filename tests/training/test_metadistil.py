@@ -89,8 +89,9 @@ class Interrupt(BaseException):
         {"options": {"teacher_optimizer": "adamw", "teacher_from_epoch": 2}, "training": {"ema": 0.9}},
         {"options": {"teacher_optimizer": "adamw", "teacher_lr": 10.0}},  # the guard has its say
         {"training": {"precision": "bf16"}, "data": {"augment": "crop_flip"}},
+        {"terms": {"rank": {"loss": "PLDLoss", "teacher_temperature": "auto"}}},  # found after `build`
     ],
-    ids=["sgd, two steps a round", "adamw, from the second epoch", "restored", "bf16"],
+    ids=["sgd, two steps a round", "adamw, from the second epoch", "restored", "bf16", "prepared"],
 )
 @pytest.mark.parametrize("batch", [3, 7])
 def test_an_interrupted_run_ends_in_the_same_numbers(
@@ -143,6 +144,7 @@ def test_the_guard_tells_in_a_run(make_recipe: Make, tmp_path: Path) -> None:
         ({"training": {"accumulate": 2}}, "`training.accumulate: 1` for MetaDistil"),
         ({"data": {"labels_per_class": 1}}, "no rows for the `quiz` of MetaDistil"),
         ({"terms": {"rank": {"loss": "ListMLELoss"}}}, "smoothly with the teacher's logits for MetaDistil"),
+        ({"terms": {"kd": {"loss": "KDLoss", "backend": "cpu"}}}, "no gradient for the teacher; .* 'auto'"),
         ({"terms": {"task": {"loss": "CrossEntropyLoss"}}}, "`loss.pld`: expected a loss that looks at the"),
         ({"options": {"teacher_lr": -1}}, "`loss.pld`: expected `teacher_lr`"),
         ({"options": {"quiz_batch": 2}}, "unknown option of MetaDistil .*quiz_batches"),

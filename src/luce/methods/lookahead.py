@@ -22,16 +22,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from ..losses import teacher_gradient
 from ..losses.functional import cross_entropy_loss
+from ..models.substitute import forward_with
 from ._processes import mean_over_processes
 from .base import Batch
 
@@ -59,7 +61,7 @@ class Place:
         named = network.named_parameters()
         parameters: dict[str, Tensor] = {name: value for name, value in named if value.requires_grad}
         buffers = dict(network.named_buffers())
-        return cls(parameters, buffers, _random_state(next(iter(parameters.values())).device))
+        return cls(parameters, buffers, _random_state(next(network.parameters()).device))
 
     @property
     def values(self) -> list[Tensor]:
@@ -73,7 +75,7 @@ class Place:
         """Logits, and where that leaves the network, whose own parameters and buffers are not touched."""
         _set_random_state(self.random, self.device)
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        logits: Tensor = functional_call(network, {**self.parameters, **buffers}, (inputs,))
+        logits = forward_with(network, {**self.parameters, **buffers}, inputs)
         return logits, Place(self.parameters, buffers, _random_state(self.device))
 
     def moved(self, gradient: Sequence[Tensor], step_size: float) -> Place:
@@ -149,17 +151,25 @@ def slope_on_logits(
     return slope, teacher
 
 
-@torch.no_grad()
 def derivative_along(network: nn.Module, place: Place, direction: Sequence[Tensor], inputs: Tensor) -> Tensor:
     """How the logits change as the parameters move in a direction, by forward-mode differentiation."""
-    with forward_ad.dual_level(), _twice_differentiable():
+    with forward_ad.dual_level(), _twice_differentiable(), _Unfollowed():
         duals = {
-            name: forward_ad.make_dual(value.detach(), change)
+            name: forward_ad.make_dual(value.detach(), change.detach())
             for (name, value), change in zip(place.parameters.items(), direction, strict=True)
         }
         logits, _ = Place(duals, place.buffers, place.random).forward(network, inputs)
         change = forward_ad.unpack_dual(logits).tangent
     return torch.zeros_like(logits) if change is None else change
+
+
+def both_ways(
+    network: nn.Module, place: Place, logits: Tensor, slope: Tensor, inputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The squared norm of a gradient, by forward-mode differentiation along it and as it is."""
+    gradient = _gradient(logits, place.values, slope)
+    change = derivative_along(network, place, gradient, inputs)
+    return (slope * change).sum(), torch.stack([g.square().sum() for g in gradient]).sum()
 
 
 def _quiz(student: nn.Module, place: Place, quiz: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
@@ -191,6 +201,16 @@ def _without_dropout(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+class _Unfollowed(TorchFunctionMode):
+    """What a network does under `torch.no_grad` is constant, for forward mode as for the way back."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with forward_ad._set_fwd_grad_enabled(torch.is_grad_enabled()):
+            return func(*args, **(kwargs or {}))
 
 
 def _twice_differentiable() -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from ._processes import mean_over_processes
 from .base import Batch, Method, TrainingRows
 from .features import dry_run
 from .logits import LogitMethod
-from .lookahead import Place, look_ahead, slope_on_logits
+from .lookahead import Place, both_ways, look_ahead, slope_on_logits
 
 LOOK_EVERY = 16
 """Rounds between comparisons of the taught teacher with what it was; at first they are closer."""
@@ -158,6 +158,7 @@ class MetaDistil(Method):
                 what = "one that remembers its answers; set `teacher.remember: false`"
             raise UserError(f"expected a teacher that can be trained for MetaDistil, got {what}")
         self.method.build(student, teacher, sample, rows)
+        self.held_out = float((rows["target"] >= 0).sum()) * self.quiz / (1 - self.quiz)  # about as many rows
         self.original = teacher
         self.teacher = copy.deepcopy(teacher.model).requires_grad_(True).eval()
         parameters, rate, decay = self.teacher.parameters(), self.teacher_lr, self.teacher_weight_decay
@@ -171,10 +172,15 @@ class MetaDistil(Method):
 
     def _rehearse(self, student: nn.Module, sample: Batch) -> None:
         said, change = self.teacher(sample["input"]), None
+        place = Place.of(student)
+        if not place.parameters:
+            raise UserError("expected a student with parameters to train, got none")
+        logits, _ = place.forward(student, sample["input"])
+        # A loss that is yet to be prepared cannot be asked; with the student's part any other will do.
+        loss = _plain_kd if self.wants_preparation else self._loss
         try:
-            logits, _ = Place.of(student).forward(student, sample["input"])
-            slope, of_teacher = slope_on_logits(self._loss, logits, said, sample)
-        except ValueError as error:  # of the loss, which says what it expected
+            slope, of_teacher = slope_on_logits(loss, logits, said, sample)
+        except (ValueError, RuntimeError) as error:  # of the loss, which says what it expected
             raise UserError(str(error)) from error
         if slope.requires_grad:
             (change,) = torch.autograd.grad(slope.sum(), of_teacher, allow_unused=True)
@@ -185,12 +191,18 @@ class MetaDistil(Method):
             )
         steps = min(self.batches_per_round, 2)
         try:
-            look_ahead(student, self._loss, [sample] * steps, [said] * steps, [sample], 0.0)
+            look_ahead(student, loss, [sample] * steps, [said] * steps, [sample], 0.0)
+            forward, back = both_ways(student, place, logits, slope.detach(), sample["input"])
         except (NotImplementedError, RuntimeError) as error:
             raise UserError(
                 "expected a student that can be differentiated in forward mode for MetaDistil, and twice "
                 f"with `batches_per_round` above 1, got one that cannot ({str(error).partition('.')[0]})"
             ) from error
+        if not torch.isclose(forward, back, rtol=0.05):
+            raise UserError(
+                "expected a student with the same derivative in forward mode as on the way back for "
+                f"MetaDistil, got {forward.item():.3g} and {back.item():.3g}; is a part of it compiled?"
+            )
 
     @property
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
@@ -275,15 +287,20 @@ class MetaDistil(Method):
         self.record["drift"] = now.pop("drift") / now["rows"]
         for name, count in now.items():
             self.record[name] = MEMORY * self.record[name] + count
-        rows, lost, gained = (self.record[name] for name in ("rows", "lost", "gained"))
-        noise = 2 * math.sqrt(lost + gained)
-        if math.isfinite(self.record["drift"]) and lost - gained - noise <= self.max_drop * rows:
+        forgotten = any(self._has_lost(each, max(self.held_out, now["rows"])) for each in (now, self.record))
+        if math.isfinite(self.record["drift"]) and not forgotten:
             return
         self.teacher.load_state_dict(self.original.model.state_dict())
         self.optimizer.state.clear()
         torch.clear_autocast_cache()
         self.record |= dict.fromkeys(("rounds", "rows", "lost", "gained", "drift"), 0.0)
         self.record["restored"] += 1
+
+    def _has_lost(self, counts: Mapping[str, float], held_out: float) -> bool:
+        """Whether more than `max_drop` of the accuracy is gone, beyond two standard errors."""
+        rows, lost, gained = (counts[name] for name in ("rows", "lost", "gained"))
+        repeated = max(1.0, rows / held_out)  # for a row says no more when it is asked again
+        return lost - gained - 2 * math.sqrt(repeated * (lost + gained)) > self.max_drop * rows
 
     @torch.no_grad()
     def _compare(self, quiz: Sequence[Batch]) -> dict[str, float]:
@@ -303,3 +320,7 @@ class MetaDistil(Method):
 
     def set_extra_state(self, state: dict[str, float]) -> None:
         self.record = dict(state)
+
+
+def _plain_kd(student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+    return kd_loss(student_logits, teacher_logits)

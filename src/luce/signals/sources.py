@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..errors import UserError
 from ..models.hooks import Features
+from ..models.substitute import forward_with
 from .signal import DenseSignal, Signal
 
 Batch = Mapping[str, Tensor]
@@ -99,8 +99,7 @@ class LearningTeacher(LiveTeacher):
 
     def _answer(self, inputs: Tensor) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        logits: Tensor = functional_call(self.model, buffers, (inputs,))
-        return logits
+        return forward_with(self.model, buffers, inputs)
 
 
 class RememberedTeacher(Teacher):

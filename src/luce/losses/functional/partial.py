@@ -256,7 +256,9 @@ def partial_kd_loss(
         needs_label=True,
     )
     r = _target(rows, keep, temperature, relation, label_smoothing, top_k, always_keep_true)
-    values = forward_kl(rows.student / temperature, r.log(), 1.0)
+    nothing = r == 0  # whose logarithm has no derivative
+    log_r = r.masked_fill(nothing, 1).log().masked_fill(nothing, -torch.inf)
+    values = forward_kl(rows.student / temperature, log_r, 1.0)
     return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -55,12 +55,15 @@ class PLDLoss(LogitLoss):
         self.suggested = suggest_temperature(teacher_logits)
         return {"teacher_temperature": self.suggested}
 
-    def get_extra_state(self) -> dict[str, float | None]:
-        """What was suggested; saved with the module."""
-        return {"suggested": self.suggested}
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.wants_preparation:  # otherwise there is nothing to save, and no file need have it
+            destination[prefix + "suggested"] = self.suggested
 
-    def set_extra_state(self, state: dict[str, float | None]) -> None:
-        self.suggested = state["suggested"]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        if self.wants_preparation:
+            self.suggested = state_dict.pop(prefix + "suggested", None)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def options(self) -> dict[str, object]:
         found = {"teacher_temperature": self.suggested or 1.0} if self.wants_preparation else {}

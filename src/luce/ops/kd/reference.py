@@ -118,11 +118,11 @@ def jsd(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Te
     pair = Pair.of(*softened(student, teacher, temperature))
     m = beta * pair.p + (1 - beta) * pair.q
     # What can be divided by, twice in the gradient; the others count for nothing.
-    number = torch.finfo(m.dtype)
-    m = torch.where(m < number.tiny / number.eps, 1, m)
+    smallest = torch.finfo(m.dtype).tiny / torch.finfo(m.dtype).eps
+    m = torch.where(m < smallest, 1, m)
 
     def to_mixture(p: Tensor, change: Tensor) -> Tensor:
-        relative = change / m
+        p, relative = torch.where(p < smallest, 0, p), change / m
         close = relative.abs() < 0.5
         far = torch.where(close | (p == 0), 1, p / m)
         d = torch.where(close, torch.log1p(-torch.where(close, relative, 0)), far.log())

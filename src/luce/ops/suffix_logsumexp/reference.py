@@ -22,5 +22,13 @@ def suffix_logsumexp(x: Tensor) -> Tensor:
         tensor([120.0000,   0.6931,   0.0000])
     """
     lowest = torch.finfo(x.dtype).min / 4  # finite: the gradient of logcumsumexp has no answer for -inf
-    phi = x.clamp(min=lowest).flip(-1).logcumsumexp(-1).flip(-1)
+    phi = x.clamp(min=lowest).flip(-1).logcumsumexp(-1)
+    if phi.requires_grad and not torch.compiler.is_compiling():
+        phi.register_hook(_constant_zeros)
+    phi = phi.flip(-1)
     return phi.masked_fill(phi <= lowest / 2, -torch.inf)
+
+
+def _constant_zeros(slope: Tensor) -> Tensor | None:
+    """The gradient of logcumsumexp takes the slope's logarithm, which must not be differentiated at 0."""
+    return slope.masked_fill(slope == 0, 0) if torch.is_grad_enabled() else None
