@@ -58,7 +58,7 @@ class MetaDistil(Method):
         quiz_batches: Batches of them that a round asks about.
         rows: Share of a batch, in (0, 1], that the pilot steps on and the teacher learns from, and likewise
             of a quiz batch. A step costs four to five times one of plain KD; at 0.5, which is our offer and
-            no part of the paper, two and a half. The student's own step takes the whole batch.
+            no part of the paper, two and a half to three. The student's own step takes the whole batch.
         batches_per_round: Steps of pilot and student between two steps of the teacher. More than one take
             second derivatives of the student.
         pilot_rate: The pilot's learning rate, in units of the student's at the time. The authors' code has 1
