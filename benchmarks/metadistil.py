@@ -94,7 +94,7 @@ class Step:
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.05, momentum=0.9)
         if rows is not None:
             self.method = MetaDistil(self.plain, rows=rows, max_drop=1.0)
-            self.method.build(self.student, self.teacher, pair.batch(2), pair.batch(2))
+            self.method.build(self.student, self.teacher, pair.batch(2), {})
             self.quiz = [pair.batch(pair.rows)]
 
     def __call__(self, batch: dict[str, Tensor]) -> None:

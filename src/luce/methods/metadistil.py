@@ -158,7 +158,6 @@ class MetaDistil(Method):
                 what = "one that remembers its answers; set `teacher.remember: false`"
             raise UserError(f"expected a teacher that can be trained for MetaDistil, got {what}")
         self.method.build(student, teacher, sample, rows)
-        self.held_out = float((rows["target"] >= 0).sum()) * self.quiz / (1 - self.quiz)  # about as many rows
         self.original = teacher
         self.teacher = copy.deepcopy(teacher.model).requires_grad_(True).eval()
         parameters, rate, decay = self.teacher.parameters(), self.teacher_lr, self.teacher_weight_decay
@@ -287,20 +286,15 @@ class MetaDistil(Method):
         self.record["drift"] = now.pop("drift") / now["rows"]
         for name, count in now.items():
             self.record[name] = MEMORY * self.record[name] + count
-        forgotten = any(self._has_lost(each, max(self.held_out, now["rows"])) for each in (now, self.record))
-        if math.isfinite(self.record["drift"]) and not forgotten:
+        rows, lost, gained = (self.record[name] for name in ("rows", "lost", "gained"))
+        noise = 2 * math.sqrt(lost + gained)
+        if math.isfinite(self.record["drift"]) and lost - gained - noise <= self.max_drop * rows:
             return
         self.teacher.load_state_dict(self.original.model.state_dict())
         self.optimizer.state.clear()
         torch.clear_autocast_cache()
         self.record |= dict.fromkeys(("rounds", "rows", "lost", "gained", "drift"), 0.0)
         self.record["restored"] += 1
-
-    def _has_lost(self, counts: Mapping[str, float], held_out: float) -> bool:
-        """Whether more than `max_drop` of the accuracy is gone, beyond two standard errors."""
-        rows, lost, gained = (counts[name] for name in ("rows", "lost", "gained"))
-        repeated = max(1.0, rows / held_out)  # for a row says no more when it is asked again
-        return lost - gained - 2 * math.sqrt(repeated * (lost + gained)) > self.max_drop * rows
 
     @torch.no_grad()
     def _compare(self, quiz: Sequence[Batch]) -> dict[str, float]:
