@@ -48,7 +48,8 @@ class MetaDistil(Method):
     *The guard.* At too high a learning rate the teacher forgets what it knew. On quiz rows, in rounds 1, 2,
     4, 8 and then every 16th, it is compared with the teacher that it was. Where its accuracy has fallen by
     more than `max_drop`, beyond two standard errors, it is given back its first weights, and from then on
-    learns at a tenth of its rate. This guard is ours. A run's metrics tell of ``quiz_loss``, of
+    learns at a tenth of its rate. A row of a small quiz that is asked again counts again, so there the guard
+    is quick to act. It is ours. A run's metrics tell of ``quiz_loss``, of
     ``teacher_gradient``, its norm, of ``teacher_drift``, the KL divergence of the taught teacher from what it
     was in nats on the quiz rows last compared, and of ``teacher_restored``, how often that has happened.
 
