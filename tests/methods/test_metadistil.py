@@ -387,7 +387,7 @@ def test_under_autocast_the_taught_teacher_is_not_a_memory_of_the_old_one() -> N
 
 def test_a_small_bert() -> None:
     """Its attention is a fused kernel, which has no derivative in forward mode, with dropout inside."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the extra [text]")
 
     class Text(nn.Module):
         def __init__(self, layers: int) -> None:

@@ -125,7 +125,7 @@ def test_an_input_given_by_keyword() -> None:
 
 
 def test_a_transformer_of_hugging_face() -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the extra [text]")
     config = transformers.BertConfig(
         hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=11
     )

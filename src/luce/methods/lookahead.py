@@ -98,7 +98,8 @@ def look_ahead(
     """Take pilot steps and differentiate the quiz loss after them towards the teacher's logits.
 
     Nothing of the student changes, nor do the random states: its own steps will draw what the pilot drew.
-    That goes for PyTorch's generators: one that draws from Python's or NumPy's is differentiated wrongly.
+    That goes for PyTorch's generators: a student that draws from Python's or NumPy's is differentiated
+    wrongly.
     No graph is kept: there is only one at a time, beside that of the teacher's logits if they have one.
 
     Args:
