@@ -551,6 +551,8 @@ method = MetaDistil(LogitMethod(KDLoss()), teacher_lr=1.0, batches_per_round=2, 
 method.build(student, LiveTeacher(teacher), rows[0], rows[0])
 method.before_round(student, *mine, 0.5)
 torch.save([method.teacher.state_dict(), method.record], sys.argv[4])
+if world > 1:
+    dist.destroy_process_group()  # or its threads may abort the process at its end
 """
 
 

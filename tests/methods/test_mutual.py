@@ -396,6 +396,7 @@ for tensor in together.values():
     both = [torch.empty_like(tensor) for _ in range(2)]
     distributed.all_gather(both, tensor)
     assert torch.equal(*both)
+distributed.destroy_process_group()  # or its threads may abort the process at its end
 """
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 
 
@@ -16,3 +18,10 @@ def processes(cpu: bool = False) -> PartialState:
     """
     launched = "LOCAL_RANK" in os.environ
     return PartialState(cpu=cpu or (launched and not torch.accelerator.is_available()))
+
+
+@atexit.register
+def _part() -> None:
+    """Leave the group before Python ends: the threads of one that is left behind may abort the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
