@@ -264,7 +264,7 @@ def test_batches_that_make_one_step_are_not_looked_at_ahead() -> None:
         check_own_steps(method, options)
 
 
-@pytest.mark.parametrize("where", ["prepare", "before_round", "step", "after_step"])
+@pytest.mark.parametrize("where", ["build", "prepare", "before_round", "step", "after_step"])
 def test_what_a_loss_refuses_is_no_traceback(
     where: str, make_recipe: Make, log: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -210,7 +210,8 @@ def build(
     sample = {name: part.to(device) for name, part in first.items()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        method.build(student, teacher, sample, {"index": rows.indices, "target": rows.targets})
+        with refusals():
+            method.build(student, teacher, sample, {"index": rows.indices, "target": rows.targets})
     return sample
 
 
