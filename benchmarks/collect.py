@@ -17,7 +17,10 @@ from luce.errors import UserError
 def collect(folder: Path, out: Path) -> None:
     """Write ``comparison.yaml``, ``README.md`` and ``runs.jsonl`` to `out`."""
     comparison = reports.read_comparison(folder)
-    environment = comparison.finished()[0].environment
+    environments = [run.environment for run in comparison.finished()]
+    commits = ", ".join(sorted({environment["commit"] for environment in environments}))
+    dates = sorted({environment["started"][:10] for environment in environments})
+    environment = environments[0]
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "comparison.yaml", out)
     text = [
@@ -25,9 +28,9 @@ def collect(folder: Path, out: Path) -> None:
         comparison.question,
         *reports.verdict(reports.summarise(comparison)).values(),
         reports.markdown_table(comparison),
-        f"`{comparison.command}`, commit {environment['commit']}, torch {environment['torch']}, "
+        f"`{comparison.command}`, commit {commits}, torch {environment['torch']}, "
         f"Python {environment['python']}, {environment['processor']}, {environment['threads']} threads, "
-        f"{environment['started'][:10]}. A line per run is in `runs.jsonl`.",
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. A line per run is in `runs.jsonl`.",
     ]
     (out / "README.md").write_text("\n\n".join(part.strip() for part in text) + "\n", encoding="utf-8")
     with (out / "runs.jsonl").open("w", encoding="utf-8") as lines:
