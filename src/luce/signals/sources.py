@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..models.hooks import Features
 from ..models.substitute import forward_with
-from .signal import DenseSignal, Signal
+from .signal import DenseSignal, Kind, Signal
 
 Batch = Mapping[str, Tensor]
 
@@ -109,10 +109,11 @@ class RememberedTeacher(Teacher):
 
     Args:
         logits: ``(rows of the source, C)``; NaN in rows nobody asked about.
+        kind: What they stand for.
     """
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+    def __init__(self, logits: Tensor, kind: Kind = "logits") -> None:
+        self.logits, self.kind = logits, kind
 
     def to(self, device: torch.device) -> None:
         """The answers stay where they are: they may not fit elsewhere, and a batch of them moves quickly."""
@@ -121,15 +122,17 @@ class RememberedTeacher(Teacher):
     def of(cls, teacher: Teacher, batches: Iterable[Batch], rows: int) -> RememberedTeacher:
         """Ask a teacher about all batches of a source that has so many rows."""
         logits: Tensor | None = None
+        kind: Kind = "logits"
         for batch in batches:
-            answer = teacher.signal(batch).logits
+            signal = teacher.signal(batch)
+            answer, kind = signal.logits, signal.kind
             if logits is None:
                 logits = torch.full((rows, answer.shape[-1]), torch.nan, dtype=answer.dtype)
             logits[batch["index"].cpu()] = answer.cpu()
         if logits is None:
             raise UserError("expected at least one batch to ask the teacher about, got none")
-        return cls(logits)
+        return cls(logits, kind)
 
     def signal(self, batch: Batch) -> DenseSignal:
         index = batch["index"]
-        return DenseSignal(self.logits[index.to(self.logits.device)].to(index.device))
+        return DenseSignal(self.logits[index.to(self.logits.device)].to(index.device), kind=self.kind)
