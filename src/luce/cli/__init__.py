@@ -12,6 +12,7 @@ COMMANDS = {
     "distill": "train a student from a teacher, as a recipe says",
     "compare": "train with several methods and seeds, and report the differences",
     "evaluate": "figures of a finished run's student, on its own data or on others",
+    "serve": "answer over HTTP as a black box, with a finished run's student",
     "diagnose": "what a teacher knows beyond the labels, and where KD with it may fail",
     "landscape": "draw losses over a plane of student logits",
     "report": "write the report of a run or of a comparison again",

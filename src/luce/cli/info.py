@@ -8,6 +8,8 @@ from collections.abc import Sequence
 EXTRAS = {
     "vision": ("timm", "torchvision"),
     "text": ("transformers", "datasets"),
+    "remote": ("httpx2",),
+    "serve": ("starlette", "uvicorn"),
     "track": ("tensorboard", "wandb"),
 }
 

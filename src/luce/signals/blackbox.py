@@ -16,7 +16,7 @@ from .signal import DenseSignal
 from .sources import Batch, Teacher
 
 Told: TypeAlias = Literal["probs", "topk", "label"]
-"""What a black box tells about a row: every class's probability, those of its best classes, or its best class.
+"""What a black box tells of a row: every class's probability, those of its best classes, or its best class.
 
 A row of such answers is a row of numbers: the C probabilities; the k best classes, then their
 probabilities; or the class alone.

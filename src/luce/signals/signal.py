@@ -8,9 +8,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-
 Kind: TypeAlias = Literal["logits", "probs", "topk", "label"]
-"""What a teacher tells of its answer: logits, every class's probability, its best classes', or its best class."""
+"""What a teacher tells: logits, every class's probability, those of its best classes, or its best class."""
 
 
 @dataclass(frozen=True)
