@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..losses import _check
 from ..losses.functional import kd_loss
-from ..signals import DenseSignal, LiveTeacher, Signal, Teacher
+from ..signals import BlackBox, DenseSignal, LiveTeacher, Signal, Teacher
 from ._processes import mean_over_processes
 from .base import Batch, Method, TrainingRows
 from .features import dry_run
@@ -155,7 +155,9 @@ class MetaDistil(Method):
         """Copy the teacher, and look ahead once, to hear now of what cannot be differentiated."""
         if not isinstance(teacher, LiveTeacher):
             what = "none; add `teacher` to the recipe"
-            if teacher is not None:
+            if isinstance(teacher, BlackBox):
+                what = "a black box; leave out `teacher.answers` or `teacher.url`"
+            elif teacher is not None:
                 what = "one that remembers its answers; set `teacher.remember: false`"
             raise UserError(f"expected a teacher that can be trained for MetaDistil, got {what}")
         self.method.build(student, teacher, sample, rows)

@@ -15,7 +15,7 @@ import yaml
 from luce.errors import UserError
 from luce.reports import plots
 from luce.reports.canvas import Plot, colours
-from luce.reports.runs import Comparison, Run, read_comparison, read_run
+from luce.reports.runs import Comparison, Network, Run, read_comparison, read_run
 from luce.reports.statistics import number, summarise, verdict
 from luce.reports.table import table
 
@@ -148,15 +148,20 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def _told_of(teacher: Network) -> str:
+    """The teacher in half a sentence, as far as it is known."""
+    score = "" if teacher.accuracy is None else f"{number(teacher.accuracy)}% for "
+    size = "" if teacher.parameters is None else f" with {teacher.parameters:,} parameters"
+    asked = "" if teacher.queries is None else f", a black box that was asked about {teacher.queries:,} rows"
+    return f", {'against' if score else 'with'} {score}its teacher, {teacher.model}{size}{asked}"
+
+
 def _run_page(run: Run) -> dict[str, Any]:
     last = run.last.test
-    teacher = run.teacher and (
-        f", against {number(run.teacher.accuracy or 0.0)}% for its teacher, {run.teacher.model} "
-        f"with {run.teacher.parameters:,} parameters"
-    )
+    teacher = "" if run.teacher is None else _told_of(run.teacher)
     answer = (
-        f"{run.student.model} with {run.student.parameters:,} parameters reached {number(last.accuracy)}% "
-        f"test accuracy at the last epoch{teacher or ''}. "
+        f"{run.student.model} with {run.student.parameters or 0:,} parameters reached {number(last.accuracy)}% "
+        f"test accuracy at the last epoch{teacher}. "
         "One run cannot say how much of this is chance."
     )
     calibration = [plot for found in plots.reliability(run).values() for plot in found]

@@ -80,11 +80,15 @@ class Moment:
 
 @dataclass(frozen=True)
 class Network:
-    """A model's name and its number of parameters; ``accuracy`` on the test set where it is a teacher."""
+    """A model's name and size; ``accuracy`` on the test set where it is a teacher, as far as it is known.
+
+    A black box tells no number of parameters. `queries` is how many rows it was asked about.
+    """
 
     model: str
-    parameters: int
+    parameters: int | None
     accuracy: float | None = None
+    queries: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,13 +181,20 @@ def read_run(folder: Path | str) -> Run:
             seconds=float(result["seconds"]),
             selection=str(result["selection"]),
             student=Network(str(result["student"]["model"]), int(result["student"]["parameters"])),
-            teacher=teacher
-            and Network(
-                str(teacher["model"]), int(teacher["parameters"]), float(teacher["test"]["accuracy"])
-            ),
+            teacher=teacher and _teacher(teacher),
             last=_moment(result["last"]),
             best=_moment(result["best"]),
         )
+
+
+def _teacher(content: Mapping[str, Any]) -> Network:
+    size, test = content["parameters"], content["test"]
+    return Network(
+        str(content["model"]),
+        None if size is None else int(size),
+        None if test is None else float(test["accuracy"]),
+        content.get("queries"),
+    )
 
 
 def read_comparison(folder: Path | str) -> Comparison:

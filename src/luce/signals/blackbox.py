@@ -142,6 +142,10 @@ class BlackBox(Teacher):
     def account(self, name: str) -> BlackBox:
         """The same teacher for somebody else, whose queries are counted by themselves."""
 
+    @abstractmethod
+    def price(self, batches: Iterable[Batch]) -> int:
+        """Rows that would have to be paid for to learn the answers about these batches; nobody is asked."""
+
     @property
     def cost(self) -> dict[str, Any]:
         """What asking has cost on this account, for a report."""
@@ -214,6 +218,9 @@ class LocalBlackBox(BlackBox):
         other = copy.copy(self)
         other.queries = 0
         return other
+
+    def price(self, batches: Iterable[Batch]) -> int:
+        return sum(len(batch["input"]) for batch in batches)
 
     @torch.no_grad()
     def told(self, inputs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from . import wire
 from .answers import Answers, key_of
 from .blackbox import FLOOR, BlackBox, Told, check_budget_option
 from .service import Service
+from .sources import Batch
 from .transport import Cost, Line, RemoteError, checked_url
 
 
@@ -126,10 +127,12 @@ class RemoteTeacher(BlackBox):
         self._line.close()
         self.known.close()
 
-    def missing(self, inputs: Tensor) -> set[bytes]:
-        """Keys of the rows whose answers are not known; nobody is asked."""
-        keys = {key_of(row) for row in _rows(inputs)}
-        return keys - self.known.find(keys).keys()
+    def price(self, batches: Iterable[Batch]) -> int:
+        missing: set[bytes] = set()
+        for batch in batches:
+            keys = {key_of(row) for row in _rows(batch["input"])}
+            missing |= keys - self.known.find(keys).keys()
+        return len(missing)
 
     def told(self, inputs: Tensor) -> Tensor:
         """The answers about these rows, ``(N, ...)``; see `luce.signals.tell`.

@@ -70,6 +70,8 @@ class ComparisonRecipe:
                     "expected names of settings and methods that can name a folder beside that of the "
                     f"teacher, got `{name}`"
                 )
+        if self.teacher.url is not None and self.teacher_training is not None:
+            raise UserError("expected no `teacher_training` beside `teacher.url`, whose teacher is trained")
         for name, changes in self.settings.items():
             for key in ("loss", "method"):
                 if key in changes:

@@ -18,7 +18,7 @@ from ..data.sources import as_source
 from ..losses.modules import PLDLoss
 from ..methods import LogitMethod, Loss, Method
 from ..models import Classifier
-from ..signals import LiveTeacher
+from ..signals import LiveTeacher, Teacher
 from .engine import Fit, fit
 from .options import parse
 from .progress import progress_bars
@@ -28,7 +28,7 @@ from .run import claim
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Teacher,
     train_data: Dataset[Any],
     val_data: Dataset[Any] | None = None,
     *,
@@ -42,6 +42,7 @@ def distill(
     Args:
         student: From inputs to logits ``(N, C)``; trained in place and left with the last epoch's weights.
         teacher: From the same inputs to logits ``(N, C)``; put into evaluation mode and otherwise untouched.
+            Or any `luce.signals.Teacher`, such as a `luce.signals.RemoteTeacher`.
         train_data: Items are ``(input, label)``, or dicts with ``input`` and ``target``. A label of -1 marks
             a row without one.
         val_data: Likewise, to choose the best epoch by.
@@ -78,7 +79,7 @@ def distill(
             method,
             train,
             validation,
-            teacher=LiveTeacher(Classifier(teacher)),
+            teacher=teacher if isinstance(teacher, Teacher) else LiveTeacher(Classifier(teacher)),
             options=settings,
             folder=place,
             progress=progress,

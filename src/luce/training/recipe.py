@@ -88,13 +88,58 @@ class ModelOptions:
 
 @dataclass
 class TeacherOptions(ModelOptions):
-    """The network to learn from.
+    """The network to learn from, or the address of one.
 
     Attributes:
         remember: Ask it once about every row instead of once per epoch; only without augmentation.
+        url: Of a server that answers as a black box, such as ``luce serve``; instead of a network.
+        answers: What a black box tells: probs, topk or label. None for all that a network knows, or for
+            whatever the server tells.
+        top_k: How many classes topk tells.
+        budget: Rows that a black box may be asked about; None for any number.
+        floor: Probabilities below it count as it; None for half of the last decimal, or 1e-12.
+        cache: File of the server's answers, which other runs may share.
+        concurrency: Requests to the server at one time.
+        batch_size: Most rows in one.
+        timeout: Seconds until one must be answered.
+        retries: How often one that is not is repeated.
+        token_env: Environment variable that holds the server's token.
+        token_file: Or a file with it.
+        test: Ask the server about the test rows too, for figures that compare with it.
     """
 
     remember: bool = False
+    url: str | None = None
+    answers: Literal["probs", "topk", "label"] | None = None
+    top_k: int | None = None
+    budget: int | None = None
+    floor: float | None = None
+    cache: str = "runs/answers.sqlite"
+    concurrency: int = 8
+    batch_size: int = 256
+    timeout: float = 60.0
+    retries: int = 5
+    token_env: str | None = None
+    token_file: str | None = None
+    test: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.url is not None and (self.checkpoint is not None or self.options):
+            raise UserError("expected `teacher.url` or a network as the teacher, got both; leave out one")
+        if self.url is None and self.answers is None:
+            for name in ("top_k", "budget", "floor"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"expected `teacher.{name}` with `teacher.answers` or `teacher.url` alone"
+                    )
+        if self.floor is not None and not 0 < self.floor < 1:
+            raise UserError(f"expected `teacher.floor` in (0, 1), got {self.floor}")
+
+    @property
+    def black_box(self) -> bool:
+        """Whether it only answers."""
+        return self.url is not None or self.answers is not None
 
 
 @dataclass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,20 +23,31 @@ from .. import data, models
 from ..data import Data, Examples
 from ..errors import UserError
 from ..losses import _check
-from ..methods import FeatureMethod, MetaDistil, Method, MutualLearning, TwoViewMethod
+from ..methods import FeatureMethod, LogitMethod, MetaDistil, Method, MutualLearning, TwoViewMethod
 from ..models.doors import fresh_weights_expected
 from ..models.text import check_tokens
-from ..signals import LiveTeacher, RememberedTeacher, Teacher
+from ..signals import (
+    BlackBox,
+    LiveTeacher,
+    LocalBlackBox,
+    RememberedTeacher,
+    RemoteTeacher,
+    Teacher,
+)
+from ..signals.blackbox import FLOOR
 from . import checkpoint, files, metrics
 from .engine import Fit, build, check_own_steps, divide, fit, new_accelerator
 from .environment import environment
 from .options import parse
 from .processes import processes
-from .recipe import PROCEDURES, ModelOptions, Recipe, build_method, read_yaml
+from .recipe import PROCEDURES, ModelOptions, Recipe, TeacherOptions, build_method, read_yaml
 from .rows import KnownRows
 from .session import checked_step, make_optimizer, refusals, signal_of
 
 EVALUATION_BATCH = 256
+
+REQUESTS_EACH = 8
+"""In a row on each connection to a server, before its answers are looked at."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +56,18 @@ class KnownTeacher:
 
     Attributes:
         train: Answers training batches.
-        test: Answers test batches.
-        description: Its name, size and test accuracy, for the report.
+        test: Answers test batches; None for a black box that is not to be asked about them.
+        description: Its name, size and test accuracy, for the report, as far as they are known.
     """
 
     train: Teacher
-    test: Teacher
+    test: Teacher | None
     description: dict[str, Any]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The description, with what a black box has cost by now."""
+        return self.description | (self.train.cost if isinstance(self.train, BlackBox) else {})
 
 
 @dataclass(frozen=True)
@@ -191,6 +209,8 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
     options, loaded, test = recipe.teacher, materials.data, materials.test
     if options is None:
         return materials
+    if options.url is not None:
+        return dataclasses.replace(materials, teacher=know_server(materials, recipe, options))
     if options.checkpoint is None and options.name in models.names():
         raise UserError(
             f"expected weights for the teacher, and a fresh `{options.name}` has none: "
@@ -201,13 +221,149 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
     live = LiveTeacher(network)
     live.to(accelerator.device)
     ask_train: Teacher = live
+    box = None if options.answers is None else local_box(network, options, len(loaded.classes))
+    if box is not None:
+        ask_train = box
     if options.remember:
-        ask_train = _remember(live, materials.train, accelerator)
+        if box is not None:
+            box.check_budget(box.price(_batches(materials.train)))
+        ask_train = _remember(ask_train, materials.train, accelerator)
+    # The network is at hand: figures are about all that it knows, and cost no queries.
     ask_test = _remember(live, test, accelerator)
-    accuracy = metrics.brief(ask_test.logits[test.indices], test.targets)["accuracy"]
     size = models.count_parameters(network)
-    about = {"model": description["model"], "parameters": size, "test": {"accuracy": accuracy}}
+    about = {"model": description["model"], "parameters": size, "test": _accuracy(ask_test, test)}
+    about |= {} if box is None else box.cost
     return dataclasses.replace(materials, teacher=KnownTeacher(ask_train, ask_test, about))
+
+
+def local_box(network: nn.Module, options: TeacherOptions, classes: int) -> LocalBlackBox:
+    """A network that tells as little as a recipe says.
+
+    Raises:
+        UserError: If `top_k` does not go with the answers or the classes.
+    """
+    assert options.answers is not None
+    return LocalBlackBox(
+        network,
+        answers=options.answers,
+        classes=classes,
+        top_k=options.top_k,
+        budget=options.budget,
+        floor=FLOOR if options.floor is None else options.floor,
+    )
+
+
+def know_server(materials: Materials, recipe: Recipe, options: TeacherOptions) -> KnownTeacher:
+    """The teacher at a URL. A fixed set of rows is asked about now, if it does not exceed the budget.
+
+    Raises:
+        UserError: If the server cannot be asked, does not fit the data, or the budget is too small; what it
+            has answered before is kept.
+    """
+    assert options.url is not None
+    loaded, train, test = materials.data, materials.train.plain, materials.test
+    box = RemoteTeacher(
+        options.url,
+        answers=options.answers,
+        top_k=options.top_k,
+        budget=options.budget,
+        cache=options.cache,
+        account=json.dumps(asdict(recipe.data)),  # whoever asks about the same rows shares it
+        concurrency=options.concurrency,
+        batch_size=options.batch_size,
+        timeout=options.timeout,
+        retries=options.retries,
+        token=_token(options),
+        floor=options.floor,
+    )
+    check_service(box, loaded)
+    fixed = [*([train] if options.remember else []), *([test] if options.test else [])]
+    if fixed:
+        price = box.price(batch for rows in fixed for batch in _batches(rows))
+        known = sum(map(len, fixed)) - price
+        announce(box, f"{price} rows to ask about now ({known} rows need no question)")
+        box.check_budget(price)
+    accelerator = new_accelerator(recipe.training)
+    size = box.batch_size * box.concurrency * REQUESTS_EACH
+    with processes().main_process_first():  # the others find the answers in the cache
+        ask_train = _remember(box, train, accelerator, size) if options.remember else box
+        ask_test = _remember(box, test, accelerator, size) if options.test else None
+    figures = None if ask_test is None else _accuracy(ask_test, test)
+    about = {"model": box.service.model, "parameters": None, "test": figures, **box.cost}
+    return KnownTeacher(ask_train, ask_test, about)
+
+
+def check_service(box: RemoteTeacher, loaded: Data) -> None:
+    """Refuse a server for other classes or inputs than the data has.
+
+    Raises:
+        UserError: If it is one.
+    """
+    service, names = box.service, tuple(loaded.classes)
+    if service.classes != len(names):
+        raise UserError(
+            f"expected a teacher for the {len(names)} classes of `{loaded.name}`, got one for "
+            f"{service.classes} from {box.url}"
+        )
+    if service.names is not None and service.names != names and sorted(service.names) == sorted(names):
+        raise UserError(
+            f"expected a teacher with the classes of `{loaded.name}` in their order, {', '.join(names[:5])} "
+            f"..., got the same in another order from {box.url}: {', '.join(service.names[:5])} ..."
+        )
+    if service.input_shape not in (None, tuple(loaded.input_shape)):
+        raise UserError(
+            f"expected a teacher for the inputs of `{loaded.name}`, of shape {tuple(loaded.input_shape)}, got "
+            f"one for {service.input_shape} from {box.url}"
+        )
+
+
+def announce(box: RemoteTeacher, what: str) -> None:
+    """Say what is about to be spent."""
+    if processes().is_main_process:
+        limit = "no budget" if box.budget is None else f"budget {box.budget}, {box.queries} of it used"
+        print(f"teacher {box.url} tells {box.answers}: {what}; {limit}", file=sys.stderr)
+
+
+def _token(options: TeacherOptions) -> str | None:
+    """The secret that a recipe only says where to find."""
+    if options.token_env is not None:
+        if options.token_env not in os.environ:
+            raise UserError(f"expected the token in `{options.token_env}`, and there is no such variable")
+        return os.environ[options.token_env].strip()
+    if options.token_file is not None:
+        try:
+            return Path(options.token_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the token in {options.token_file} ({error})") from error
+    return None
+
+
+def _accuracy(teacher: RememberedTeacher, test: Examples) -> dict[str, float]:
+    return {"accuracy": metrics.brief(teacher.logits[test.indices], test.targets)["accuracy"]}
+
+
+def on_account(materials: Materials, recipe: Recipe, method: Method, folder: Path) -> Materials:
+    """What one run of several has as its own: if its teacher is a black box, its queries are counted apart.
+
+    Raises:
+        BudgetError: If a method that asks about the training rows would ask about too many.
+    """
+    teacher = materials.teacher
+    if teacher is None or not isinstance(teacher.train, BlackBox):
+        return materials
+    box = teacher.train.account(str(folder.resolve()))
+    if isinstance(box, RemoteTeacher) and isinstance(method, LogitMethod) and method.needs_teacher:
+        rows, options = materials.train, recipe.data
+        rows = rows if method.uses_unlabelled else rows.labelled
+        if rows.random or options.augment != "none":
+            announce(
+                box, f"up to {len(rows)} rows x {recipe.training.epochs} epochs, as they change each time"
+            )
+        else:
+            price = box.price(_batches(rows))
+            announce(box, f"{price} rows to ask about in training ({len(rows) - price} need no question)")
+            box.check_budget(price)
+    return dataclasses.replace(materials, teacher=dataclasses.replace(teacher, train=box))
 
 
 def method_of(recipe: Recipe, loaded: Data | None = None) -> Method:
@@ -259,8 +415,7 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
     with fresh_weights_expected():  # `prepare_data` has told of the student's, and the teacher may yet learn
         student, _ = build_network(recipe.student, materials.data)
         if recipe.teacher is not None:
-            network, _ = build_network(recipe.teacher, materials.data)
-            teacher = LiveTeacher(network)
+            teacher = _stand_in(recipe.teacher, materials.data)
             if recipe.teacher.remember and isinstance(method, (FeatureMethod, MetaDistil)):
                 teacher = RememberedTeacher(torch.empty(0))
     cpu = torch.device("cpu")
@@ -280,10 +435,41 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
             checked_step(method, student, row, signal)
 
 
-def _remember(live: LiveTeacher, examples: Examples, accelerator: Accelerator) -> RememberedTeacher:
-    batches = data.loader(examples.plain, batch_size=EVALUATION_BATCH, seed=None)
-    on_device = ({name: part.to(accelerator.device) for name, part in batch.items()} for batch in batches)
-    return RememberedTeacher.of(live, on_device, rows=len(examples.source))
+def _stand_in(options: TeacherOptions, loaded: Data) -> Teacher:
+    """A teacher that answers in the form of the recipe's, and costs nothing."""
+    classes = len(loaded.classes)
+    if options.url is not None:
+        silent = _Silent(classes)
+        return LocalBlackBox(silent, answers=options.answers or "probs", classes=classes, top_k=options.top_k)
+    network, _ = build_network(options, loaded)
+    if options.answers is None:
+        return LiveTeacher(network)
+    return local_box(network, dataclasses.replace(options, budget=None), classes)
+
+
+class _Silent(nn.Module):
+    """Says the same of everything."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.zeros(len(inputs), self.classes, device=inputs.device)
+
+
+def _batches(examples: Examples, size: int = EVALUATION_BATCH) -> Iterable[dict[str, Tensor]]:
+    return data.loader(examples.plain, batch_size=size, seed=None)
+
+
+def _remember(
+    teacher: Teacher, examples: Examples, accelerator: Accelerator, size: int = EVALUATION_BATCH
+) -> RememberedTeacher:
+    on_device = (
+        {name: part.to(accelerator.device) for name, part in batch.items()}
+        for batch in _batches(examples, size)
+    )
+    return RememberedTeacher.of(teacher, on_device, rows=len(examples.source))
 
 
 def run(
@@ -307,6 +493,7 @@ def run(
     method_of(recipe)  # what makes no sense is told before the data is loaded
     materials = materials or prepare(recipe)
     method = method_of(recipe, materials.data)
+    materials = on_account(materials, recipe, method, folder)
     teacher = materials.teacher
     claim(folder, "recipe.yaml", asdict(recipe))
 
@@ -341,7 +528,7 @@ def run(
             name: {"test": _test(network, fitted.accelerator, materials)}
             for name, network in fitted.companions.items()
         },
-        "teacher": None if teacher is None else teacher.description,
+        "teacher": None if teacher is None else teacher.described,
     }
     checkpoint.export(folder / "student-last.safetensors", fitted.student.body.state_dict())
     fitted.student.body.load_state_dict(fitted.best_weights)
@@ -361,6 +548,8 @@ def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:
         UserError: If the folder holds no finished run, or the student does not fit the data.
     """
     student, description = checkpoint.load_student(folder)
+    if recipe.teacher is not None and recipe.teacher.url is not None and not recipe.teacher.test:
+        recipe = dataclasses.replace(recipe, teacher=None)  # it would be asked for nothing
     materials = prepare(recipe)
     if len(description["classes"]) != len(materials.data.classes):
         raise UserError(
