@@ -152,7 +152,7 @@ def read(request: argparse.Namespace, rest: Sequence[str]) -> tuple[Recipe, bool
     # Whatever was asked for: every row is looked at once, as it is.
     recipe.data.augment = "none"
     assert recipe.teacher is not None
-    recipe.teacher.remember = True
+    recipe.teacher.remember = recipe.teacher.test = True
     return recipe, same_data
 
 
@@ -197,6 +197,7 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
     known = know_teacher(Materials(loaded, train, held_out, held_out, teacher=None), recipe).teacher
     assert known is not None
     parts = {"training": train, "held out": held_out}
+    assert known.test is not None  # `read` has asked for it
     teacher = {
         name: source.signal({"index": part.indices}).logits
         for (name, part), source in zip(parts.items(), (known.train, known.test), strict=True)
@@ -241,7 +242,8 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
         labelled = part.targets != data.UNLABELLED
         figures = metrics.full(teacher[name][labelled].float(), None, part.targets[labelled])
         reliability[name] = [Bin(**bar) for bar in figures["reliability"]]
-    size = f"{known.description['model']}, {known.description['parameters']:,} parameters"
+    count = known.description["parameters"]
+    size = known.description["model"] + ("" if count is None else f", {count:,} parameters")
     return Report(
         teacher=request.teacher,
         data=request.data,

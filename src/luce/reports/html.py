@@ -160,7 +160,7 @@ def _run_page(run: Run) -> dict[str, Any]:
     last = run.last.test
     teacher = "" if run.teacher is None else _told_of(run.teacher)
     answer = (
-        f"{run.student.model} with {run.student.parameters or 0:,} parameters reached {number(last.accuracy)}% "
+        f"{run.student.model} with {run.student.parameters:,} parameters reached {number(last.accuracy)}% "
         f"test accuracy at the last epoch{teacher}. "
         "One run cannot say how much of this is chance."
     )

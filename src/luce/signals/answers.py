@@ -6,6 +6,7 @@ import copy
 import hashlib
 import sqlite3
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -28,6 +29,15 @@ TABLES = (
     f"PRAGMA application_id = {OURS}",
     f"PRAGMA user_version = {VERSION}",
 )
+
+
+SEAL = 4
+"""Bytes of an answer's checksum."""
+
+
+def sealed(key: bytes, told: bytes) -> bytes:
+    """An answer with a checksum behind it: SQLite looks after its own structures alone."""
+    return told + zlib.crc32(told, zlib.crc32(key)).to_bytes(SEAL, "little")
 
 
 def key_of(row: np.ndarray) -> bytes:
@@ -97,11 +107,11 @@ class Answers:
                         (self.teacher, *some),
                     )
                 )
-        return found
+        return {key: self._opened(key, told) for key, told in found.items()}
 
     def keep(self, answers: Mapping[bytes, bytes]) -> None:
         """Keep answers for good; those that are known already stay as they were."""
-        rows = [(self.teacher, key, told, self._account) for key, told in answers.items()]
+        rows = [(self.teacher, key, sealed(key, told), self._account) for key, told in answers.items()]
         with self._told(), self._transaction():
             self._base.executemany("INSERT OR IGNORE INTO answer VALUES (?, ?, ?, ?)", rows)
 
@@ -113,6 +123,12 @@ class Answers:
             f"the answers in {self.path} are damaged ({what}); the file is left as it is: restore a copy, or "
             "move it away to pay for its answers again"
         )
+
+    def _opened(self, key: bytes, told: bytes) -> bytes:
+        answer = told[:-SEAL]
+        if told != sealed(key, answer):
+            raise self.damaged("the checksum of an answer")
+        return answer
 
     def _open(self) -> None:
         ours, version = (

@@ -76,7 +76,8 @@ def logits_from(told: Tensor, answers: Told, classes: int, *, floor: float = FLO
     * Of probabilities, :math:`\log p_c - \frac1C \sum_i \log p_i`: the true logits but for their mean, which
       no softmax sees.
     * Of the best classes likewise; what is left of the probability is spread evenly over the others, none of
-      which gets more than the last class that was told. ``PLDLoss(top_k=k)`` looks at what was told alone.
+      which gets more than the last class that was told. ``PLDLoss(top_k=k)`` looks at what was told
+      alone, but for the probability of a label that is not among it.
     * Of a label, a teacher as good as certain of it: all other classes stand `GAP` nats below, so that KD is
       the cross-entropy with the label, at any usual temperature, and nothing is infinite.
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,45 +27,29 @@ from ..models.text import check_tokens
 from ..signals import (
     BlackBox,
     LiveTeacher,
-    LocalBlackBox,
     RememberedTeacher,
     RemoteTeacher,
     Teacher,
 )
-from ..signals.blackbox import FLOOR
 from . import checkpoint, files, metrics
 from .engine import Fit, build, check_own_steps, divide, fit, new_accelerator
 from .environment import environment
 from .options import parse
 from .processes import processes
-from .recipe import PROCEDURES, ModelOptions, Recipe, TeacherOptions, build_method, read_yaml
+from .recipe import PROCEDURES, ModelOptions, Recipe, build_method, read_yaml
 from .rows import KnownRows
 from .session import checked_step, make_optimizer, refusals, signal_of
-
-EVALUATION_BATCH = 256
-
-REQUESTS_EACH = 8
-"""In a row on each connection to a server, before its answers are looked at."""
-
-
-@dataclass(frozen=True)
-class KnownTeacher:
-    """A teacher with what it says about the rows of a run.
-
-    Attributes:
-        train: Answers training batches.
-        test: Answers test batches; None for a black box that is not to be asked about them.
-        description: Its name, size and test accuracy, for the report, as far as they are known.
-    """
-
-    train: Teacher
-    test: Teacher | None
-    description: dict[str, Any]
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """The description, with what a black box has cost by now."""
-        return self.description | (self.train.cost if isinstance(self.train, BlackBox) else {})
+from .teachers import (
+    EVALUATION_BATCH,
+    KnownTeacher,
+    accuracy,
+    announce,
+    in_order,
+    know_server,
+    local_box,
+    remember,
+    stand_in,
+)
 
 
 @dataclass(frozen=True)
@@ -210,7 +192,9 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
     if options is None:
         return materials
     if options.url is not None:
-        return dataclasses.replace(materials, teacher=know_server(materials, recipe, options))
+        device = new_accelerator(recipe.training).device
+        known = know_server(options, recipe.data, loaded, materials.train, test, device)
+        return dataclasses.replace(materials, teacher=known)
     if options.checkpoint is None and options.name in models.names():
         raise UserError(
             f"expected weights for the teacher, and a fresh `{options.name}` has none: "
@@ -226,120 +210,14 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
         ask_train = box
     if options.remember:
         if box is not None:
-            box.check_budget(box.price(_batches(materials.train)))
-        ask_train = _remember(ask_train, materials.train, accelerator)
+            box.check_budget(box.price(in_order(materials.train)))
+        ask_train = remember(ask_train, materials.train, accelerator.device)
     # The network is at hand: figures are about all that it knows, and cost no queries.
-    ask_test = _remember(live, test, accelerator)
+    ask_test = remember(live, test, accelerator.device)
     size = models.count_parameters(network)
-    about = {"model": description["model"], "parameters": size, "test": _accuracy(ask_test, test)}
+    about = {"model": description["model"], "parameters": size, "test": accuracy(ask_test, test)}
     about |= {} if box is None else box.cost
     return dataclasses.replace(materials, teacher=KnownTeacher(ask_train, ask_test, about))
-
-
-def local_box(network: nn.Module, options: TeacherOptions, classes: int) -> LocalBlackBox:
-    """A network that tells as little as a recipe says.
-
-    Raises:
-        UserError: If `top_k` does not go with the answers or the classes.
-    """
-    assert options.answers is not None
-    return LocalBlackBox(
-        network,
-        answers=options.answers,
-        classes=classes,
-        top_k=options.top_k,
-        budget=options.budget,
-        floor=FLOOR if options.floor is None else options.floor,
-    )
-
-
-def know_server(materials: Materials, recipe: Recipe, options: TeacherOptions) -> KnownTeacher:
-    """The teacher at a URL. A fixed set of rows is asked about now, if it does not exceed the budget.
-
-    Raises:
-        UserError: If the server cannot be asked, does not fit the data, or the budget is too small; what it
-            has answered before is kept.
-    """
-    assert options.url is not None
-    loaded, train, test = materials.data, materials.train.plain, materials.test
-    box = RemoteTeacher(
-        options.url,
-        answers=options.answers,
-        top_k=options.top_k,
-        budget=options.budget,
-        cache=options.cache,
-        account=json.dumps(asdict(recipe.data)),  # whoever asks about the same rows shares it
-        concurrency=options.concurrency,
-        batch_size=options.batch_size,
-        timeout=options.timeout,
-        retries=options.retries,
-        token=_token(options),
-        floor=options.floor,
-    )
-    check_service(box, loaded)
-    fixed = [*([train] if options.remember else []), *([test] if options.test else [])]
-    if fixed:
-        price = box.price(batch for rows in fixed for batch in _batches(rows))
-        known = sum(map(len, fixed)) - price
-        announce(box, f"{price} rows to ask about now ({known} rows need no question)")
-        box.check_budget(price)
-    accelerator = new_accelerator(recipe.training)
-    size = box.batch_size * box.concurrency * REQUESTS_EACH
-    with processes().main_process_first():  # the others find the answers in the cache
-        ask_train = _remember(box, train, accelerator, size) if options.remember else box
-        ask_test = _remember(box, test, accelerator, size) if options.test else None
-    figures = None if ask_test is None else _accuracy(ask_test, test)
-    about = {"model": box.service.model, "parameters": None, "test": figures, **box.cost}
-    return KnownTeacher(ask_train, ask_test, about)
-
-
-def check_service(box: RemoteTeacher, loaded: Data) -> None:
-    """Refuse a server for other classes or inputs than the data has.
-
-    Raises:
-        UserError: If it is one.
-    """
-    service, names = box.service, tuple(loaded.classes)
-    if service.classes != len(names):
-        raise UserError(
-            f"expected a teacher for the {len(names)} classes of `{loaded.name}`, got one for "
-            f"{service.classes} from {box.url}"
-        )
-    if service.names is not None and service.names != names and sorted(service.names) == sorted(names):
-        raise UserError(
-            f"expected a teacher with the classes of `{loaded.name}` in their order, {', '.join(names[:5])} "
-            f"..., got the same in another order from {box.url}: {', '.join(service.names[:5])} ..."
-        )
-    if service.input_shape not in (None, tuple(loaded.input_shape)):
-        raise UserError(
-            f"expected a teacher for the inputs of `{loaded.name}`, of shape {tuple(loaded.input_shape)}, got "
-            f"one for {service.input_shape} from {box.url}"
-        )
-
-
-def announce(box: RemoteTeacher, what: str) -> None:
-    """Say what is about to be spent."""
-    if processes().is_main_process:
-        limit = "no budget" if box.budget is None else f"budget {box.budget}, {box.queries} of it used"
-        print(f"teacher {box.url} tells {box.answers}: {what}; {limit}", file=sys.stderr)
-
-
-def _token(options: TeacherOptions) -> str | None:
-    """The secret that a recipe only says where to find."""
-    if options.token_env is not None:
-        if options.token_env not in os.environ:
-            raise UserError(f"expected the token in `{options.token_env}`, and there is no such variable")
-        return os.environ[options.token_env].strip()
-    if options.token_file is not None:
-        try:
-            return Path(options.token_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the token in {options.token_file} ({error})") from error
-    return None
-
-
-def _accuracy(teacher: RememberedTeacher, test: Examples) -> dict[str, float]:
-    return {"accuracy": metrics.brief(teacher.logits[test.indices], test.targets)["accuracy"]}
 
 
 def on_account(materials: Materials, recipe: Recipe, method: Method, folder: Path) -> Materials:
@@ -360,7 +238,7 @@ def on_account(materials: Materials, recipe: Recipe, method: Method, folder: Pat
                 box, f"up to {len(rows)} rows x {recipe.training.epochs} epochs, as they change each time"
             )
         else:
-            price = box.price(_batches(rows))
+            price = box.price(in_order(rows))
             announce(box, f"{price} rows to ask about in training ({len(rows) - price} need no question)")
             box.check_budget(price)
     return dataclasses.replace(materials, teacher=dataclasses.replace(teacher, train=box))
@@ -415,8 +293,15 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
     with fresh_weights_expected():  # `prepare_data` has told of the student's, and the teacher may yet learn
         student, _ = build_network(recipe.student, materials.data)
         if recipe.teacher is not None:
-            teacher = _stand_in(recipe.teacher, materials.data)
-            if recipe.teacher.remember and isinstance(method, (FeatureMethod, MetaDistil)):
+            options, classes = recipe.teacher, len(materials.data.classes)
+            if options.url is not None:
+                teacher = stand_in(options, classes)
+            else:
+                network, _ = build_network(options, materials.data)
+                teacher = LiveTeacher(network)
+                if options.answers is not None:
+                    teacher = local_box(network, dataclasses.replace(options, budget=None), classes)
+            if options.remember and isinstance(method, (FeatureMethod, MetaDistil)):
                 teacher = RememberedTeacher(torch.empty(0))
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)
@@ -433,43 +318,6 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
         method.eval().before_round(student.eval(), [row] * method.batches_per_round, asked, 0.0)
         with torch.no_grad():
             checked_step(method, student, row, signal)
-
-
-def _stand_in(options: TeacherOptions, loaded: Data) -> Teacher:
-    """A teacher that answers in the form of the recipe's, and costs nothing."""
-    classes = len(loaded.classes)
-    if options.url is not None:
-        silent = _Silent(classes)
-        return LocalBlackBox(silent, answers=options.answers or "probs", classes=classes, top_k=options.top_k)
-    network, _ = build_network(options, loaded)
-    if options.answers is None:
-        return LiveTeacher(network)
-    return local_box(network, dataclasses.replace(options, budget=None), classes)
-
-
-class _Silent(nn.Module):
-    """Says the same of everything."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.zeros(len(inputs), self.classes, device=inputs.device)
-
-
-def _batches(examples: Examples, size: int = EVALUATION_BATCH) -> Iterable[dict[str, Tensor]]:
-    return data.loader(examples.plain, batch_size=size, seed=None)
-
-
-def _remember(
-    teacher: Teacher, examples: Examples, accelerator: Accelerator, size: int = EVALUATION_BATCH
-) -> RememberedTeacher:
-    on_device = (
-        {name: part.to(accelerator.device) for name, part in batch.items()}
-        for batch in _batches(examples, size)
-    )
-    return RememberedTeacher.of(teacher, on_device, rows=len(examples.source))
 
 
 def run(

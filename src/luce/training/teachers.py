@@ -1,0 +1,196 @@
+"""Teachers that recipes name, where they are no plain networks: black boxes, at hand or behind a URL."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import data
+from ..data import Data, Examples
+from ..errors import UserError
+from ..signals import BlackBox, LocalBlackBox, RememberedTeacher, RemoteTeacher, Teacher
+from ..signals.blackbox import FLOOR
+from . import metrics
+from .processes import processes
+from .recipe import DataOptions, TeacherOptions
+
+EVALUATION_BATCH = 256
+
+REQUESTS_EACH = 8
+"""In a row on each connection to a server, before its answers are looked at."""
+
+
+@dataclass(frozen=True)
+class KnownTeacher:
+    """A teacher with what it says about the rows of a run.
+
+    Attributes:
+        train: Answers training batches.
+        test: Answers test batches; None for a black box that is not to be asked about them.
+        description: Its name, size and test accuracy, for the report, as far as they are known.
+    """
+
+    train: Teacher
+    test: Teacher | None
+    description: dict[str, Any]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The description, with what a black box has cost by now."""
+        return self.description | (self.train.cost if isinstance(self.train, BlackBox) else {})
+
+
+def local_box(network: nn.Module, options: TeacherOptions, classes: int) -> LocalBlackBox:
+    """A network that tells as little as a recipe says.
+
+    Raises:
+        UserError: If `top_k` does not go with the answers or the classes.
+    """
+    assert options.answers is not None
+    return LocalBlackBox(
+        network,
+        answers=options.answers,
+        classes=classes,
+        top_k=options.top_k,
+        budget=options.budget,
+        floor=FLOOR if options.floor is None else options.floor,
+    )
+
+
+def know_server(
+    options: TeacherOptions,
+    data_options: DataOptions,
+    loaded: Data,
+    train: Examples,
+    test: Examples,
+    device: torch.device,
+) -> KnownTeacher:
+    """The teacher at a URL. A fixed set of rows is asked about now, if it does not exceed the budget.
+
+    Args:
+        options: Of the teacher.
+        data_options: Who asks about the same rows, by these, shares an account.
+        loaded: The data that it should fit.
+        train: Rows to ask about now, if the answers are to be remembered.
+        test: Likewise, if it is to be tested.
+        device: For the rows.
+    Raises:
+        UserError: If the server cannot be asked, does not fit the data, or the budget is too small; what it
+            has answered before is kept.
+    """
+    assert options.url is not None
+    box = RemoteTeacher(
+        options.url,
+        answers=options.answers,
+        top_k=options.top_k,
+        budget=options.budget,
+        cache=options.cache,
+        account=json.dumps(asdict(data_options)),
+        concurrency=options.concurrency,
+        batch_size=options.batch_size,
+        timeout=options.timeout,
+        retries=options.retries,
+        token=_token(options),
+        floor=options.floor,
+    )
+    check_service(box, loaded)
+    fixed = [*([train] if options.remember else []), *([test] if options.test else [])]
+    if fixed:
+        price = box.price(batch for rows in fixed for batch in in_order(rows))
+        known = sum(map(len, fixed)) - price
+        announce(box, f"{price} rows to ask about now ({known} rows need no question)")
+        box.check_budget(price)
+    size = box.batch_size * box.concurrency * REQUESTS_EACH
+    with processes().main_process_first():  # the others find the answers in the cache
+        ask_train = remember(box, train, device, size) if options.remember else box
+        ask_test = remember(box, test, device, size) if options.test else None
+    figures = None if ask_test is None else accuracy(ask_test, test)
+    about = {"model": box.service.model, "parameters": None, "test": figures, **box.cost}
+    return KnownTeacher(ask_train, ask_test, about)
+
+
+def check_service(box: RemoteTeacher, loaded: Data) -> None:
+    """Refuse a server for other classes or inputs than the data has.
+
+    Raises:
+        UserError: If it is one.
+    """
+    service, names = box.service, tuple(loaded.classes)
+    if service.classes != len(names):
+        raise UserError(
+            f"expected a teacher for the {len(names)} classes of `{loaded.name}`, got one for "
+            f"{service.classes} from {box.url}"
+        )
+    if service.names is not None and service.names != names and sorted(service.names) == sorted(names):
+        raise UserError(
+            f"expected a teacher with the classes of `{loaded.name}` in their order, {', '.join(names[:5])} "
+            f"..., got the same in another order from {box.url}: {', '.join(service.names[:5])} ..."
+        )
+    if service.input_shape not in (None, tuple(loaded.input_shape)):
+        raise UserError(
+            f"expected a teacher for the inputs of `{loaded.name}`, of shape {tuple(loaded.input_shape)}, "
+            f"got one for {service.input_shape} from {box.url}"
+        )
+
+
+def announce(box: RemoteTeacher, what: str) -> None:
+    """Say what is about to be spent."""
+    if processes().is_main_process:
+        limit = "no budget" if box.budget is None else f"budget {box.budget}, {box.queries} of it used"
+        print(f"teacher {box.url} tells {box.answers}: {what}; {limit}", file=sys.stderr)
+
+
+def _token(options: TeacherOptions) -> str | None:
+    """The secret that a recipe only says where to find."""
+    if options.token_env is not None:
+        if options.token_env not in os.environ:
+            raise UserError(f"expected the token in `{options.token_env}`, and there is no such variable")
+        return os.environ[options.token_env].strip()
+    if options.token_file is not None:
+        try:
+            return Path(options.token_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the token in {options.token_file} ({error})") from error
+    return None
+
+
+def accuracy(teacher: RememberedTeacher, test: Examples) -> dict[str, float]:
+    return {"accuracy": metrics.brief(teacher.logits[test.indices], test.targets)["accuracy"]}
+
+
+def stand_in(options: TeacherOptions, classes: int) -> LocalBlackBox:
+    """A black box that answers in the form of the one at a URL, says nothing, and costs nothing."""
+    silent = _Silent(classes)
+    return LocalBlackBox(silent, answers=options.answers or "probs", classes=classes, top_k=options.top_k)
+
+
+class _Silent(nn.Module):
+    """Says the same of everything."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.zeros(len(inputs), self.classes, device=inputs.device)
+
+
+def in_order(examples: Examples, size: int = EVALUATION_BATCH) -> Iterable[dict[str, Tensor]]:
+    return data.loader(examples.plain, batch_size=size, seed=None)
+
+
+def remember(
+    teacher: Teacher, examples: Examples, device: torch.device, size: int = EVALUATION_BATCH
+) -> RememberedTeacher:
+    on_device = (
+        {name: part.to(device) for name, part in batch.items()} for batch in in_order(examples, size)
+    )
+    return RememberedTeacher.of(teacher, on_device, rows=len(examples.source))
