@@ -305,7 +305,8 @@ def read_inputs(content: bytes, shape: tuple[int, ...], max_batch: int, texts: b
         elif array.dtype == np.uint8:
             array = array.astype(np.float32) / np.float32(255)
         else:
-            array = array.astype(np.float32)
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float32)
             if not np.isfinite(array).all():
                 raise ValueError("expected numbers that float32 can hold")
     except ValueError as error:
