@@ -1,4 +1,4 @@
-"""Servers for tests, each at a free port of this machine: one that behaves, and one that does what it is told."""
+"""Servers for tests, at free ports of this machine: one that behaves, and one that does what it is told."""
 
 from __future__ import annotations
 

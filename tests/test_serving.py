@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def test_inputs_and_answers_in_base64() -> None:
         pixels = post(url, {"inputs": packed("uint8", (1, 3), bytes([0, 51, 255]))}).json()["probs"]
         floats = post(url, {"inputs": [[0.0, 0.2, 1.0]]}).json()["probs"]
     assert (told["dtype"], told["shape"]) == ("float32", [2, 4])
-    assert list(struct.unpack("<8f", base64.b64decode(told["base64"]))) == pytest.approx(sum(plain, []))
+    assert list(struct.unpack("<8f", base64.b64decode(told["base64"]))) == pytest.approx(np.ravel(plain))
     assert pixels[0] == pytest.approx(floats[0], rel=1e-6)
 
 

@@ -129,7 +129,7 @@ def test_a_budget_is_looked_at_before_anything_is_asked() -> None:
         teacher.signal(rows(4))
     calls: list[int] = []
     teacher.model.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(BudgetError, match="expected at most 10 rows .* got 3 more after 8"):
+    with pytest.raises(BudgetError, match=r"expected at most 10 rows .* got 3 more after 8"):
         teacher.signal(rows(3))
     assert (teacher.queries, calls) == (8, [])
     teacher.signal(rows(2))

@@ -123,8 +123,12 @@ class TeacherOptions(ModelOptions):
     token_file: str | None = None
     test: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            UserError: If they do not.
+        """
         if self.url is not None and (self.checkpoint is not None or self.options):
             raise UserError("expected `teacher.url` or a network as the teacher, got both; leave out one")
         if self.url is None and self.answers is None:
@@ -233,6 +237,10 @@ class Recipe:
     teacher: TeacherOptions | None = None
     loss: dict[str, dict[str, Any]] = field(default_factory=lambda: {"pld": {"loss": "PLDLoss"}})
     training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            self.teacher.check()
 
 
 PROCEDURES: dict[str, Callable[..., Method]] = {
