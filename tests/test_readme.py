@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -34,12 +37,29 @@ def test_the_readme_shows_every_command() -> None:
     assert {words[0] for words in commands()} == set(COMMANDS)
 
 
+def check_serves(words: list[str]) -> None:
+    """A command that would not end: it says where it can be reached, and can be."""
+    run = subprocess.Popen([sys.executable, "-m", "luce", *words], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    try:
+        lines = [run.stdout.readline() for _ in range(3)]
+        url = lines[1].removeprefix("url: ").strip()
+        with urllib.request.urlopen(f"{url}/healthz", timeout=60) as answer:
+            assert answer.status == 200
+    finally:
+        run.kill()
+        run.communicate()
+
+
 def test_readme_commands_work_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
     for words in commands():
+        if words[0] == "serve":
+            check_serves(words)
+            continue
         status = main([*words, *SHORTER.get(words[0], [])])
         assert status == 0, (words, capsys.readouterr().err)
     assert (tmp_path / "runs/demo/report.html").exists()

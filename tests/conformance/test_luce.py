@@ -16,7 +16,13 @@ from ..losses.catalogue import CASES, Case
 # What the catalogue does not know: the laws that some losses obey by their nature.
 DIVERGENCES = (luce.kd_loss, luce.reverse_kl_loss, luce.jsd_loss, luce.dkd_loss)
 TRUE_OF = {
-    "vanishing_classes": (*DIVERGENCES, luce.listnet_loss, luce.pld_loss, luce.cross_entropy_loss),
+    "vanishing_classes": (
+        *DIVERGENCES,
+        luce.listnet_loss,
+        luce.pld_loss,
+        luce.cross_entropy_loss,
+        luce.hard_label_loss,
+    ),
     "settled_choice": (luce.pld_loss, luce.listmle_loss, luce.p_listmle_loss, luce.cross_entropy_loss),
     "log_tail": (
         luce.kd_loss,

@@ -322,6 +322,7 @@ LOSSES = (
         ),
         ranks=True,
     ),
+    Loss(luce.hard_label_loss, luce.HardLabelLoss, ({}, {"backend": "reference"}), ranks=True),
 )
 
 OF_THEIR_OWN = {luce.CTKDLoss, luce.Standardized}

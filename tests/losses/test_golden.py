@@ -550,3 +550,12 @@ def test_rankdistil_spelled_out():
     # Half of a temperature is twice the logits: worths 4, 9 and 1.
     cold = value(luce.rankdistil_loss, student, teacher, temperature=0.5)
     assert cold == pytest.approx(log(14 / 4) + log(10 / 1), rel=1e-12)
+
+
+def test_hard_label():
+    expected = [-math.log(formulas.softmax(s)[t.index(max(t))]) for s, t in zip(S, T, strict=True)]
+    assert value(luce.hard_label_loss, S, T) == pytest.approx(sum(expected) / len(expected), rel=1e-12)
+    assert value(luce.hard_label_loss, [[0.0, 0.0, 5.0]], [[2.0, 2.0, 1.0]]) == pytest.approx(
+        math.log(2 + math.exp(5)),
+        rel=1e-12,  # of equal logits the first
+    )

@@ -40,6 +40,7 @@ INF_IF_THE_STUDENT_EXCLUDES_THE_LABEL = {
     "ranking_hinge_loss": True,
     "ranking_logistic_loss": True,
     "rankdistil_loss": True,
+    "hard_label_loss": False,
 }
 INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "cross_entropy_loss": False,
@@ -66,6 +67,7 @@ INF_IF_THE_TEACHER_EXCLUDES_A_CLASS = {
     "ranking_hinge_loss": False,
     "ranking_logistic_loss": False,
     "rankdistil_loss": False,
+    "hard_label_loss": False,
 }
 
 

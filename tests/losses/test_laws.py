@@ -489,3 +489,14 @@ def test_dist_of_equal_networks_is_nearly_zero():
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(16, 5, generator=random, dtype=torch.float64)
     assert 0 <= luce.dist_loss(logits, logits, temperature=1.0) < 1e-5
+
+
+@given(rows())
+def test_hard_labels_are_kd_from_a_certain_teacher_and_cross_entropy_with_its_choice(data):
+    student, teacher, target = data
+    choice = teacher.argmax(-1)
+    values = luce.hard_label_loss(student, teacher, target, reduction="none")
+    assert_close(values, luce.cross_entropy_loss(student, choice, reduction="none"))
+    certain = torch.full_like(teacher, -1000.0).scatter(1, choice[:, None], 0.0)
+    assert_close(values, luce.kd_loss(student, certain, reduction="none"))
+    assert_close(values, luce.hard_label_loss(student, 2 * teacher, reduction="none"))

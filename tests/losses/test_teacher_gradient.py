@@ -15,7 +15,10 @@ from luce.ops._pairs import sum_over_pairs
 from .catalogue import CASES, IGNORED, UNLABELLED, Case, batch
 
 taught = pytest.mark.only(
-    lambda case: case.loss.module.takes_teacher and case.loss.function is not luce.rankdistil_loss
+    lambda case: (
+        case.loss.module.takes_teacher
+        and case.loss.function not in (luce.rankdistil_loss, luce.hard_label_loss)
+    )
 )
 
 
@@ -109,7 +112,7 @@ def test_the_block_ends_with_an_error_too() -> None:
 
 def test_what_autograd_would_take_for_constant_is_refused() -> None:
     student, teacher, target = batch(2)
-    for loss in (luce.RankDistilLoss(), luce.CTKDLoss(classes=5)):
+    for loss in (luce.RankDistilLoss(), luce.HardLabelLoss(), luce.CTKDLoss(classes=5)):
         loss.double()(student, teacher, target)
         with teacher_gradient(), pytest.raises(ValueError, match="pass a gradient on to the teacher, got"):
             loss(student, teacher, target)

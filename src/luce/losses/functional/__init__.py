@@ -1,7 +1,7 @@
 """Distillation losses as pure functions of tensors."""
 
 from .curriculum import tempered_kd
-from .divergence import cross_entropy_loss, dkd_loss, jsd_loss, kd_loss, reverse_kl_loss
+from .divergence import cross_entropy_loss, dkd_loss, hard_label_loss, jsd_loss, kd_loss, reverse_kl_loss
 from .embeddings import cc_loss, linear_cka, pkt_loss, rkd_loss, sp_loss
 from .iekd import exploration_loss, inheritance_loss
 from .lipschitz import lipschitz_loss, spectral_norm, transmitting_matrix
@@ -34,6 +34,7 @@ __all__ = [
     "exploration_loss",
     "fitnet_loss",
     "fsp_loss",
+    "hard_label_loss",
     "ickd_loss",
     "inheritance_loss",
     "jsd_loss",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ...ops._library import Backend
@@ -14,6 +15,7 @@ from ...ops.dkd import weighted_dkd
 from ...ops.kd import forward_kl, jsd, kl_limit, reverse_kl
 from .. import _check
 from .._reduce import UNLABELLED, Blocks, Reduction
+from .._teacher import refuse_teacher_gradient
 
 
 def cross_entropy_loss(
@@ -74,6 +76,63 @@ def cross_entropy_loss(
         return cross_entropy(
             blocks.student, blocks.labels(), label_smoothing=label_smoothing, weight=weight, backend=backend
         )
+
+    return blocks.reduce(rows, reduction)
+
+
+def hard_label_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Cross-entropy with the teacher's choice, as where a teacher tells nothing but its best class.
+
+    .. math:: -\log q_k, \quad k = \arg\max_i t_i, \ q = \mathrm{softmax}(s)
+
+    Of equal logits the first is the choice. Rows without a label count like others. It is what `kd_loss`
+    tends to at temperature 1 as the teacher grows certain.
+
+    Args:
+        student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
+        teacher_logits: Same shape; receives no gradient.
+        target: Labels, which only say which rows to ignore.
+        ignore_index: Rows with this label do not count.
+        class_dim: Dimension of the classes.
+        row_weight: One weight per row, at least 0; the mean divides by their sum.
+        reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
+        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
+    Returns:
+        Nats, float32 for 16-bit logits.
+    Raises:
+        ValueError: On a wrong shape or value.
+        TypeError: On a wrong dtype.
+    Example:
+        >>> import torch
+        >>> hard_label_loss(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[0.0, -1.0, 3.0, 1.0]]))
+        tensor(0.3754)
+    """
+    refuse_teacher_gradient("hard_label_loss", "which sees its choice alone")
+    blocks = Blocks.of(
+        student_logits,
+        teacher_logits,
+        target,
+        row_weight,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+    )
+
+    def rows(weight: Tensor | None) -> Tensor:
+        teacher = blocks.given_teacher()
+        # Of a row with NaN no class is the best; a label that is none makes the row NaN.
+        choice = teacher.argmax(dim=1).masked_fill(teacher.isnan().any(dim=1), -2)
+        student = blocks.student.double() if teacher.dtype is torch.float64 else blocks.student
+        return cross_entropy(student, choice, label_smoothing=0.0, weight=weight, backend=backend)
 
     return blocks.reduce(rows, reduction)
 

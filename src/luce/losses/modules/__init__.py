@@ -3,7 +3,7 @@
 from .base import LogitLoss
 from .crd import CRDLoss
 from .curriculum import CTKDLoss
-from .divergence import CrossEntropyLoss, DKDLoss, JSDLoss, KDLoss, ReverseKLLoss
+from .divergence import CrossEntropyLoss, DKDLoss, HardLabelLoss, JSDLoss, KDLoss, ReverseKLLoss
 from .embeddings import CCLoss, PKTLoss, RKDLoss, SPLoss
 from .features import FeatureLoss
 from .iekd import IEKDLoss
@@ -35,6 +35,7 @@ __all__ = [
     "FSPLoss",
     "FeatureLoss",
     "FitNetLoss",
+    "HardLabelLoss",
     "ICKDLoss",
     "IEKDLoss",
     "JSDLoss",

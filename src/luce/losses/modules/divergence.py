@@ -30,6 +30,21 @@ class CrossEntropyLoss(LogitLoss):
 
 
 @dataclass(eq=False, repr=False)
+class HardLabelLoss(LogitLoss):
+    """Module of `luce.hard_label_loss`: cross-entropy with the teacher's choice.
+
+    Example:
+        >>> import torch
+        >>> HardLabelLoss()(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[0.0, -1.0, 3.0, 1.0]]))
+        tensor(0.3754)
+    """
+
+    function = staticmethod(divergence.hard_label_loss)
+
+    backend: Backend = "auto"
+
+
+@dataclass(eq=False, repr=False)
 class KDLoss(LogitLoss):
     """Module of `luce.kd_loss`: the KL divergence from the teacher's softened distribution.
 
