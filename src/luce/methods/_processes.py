@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,3 +29,23 @@ def share_weights(network: nn.Module) -> None:
     if dist.is_available() and dist.is_initialized():
         for tensor in (*network.parameters(), *network.buffers()):
             dist.broadcast(tensor.detach(), src=0)
+
+
+def as_first(compute: Callable[[], Tensor]) -> Tensor:
+    """What the first process computes, in all of them, or the error that it meets; for what costs something.
+
+    >>> as_first(lambda: torch.ones(2))
+    tensor([1., 1.])
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return compute()
+    found: list[Tensor | Exception] = [torch.empty(0)]
+    if dist.get_rank() == 0:
+        try:
+            found = [compute().cpu()]
+        except Exception as error:  # the others would wait for ever
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]

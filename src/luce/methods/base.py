@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,8 +15,27 @@ from ..signals import Signal, Teacher
 Batch = Mapping[str, Tensor]
 
 
+class Samples(NamedTuple):
+    """Images that a method has made, to be looked at.
+
+    Attributes:
+        images: ``(N, channels, height, width)``, from 0 to 1.
+        answers: What the teacher said about them, logits ``(N, C)``.
+    """
+
+    images: Tensor
+    answers: Tensor
+
+
 class TrainingRows(Protocol):
-    """The training rows, for what a method learns before training."""
+    """The training rows, for what a method learns before training.
+
+    Attributes:
+        trial: It is only tried whether it works: there is one batch alone, and no more should be done.
+    """
+
+    @property
+    def trial(self) -> bool: ...
 
     def batches(
         self, batch_size: int = 256, *, epochs: int = 1, shuffle: bool = False
@@ -49,6 +68,7 @@ class Method(nn.Module, ABC):
         uses_unlabelled: Whether a row without a label can teach anything.
         wants_preparation: Whether `prepare` must be called before training.
         two_views: Whether a step looks at ``batch["strong"]``, a second view of the same rows, too.
+        own_inputs: Whether a step looks at inputs of its own, and at the batch for its size alone.
         own_steps: Whether it trains parts with optimizers of its own, so that each batch must be a step.
         batches_per_round: How many batches `before_round` looks ahead.
         quiz: Share of the labelled training rows that nobody trains on, for `before_round` to ask about.
@@ -59,6 +79,7 @@ class Method(nn.Module, ABC):
     uses_unlabelled: bool = True
     wants_preparation: bool = False
     two_views: bool = False
+    own_inputs: bool = False
     own_steps: bool = False
     batches_per_round: int = 1
     quiz: float = 0.0
@@ -92,6 +113,11 @@ class Method(nn.Module, ABC):
     def companions(self) -> Mapping[str, nn.Module]:
         """Networks that are trained along, for the test at the end."""
         return {}
+
+    @property
+    def samples(self) -> Samples | None:
+        """Images that it has made, for the report, once it is prepared; None if it makes none."""
+        return None
 
     def attached(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
         """What must hold while steps are made, such as hooks on the networks; for a ``with`` block."""

@@ -37,7 +37,7 @@ class TwoViewMethod(Method):
         strong_weight: Of the loss of ``batch["strong"]``, above 0.
     Raises:
         ValueError: On a weight that is not positive.
-        UserError: If the method makes steps of its own, which look at one view.
+        UserError: If the method makes steps of its own, which look at one view, or has inputs of its own.
     Example:
         >>> from luce import KDLoss
         >>> from luce.methods import LogitMethod
@@ -50,9 +50,10 @@ class TwoViewMethod(Method):
     def __init__(self, method: Method, weight: float = 1.0, strong_weight: float = 1.0) -> None:
         super().__init__()
         _check.check_positive(weight=weight, strong_weight=strong_weight)
-        if method.own_steps:
+        if method.own_steps or method.own_inputs:
+            what = "makes steps of its own" if method.own_steps else "has inputs of its own"
             raise UserError(
-                f"expected one view of each batch for {type(method).__name__}, which makes steps of its own; "
+                f"expected one view of each batch for {type(method).__name__}, which {what}; "
                 "leave out `data.strong_augment`"
             )
         self.method = method

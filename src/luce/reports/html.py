@@ -125,6 +125,12 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
             plots.differences(comparison),
         ),
         Gallery(
+            "Accuracy against queries",
+            "Test accuracy at the last epoch against the images that the teacher was asked about, mean over "
+            "seeds, band of one standard deviation. Further left is cheaper, higher is better.",
+            plots.queries(comparison),
+        ),
+        Gallery(
             "Distance from the teacher",
             "How often student and teacher choose differently, and the KL divergence from the teacher to the "
             "student. Shorter is closer.",
@@ -170,6 +176,13 @@ def _run_page(run: Run) -> dict[str, Any]:
             "Learning curves",
             "Validation accuracy, with the teacher's test accuracy dashed, and the terms of the loss.",
             [*plots.accuracy_curves(run), *plots.loss_curves(run)],
+        ),
+        Gallery(
+            "What the teacher was asked",
+            "Some of the images, with the class that the teacher sees in each and its probability, which is "
+            "100% where the teacher tells a class alone.",
+            plots.samples(run),
+            wide=True,
         ),
         Gallery(
             "Calibration",

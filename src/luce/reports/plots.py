@@ -5,6 +5,8 @@ Matplotlib draws without a backend or global state, and is imported when the fir
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +27,7 @@ from luce.reports.canvas import (
     over_epochs,
     short,
 )
-from luce.reports.runs import Bin, Comparison, Run, panels
+from luce.reports.runs import Bin, Comparison, Run, Sample, panels
 from luce.reports.statistics import FOCUS, Difference, Spread, number, signed, spread, summarise
 
 if TYPE_CHECKING:
@@ -134,6 +136,43 @@ def reliability(source: Run | Comparison) -> dict[str, list[Plot]]:
     return found
 
 
+def queries(comparison: Comparison) -> list[Plot]:
+    """Test accuracy against what the teacher was asked; a panel per setting where somebody asked differently.
+
+    Methods whose names differ by a number at the end, such as ``KD, 500`` and ``KD, 2000``, are one line.
+    """
+    plots = []
+    for index, (setting, methods) in enumerate(panels(comparison).items()):
+        lines: dict[str, dict[float, Spread]] = {}
+        for method, runs in methods.items():
+            asked = {run.prepared.get("queries") for run in runs}
+            if len(asked) == 1 and (number_asked := asked.pop()):
+                found = spread([run.last.test.accuracy for run in runs])
+                lines.setdefault(re.sub(r"\W*\d+$", "", method), {})[number_asked] = found
+        if all(len(line) < 2 for line in lines.values()):
+            continue
+        told = "; ".join(
+            f"{name}: " + ", ".join(f"{number(line[x].mean)}% at {x:,.0f}" for x in sorted(line))
+            for name, line in lines.items()
+        )
+        teacher = comparison.teacher_accuracy(setting.name)
+        alt = f"Test accuracy against queries of the teacher. {told}."
+        paint = partial(_paint_queries, lines=lines, teacher=teacher)
+        plots.append(draw(f"queries-{index}", setting.label, alt, (WIDE, 3.2), paint))
+    return plots
+
+
+def samples(run: Run, columns: int = 12) -> list[Plot]:
+    """Images that the method has made, each under the teacher's answer."""
+    if not run.samples:
+        return []
+    rows = math.ceil(len(run.samples) / columns)
+    seen = ", ".join(f"{sample.label} ({number(sample.confidence)}%)" for sample in run.samples)
+    alt = f"Images and what the teacher sees in them: {seen}."
+    paint = partial(_paint_samples, samples=run.samples, rows=rows, columns=columns)
+    return [draw("samples", "", alt, (2 * WIDE, 0.95 * rows), paint)]
+
+
 def pool(bins: Sequence[Bin], cells: int = 10) -> list[Bin]:
     """Join the bars of several seeds by confidence, each weighing as its examples; empty cells vanish.
 
@@ -193,6 +232,44 @@ def _paint_curves(
     margin = 0.06 * max(high - low, 1.0)
     axes.set_ylim(low - margin, high + margin)
     name_lines(axes, names)
+
+
+def _paint_queries(
+    figure: Figure, *, lines: Mapping[str, Mapping[float, Spread]], teacher: float | None
+) -> None:
+    axes = figure.subplots()
+    palette = (BLUE, *OTHERS, GREY)
+    names = []
+    for index, (name, line) in enumerate(lines.items()):
+        colour = palette[index % len(palette)]
+        asked = sorted(line)
+        mean = np.array([100 * line[x].mean for x in asked])
+        deviation = np.array([100 * (line[x].deviation or 0.0) for x in asked])
+        axes.fill_between(asked, mean - deviation, mean + deviation, color=colour, alpha=0.14, linewidth=0)
+        axes.plot(asked, mean, color=colour, linewidth=1.6, marker="o", markersize=3.5)
+        names.append((name, mean[-1], colour))
+    if teacher is not None:
+        axes.axhline(100 * teacher, color=INK, linewidth=1, linestyle=DASHED)
+        names.append(("teacher", 100 * teacher, INK))
+    axes.set_xscale("log")
+    ticks = sorted({x for line in lines.values() for x in line})
+    axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="queries of the teacher", ylabel="test accuracy (%)")
+    axes.grid(axis="x", visible=False)
+    name_lines(axes, names)
+
+
+def _paint_samples(figure: Figure, *, samples: Sequence[Sample], rows: int, columns: int) -> None:
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, sample in zip(grid.flat, samples, strict=False):
+        # As a colour image, or the mean of channels that are no colours.
+        pixels = sample.pixels if len(sample.pixels) == 3 else sample.pixels.mean(0, keepdims=True)
+        image = np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0).astype(np.uint8)
+        axes.imshow(image, interpolation="none")
+        axes.set_title(f"{short(sample.label, 12)}\n{number(sample.confidence)}%", fontsize=7, pad=2)
 
 
 def _paint_losses(figure: Figure, *, epochs: Sequence[int], lines: Mapping[str, Sequence[float]]) -> None:

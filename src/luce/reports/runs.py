@@ -5,14 +5,16 @@ Nothing else in this package opens a result file: the statistics, the tables and
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from luce.errors import UserError, unknown_name
@@ -92,8 +94,17 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """An image that a method has made, bytes ``(channels, height, width)``, and what the teacher saw."""
+
+    pixels: np.ndarray
+    label: str
+    confidence: float
+
+
+@dataclass(frozen=True)
 class Run:
-    """One finished training run."""
+    """One finished training run; ``prepared`` is what the method found out before it."""
 
     folder: Path
     recipe: Mapping[str, Any]
@@ -107,6 +118,8 @@ class Run:
     teacher: Network | None
     last: Moment
     best: Moment
+    prepared: Mapping[str, float] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,8 @@ def read_run(folder: Path | str) -> Run:
             teacher=teacher and _teacher(teacher),
             last=_moment(result["last"]),
             best=_moment(result["best"]),
+            prepared=dict(result.get("prepared", {})),
+            samples=_read_samples(folder / "samples.json"),
         )
 
 
@@ -283,6 +298,17 @@ def _moment(fields: Mapping[str, Any]) -> Moment:
             **{name: None if value is None else float(value) for name, value in optional.items()},
         ),
     )
+
+
+def _read_samples(path: Path) -> tuple[Sample, ...]:
+    """None where the method made no images."""
+    if not path.exists():
+        return ()
+    content = _read_json(path)
+    with _fields_of(path):
+        pixels = np.frombuffer(base64.b64decode(content["pixels"]), dtype=np.uint8)
+        images = pixels.reshape(content["shape"])
+        return tuple(map(Sample, images, content["classes"], content["confidence"]))
 
 
 def _read_epochs(path: Path) -> tuple[Epoch, ...]:

@@ -16,7 +16,7 @@ from torch import nn
 from .. import losses
 from ..errors import UserError, unknown_name
 from ..losses.modules import FeatureLoss, LogitLoss, SimKDLoss, Standardized, WeightedSum
-from ..methods import FeatureMethod, FeatureTerm, LogitMethod, MetaDistil, Method, SimKD
+from ..methods import MEKD, FeatureMethod, FeatureTerm, LogitMethod, MetaDistil, Method, SimKD
 
 Terms = dict[str, dict[str, Any]]
 
@@ -244,6 +244,7 @@ class Recipe:
 
 
 PROCEDURES: dict[str, Callable[..., Method]] = {
+    "MEKD": MEKD,
     "MetaDistil": MetaDistil,
 }
 """Methods that go around another one, by their names in recipes."""

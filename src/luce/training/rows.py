@@ -39,6 +39,10 @@ class KnownRows:
         self.examples, self.device, self.seed, self.augment = examples, device, seed, augment
         self.workers, self.progress, self.at_most = workers, progress, at_most
 
+    @property
+    def trial(self) -> bool:
+        return self.at_most is not None
+
     def batches(
         self, batch_size: int = 256, *, epochs: int = 1, shuffle: bool = False
     ) -> Iterator[dict[str, Tensor]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,16 @@ from .. import data, models
 from ..data import Data, Examples
 from ..errors import UserError
 from ..losses import _check
-from ..methods import FeatureMethod, LogitMethod, MetaDistil, Method, MutualLearning, TwoViewMethod
+from ..methods import (
+    MEKD,
+    FeatureMethod,
+    LogitMethod,
+    MetaDistil,
+    Method,
+    MutualLearning,
+    Samples,
+    TwoViewMethod,
+)
 from ..models.doors import fresh_weights_expected
 from ..models.text import check_tokens
 from ..signals import (
@@ -301,7 +311,7 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
                 teacher = LiveTeacher(network)
                 if options.answers is not None:
                     teacher = local_box(network, dataclasses.replace(options, budget=None), classes)
-            if options.remember and isinstance(method, (FeatureMethod, MetaDistil)):
+            if options.remember and isinstance(method, (FeatureMethod, MEKD, MetaDistil)):
                 teacher = RememberedTeacher(torch.empty(0))
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)
@@ -383,6 +393,8 @@ def run(
     result["best"] = _moment(fitted, fitted.best_epoch, materials)
     checkpoint.export(folder / "student.safetensors", fitted.best_weights)
     files.write_json(folder / "student.json", description)
+    if (samples := method.samples) is not None:
+        files.write_json(folder / "samples.json", _described(samples, materials.data.classes))
     files.write_json(done, result)
     checkpoint.clear(folder)
     processes().wait_for_everyone()  # the next run may read what the main process has just written
@@ -407,6 +419,18 @@ def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:
     check_fit(student, materials.data)
     accelerator = new_accelerator(recipe.training)
     return _test(accelerator.prepare(student), accelerator, materials)
+
+
+def _described(samples: Samples, classes: Sequence[str]) -> dict[str, Any]:
+    """Images as bytes in base64, row by row, and of each the best class with its probability."""
+    pixels = (samples.images.clamp(0, 1) * 255).round().to(torch.uint8)
+    best = samples.answers.softmax(-1).max(-1)
+    return {
+        "shape": list(pixels.shape),
+        "pixels": base64.b64encode(pixels.numpy().tobytes()).decode(),
+        "classes": [classes[index] for index in best.indices.tolist()],
+        "confidence": best.values.tolist(),
+    }
 
 
 def _moment(fitted: Fit, epoch: int, materials: Materials) -> dict[str, Any]:

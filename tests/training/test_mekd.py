@@ -1,0 +1,279 @@
+"""MEKD in whole runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from luce import data, reports
+from luce.data import Examples
+from luce.errors import UserError
+from luce.methods import MEKD
+from luce.reports.runs import read_run
+from luce.signals import LiveTeacher, LocalBlackBox
+from luce.training import Recipe, run
+from luce.training.compare import ComparisonRecipe, compare
+from luce.training.options import parse
+from luce.training.recipe import merge, read_yaml
+
+Make = Callable[..., Recipe]
+Outcome = Callable[[Path], dict[str, Any]]
+
+KD = {"kd": {"loss": "KDLoss", "temperature": 2.0}}
+OPTIONS = {"queries": 60, "gan_epochs": 2, "gan_batch_size": 16, "gan_width": 4}
+
+
+def with_mekd(make_recipe: Make, terms: dict[str, Any] = KD, **changes: Any) -> Recipe:
+    options = {**OPTIONS, **changes.pop("options", {})}
+    return make_recipe(loss={"pld": {"method": "MEKD", **options}, **terms}, **changes)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows the teacher was asked about in each batch, by whoever asks."""
+    counts: list[int] = []
+    for source in (LiveTeacher, LocalBlackBox):
+        signal = source.signal
+
+        def counted(self: Any, batch: Any, signal: Any = signal) -> Any:
+            counts.append(len(batch["input"]))
+            return signal(self, batch)
+
+        monkeypatch.setattr(source, "signal", counted)
+    return counts
+
+
+def test_what_a_run_tells(make_recipe: Make, tmp_path: Path) -> None:
+    result = run(with_mekd(make_recipe, teacher={"answers": "probs"}), tmp_path / "run")
+    assert result["train"].keys() == {"kd", "image", "loss"}
+    game = {"generator_loss", "discriminator_loss"}
+    assert result["prepared"].keys() == game | {
+        *("queries", "information_queries", "tau", "ratio", "confidence", "classes")
+    }
+    assert result["prepared"]["queries"] == 60
+    assert result["prepared"]["ratio"] == pytest.approx(1)
+    assert result["teacher"]["queries"] == 60
+    samples = read_run(tmp_path / "run").samples
+    assert len(samples) == 24
+    assert {sample.pixels.shape for sample in samples} == {(1, 8, 8)}
+    assert {sample.label for sample in samples} <= {"0", "1", "2", "3"}
+    page = reports.write_html(tmp_path / "run").read_text()
+    assert "What the teacher was asked" in page
+    assert page.count("data:image/png") == 24
+
+
+class Interrupt(BaseException):
+    """What no handler of ours may swallow."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"optimizer": "sgd", "lr": 0.05, "ema": 0.9}, "data": {"augment": "crop_flip"}},
+        {"teacher": {"answers": "label", "budget": 60}},
+        {"options": {"queries": None}},
+        {"options": {"images": "noise"}},
+        {"options": {"images": "real"}},
+        {"training": {"precision": "bf16", "accumulate": 2}},
+        {"terms": {"rank": {"loss": "PLDLoss", "teacher_temperature": "auto"}}},
+    ],
+    ids=["sgd", "labels", "new images", "noise", "real", "bf16, accumulated", "prepared"],
+)
+def test_an_interrupted_run_ends_in_the_same_numbers_and_asks_no_more(
+    changes: dict[str, Any],
+    make_recipe: Make,
+    outcome: Outcome,
+    asked: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    recipe = with_mekd(make_recipe, **changes)
+    run(recipe, tmp_path / "whole")
+    in_whole = sum(asked)
+    step, left = MEKD.step, iter(range(8))
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(left) == 7:  # in the second epoch
+            raise Interrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(MEKD, "step", interrupted)
+    with pytest.raises(Interrupt):
+        run(recipe, tmp_path / "cut")
+    monkeypatch.setattr(MEKD, "step", step)
+    before = sum(asked)
+    run(recipe, tmp_path / "cut")
+    whole, cut = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
+    if recipe.teacher is not None and recipe.teacher.answers is not None:  # each process counts its own
+        assert whole["result"]["teacher"].pop("queries") == 60
+        assert cut["result"]["teacher"].pop("queries") == 0
+    assert cut == whole
+    if recipe.loss["pld"]["queries"] is not None:
+        assert sum(asked) - before == in_whole - 60  # those about the test rows, for the report
+    assert (tmp_path / "cut/samples.json").read_bytes() == (tmp_path / "whole/samples.json").read_bytes()
+
+
+def test_real_rows_are_sent_to_nobody(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told, seen = LocalBlackBox.told, []
+
+    def watched(self: LocalBlackBox, inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs)
+        return told(self, inputs)
+
+    monkeypatch.setattr(LocalBlackBox, "told", watched)
+    run(with_mekd(make_recipe, teacher={"answers": "probs"}), tmp_path / "run")
+    source = data.load("python:toy.images").train
+    rows = Examples(source, torch.arange(len(source))).batch(list(range(len(source))))["input"]
+    images = torch.cat(seen)
+    assert len(images) == 60
+    assert torch.cdist(images.flatten(1), rows.flatten(1)).min() > 0.1
+
+
+def test_batches_of_one_row(make_recipe: Make, tmp_path: Path) -> None:
+    """Batch normalisation in the student meets two images at least."""
+    result = run(with_mekd(make_recipe, training={"batch_size": 71, "epochs": 1}), tmp_path / "run")
+    assert result["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": {"remember": True}}, "set `teacher.remember: false`"),
+        ({"teacher": None}, "add `teacher` to the recipe"),
+        (
+            {"teacher": {"answers": "probs", "budget": 59}},
+            "at most 59 `queries`, the teacher's budget, got 60",
+        ),
+        ({"data": {"strong_augment": "strong", "augment": "flip"}}, "one view of each batch for MEKD"),
+        ({"options": {"queries": 100, "images": "real"}}, "at most 72 `queries`, one for each training row"),
+        ({"options": {"tau": -1}}, "`loss.pld`: expected `tau`"),
+        ({"options": {"image": "much"}}, "`loss.pld`: expected `image`"),
+        ({"options": {"query": 2}}, "unknown option of MEKD .*queries"),
+        ({"terms": {"task": {"loss": "CrossEntropyLoss"}}}, "`loss.pld`: expected a loss that looks at the"),
+        ({"terms": {"hint": {"loss": "FitNetLoss", "student": "body.0"}}}, "expected a LogitMethod for MEKD"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_told_before_training(
+    changes: dict[str, Any],
+    message: str,
+    make_recipe: Make,
+    asked: list[int],
+    monkeypatch: Any,
+    tmp_path: Path,
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(MEKD, "step", never)
+    with pytest.raises(UserError, match=message):
+        run(with_mekd(make_recipe, **changes), tmp_path / "run")
+
+
+def test_a_comparison_with_the_same_budgets(toy: object, tmp_path: Path) -> None:
+    """Everybody is tried before the first run, without a query, and asks as often as it says."""
+
+    def method(queries: int, **options: Any) -> dict[str, Any]:
+        return {"mekd": {"method": "MEKD", **OPTIONS, "queries": queries, **options}, **KD}
+
+    content = {
+        "data": {"name": "python:toy.images", "validation": 0.2},
+        "student": {"name": "python:toy.network"},
+        "teacher": {"name": "mlp"},
+        "teacher_training": {"epochs": 2},
+        "training": {"epochs": 1, "batch_size": 32},
+        "seeds": [0],
+        "baseline": "noise, 20",
+        "settings": {
+            "soft": {"teacher": {"answers": "probs", "budget": 60}},
+            "hard": {"teacher": {"answers": "label"}},
+        },
+        "methods": {
+            "noise, 20": method(20, images="noise"),
+            "noise, 60": method(60, images="noise"),
+            "MEKD, 20": method(20),
+            "MEKD, 60": method(60),
+            "real, 60": method(60, images="real"),
+        },
+    }
+    folder = tmp_path / "comparison"
+    compare(parse(ComparisonRecipe, content), folder)
+    for path in folder.glob("*/*/seed-*/result.json"):
+        result = json.loads(path.read_text())
+        assert result["teacher"]["queries"] == result["prepared"]["queries"] == int(path.parts[-3][-2:])
+    page = reports.write_html(folder).read_text()
+    assert "Accuracy against queries" in page
+    too_many = merge(content, {"methods": {"MEKD, 61": method(61)}})
+    with pytest.raises(UserError, match="at most 60 `queries`"):
+        compare(parse(ComparisonRecipe, too_many), tmp_path / "other")
+
+
+def test_a_comparison_tells_of_a_teacher_that_is_remembered(toy: object, tmp_path: Path) -> None:
+    content = {
+        "data": {"name": "python:toy.images", "validation": 0.2},
+        "student": {"name": "python:toy.network"},
+        "teacher": {"name": "python:toy.network", "options": {"seed": 5}, "remember": True},
+        "baseline": "kd",
+        "methods": {"kd": KD, "mekd": {"mekd": {"method": "MEKD"}, **KD}},
+    }
+    with pytest.raises(UserError, match=r"method `mekd`: .*set `teacher.remember: false`"):
+        compare(parse(ComparisonRecipe, content), tmp_path / "comparison")
+
+
+@pytest.fixture(scope="module")
+def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("digits") / "teacher"
+    content = merge(read_yaml(RECIPES / "digits-teacher.yaml"), {"training": {"epochs": 4, "cpu": True}})
+    assert run(parse(Recipe, content), path)["last"]["test"]["accuracy"] > 0.9
+    return path
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("answers", ["probs", "label"])
+def test_digits_are_learned_without_sending_one(answers: str, digits_teacher: Path, tmp_path: Path) -> None:
+    changes = {
+        "teacher": {"checkpoint": str(digits_teacher), "answers": answers},
+        "loss": {"mekd": {"queries": 500, "gan_epochs": 15, "gan_width": 16, "gan_lr": 1.0e-3}},
+        "training": {"epochs": 8, "cpu": True},
+    }
+    accuracy: dict[str, float] = {}
+    for images in ("generated", "noise"):
+        content = merge(
+            read_yaml(RECIPES / "digits-mekd.yaml"), changes, {"loss": {"mekd": {"images": images}}}
+        )
+        result = run(parse(Recipe, content), tmp_path / images)
+        accuracy[images] = result["last"]["test"]["accuracy"]
+        assert result["teacher"]["queries"] == 500
+    assert accuracy["generated"] > 0.5
+    assert accuracy["generated"] > accuracy["noise"] + 0.2
+
+
+def test_two_processes_ask_once(digits_teacher: Path, tmp_path: Path) -> None:
+    recipe = merge(
+        read_yaml(RECIPES / "digits-mekd.yaml"),
+        {
+            "teacher": {"checkpoint": str(digits_teacher), "answers": "probs", "budget": 200},
+            "loss": {"mekd": {"queries": 200, "gan_epochs": 4, "gan_width": 8}},
+            "training": {"epochs": 2, "cpu": True},
+        },
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "luce", "distill", "recipe.yaml", "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["teacher"]["queries"] == result["prepared"]["queries"] == 200
+    assert result["train"]["image"] > 0
