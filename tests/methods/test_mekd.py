@@ -79,7 +79,7 @@ def ready(
 
 
 def test_the_alignment_is_the_mean_distance_of_two_images() -> None:
-    method, student, _ = ready(image=3.0, tau=2.0)
+    method, *_ = ready(image=3.0, tau=2.0)
     answers, logits = torch.randn(5, C), torch.randn(5, C, requires_grad=True)
     ours = method.generator((logits - logits.mean(1, keepdim=True)) / 2.0)
     theirs = method.generator((answers - answers.mean(1, keepdim=True)) / 2.0)
@@ -380,7 +380,7 @@ def test_what_was_learned_is_in_the_state() -> None:
 
 def test_a_trial_does_little() -> None:
     teacher, rows = Recorder(network(2)), Rows(trial=True)
-    method, student, found = ready(teacher=teacher, rows=rows, queries=10_000, gan_epochs=100)
+    method, student, _ = ready(teacher=teacher, rows=rows, queries=10_000, gan_epochs=100)
     assert teacher.queries == 16
     assert rows.read == 2
     assert method.step(student, rows.all, None)["loss"].isfinite()
