@@ -18,11 +18,14 @@ from luce.data import Examples
 from luce.errors import UserError
 from luce.methods import MEKD
 from luce.reports.runs import read_run
-from luce.signals import LiveTeacher, LocalBlackBox
+from luce.signals import LiveTeacher, LocalBlackBox, RemoteError
 from luce.training import Recipe, run
 from luce.training.compare import ComparisonRecipe, compare
 from luce.training.options import parse
 from luce.training.recipe import merge, read_yaml
+
+from ..servers import TOKEN, serving
+from .conftest import network as toy_network
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]
@@ -228,6 +231,51 @@ def test_a_comparison_tells_of_a_teacher_that_is_remembered(toy: object, tmp_pat
     }
     with pytest.raises(UserError, match=r"method `mekd`: .*set `teacher.remember: false`"):
         compare(parse(ComparisonRecipe, content), tmp_path / "comparison")
+
+
+def test_a_server_that_ends_in_the_middle_is_asked_about_nothing_twice(
+    make_recipe: Make, outcome: Outcome, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before training: the generator learns once more, and makes the very same images."""
+    network, seen = toy_network(4, (1, 8, 8), seed=5), []
+    network.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    monkeypatch.setenv("TOY_TOKEN", TOKEN)
+    ask, described = MEKD._ask, {"model": "toy", "classes": list("0123"), "input_shape": [1, 8, 8]}
+    with serving(network, description=described) as url:
+
+        def recipe(cache: str) -> Recipe:
+            made = with_mekd(make_recipe, options={"queries": 90})
+            given = {
+                "url": url,
+                "token_env": "TOY_TOKEN",
+                "cache": str(tmp_path / f"{cache}.sqlite"),
+                "budget": 90,
+            }
+            given |= {"batch_size": 8, "concurrency": 2}
+            made.teacher = parse(Recipe, {"teacher": given}).teacher
+            return made
+
+        whole = run(recipe("whole"), tmp_path / "whole")
+        assert sum(map(len, seen)) == whole["teacher"]["queries"] == whole["prepared"]["queries"] == 90
+        seen.clear()
+        with monkeypatch.context() as patch:
+            left = iter(range(4))  # the information term's, and two of the pool
+
+            def gone(self: MEKD, teacher: Any, images: torch.Tensor) -> torch.Tensor:
+                if next(left) == 3:
+                    raise RemoteError("the server is gone")
+                return ask(self, teacher, images)
+
+            patch.setattr(MEKD, "_ask", gone)
+            with pytest.raises(RemoteError, match="gone"):
+                run(recipe("cut"), tmp_path / "cut")
+        assert sum(map(len, seen)) == 9 + 2 * 16
+        run(recipe("cut"), tmp_path / "cut")
+    assert sum(map(len, seen)) == len(torch.cat(seen).unique(dim=0)) == 90
+    cost = [outcome(tmp_path / name)["result"].pop("teacher")["queries"] for name in ("whole", "cut")]
+    assert cost == [90, 90]
+    for name in ("student.safetensors", "samples.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
