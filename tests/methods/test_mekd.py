@@ -14,6 +14,7 @@ import luce
 from luce import CrossEntropyLoss, KDLoss, PLDLoss, WeightedSum, models
 from luce.errors import UserError
 from luce.methods import MEKD, FeatureMethod, LogitMethod, TwoViewMethod
+from luce.methods._processes import as_first
 from luce.methods.mekd import fooling_loss, information_loss
 from luce.signals import BudgetError, DenseSignal, LiveTeacher, LocalBlackBox, RememberedTeacher, Teacher
 
@@ -494,3 +495,34 @@ def test_what_is_no_number_is_told(what: str) -> None:
     }
     with pytest.raises(UserError, match=messages[what]):
         ready(teacher=LiveTeacher(teacher), rows=rows, **options)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fails", [False, True])
+def test_of_several_processes_the_first_one_asks(
+    rank: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all hear of its error, or the others would wait for ever."""
+    sent: list[Any] = []
+
+    def broadcast(found: list[Any]) -> None:
+        if rank == 0:
+            sent.extend(found)
+        else:
+            found[:] = [BudgetError("too much") if fails else torch.ones(2)]
+
+    def compute() -> Tensor:
+        assert rank == 0
+        if fails:
+            raise BudgetError("too much")
+        return torch.ones(2)
+
+    processes = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_rank": lambda: rank}
+    for name, answer in {**processes, "broadcast_object_list": broadcast}.items():
+        monkeypatch.setattr(torch.distributed, name, answer)
+    if fails:
+        with pytest.raises(BudgetError, match="too much"):
+            as_first(compute)
+    else:
+        assert torch.equal(as_first(compute), torch.ones(2))
+    assert len(sent) == (rank == 0)

@@ -44,7 +44,9 @@ def test_a_run_that_made_no_images_shows_none(run_folder) -> None:
     assert "What the teacher was asked" not in write_html(run_folder).read_text()
 
 
-@pytest.mark.parametrize("change", [{"shape": [2, 1, 8, 8]}, {"pixels": "%"}, {"classes": None}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"shape": [2, 1, 8, 8]}, {"pixels": "%"}, {"classes": None}, {"confidence": []}], ids=str
+)
 def test_damaged_samples_are_named(run_folder, change) -> None:
     write_samples(run_folder, np.zeros((1, 1, 8, 8)))
     path = run_folder / "samples.json"

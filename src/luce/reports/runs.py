@@ -308,7 +308,8 @@ def _read_samples(path: Path) -> tuple[Sample, ...]:
     with _fields_of(path):
         pixels = np.frombuffer(base64.b64decode(content["pixels"]), dtype=np.uint8)
         images = pixels.reshape(content["shape"])
-        return tuple(map(Sample, images, content["classes"], content["confidence"]))
+        said = zip(images, content["classes"], content["confidence"], strict=True)
+        return tuple(Sample(*each) for each in said)
 
 
 def _read_epochs(path: Path) -> tuple[Epoch, ...]:
