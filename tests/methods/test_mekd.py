@@ -328,24 +328,24 @@ def test_weights_and_odds_have_the_same_shape(shapes: tuple[tuple[int, ...], ...
         information_loss(*map(torch.zeros, shapes))
 
 
-def test_the_information_term_prefers_what_the_teacher_is_sure_of() -> None:
-    """Of the images in the last steps of the game, not of those before."""
-    confident = []
+def test_the_information_term_looks_at_the_last_images_of_the_game() -> None:
+    rows, steps = Rows(), []
 
-    class Teller(Recorder):
+    class Watch(Recorder):
         def signal(self, batch: Any) -> DenseSignal:
-            signal = super().signal(batch)
-            confident.append(signal.logits.softmax(-1).amax(-1))
-            return signal
+            steps.append(rows.read - 1)  # the first batch was read to find the range
+            return super().signal(batch)
 
-    teacher = Teller(network(2))
-    ready(teacher=teacher, queries=60, information=0.4)  # 24 images: 16 in the last step, 8 in that before?
-    assert [len(some) for some in teacher.seen] == [16, 8, 36]
-    pools = {}
-    for alpha in (0.0, 0.5, 50.0):
-        pools[alpha] = ready(queries=60, information=0.4, alpha=alpha)[0].generator.body[-2].weight
-    assert not torch.equal(pools[0.0], pools[0.5])
-    assert not torch.equal(pools[0.5], pools[50.0])
+    teacher = Watch(network(2))
+    ready(teacher=teacher, rows=rows, queries=60, information=0.4)
+    assert [len(images) for images in teacher.seen] == [16, 8, 36]
+    assert steps == [5, 6, 6]  # of 6, and then the pool
+    weights = [
+        ready(queries=60, information=0.4, alpha=alpha)[0].generator.body[-2].weight
+        for alpha in (0.0, 0.5, 50.0)
+    ]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
 
 
 def test_the_game_is_won_by_neither_on_data_that_is_easily_made() -> None:
