@@ -106,6 +106,7 @@ def _listening(host: str, port: int) -> socket.socket:
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         door.bind((host, port))
+        door.listen(CONNECTIONS)  # whoever reads the address may come before the server is quite awake
     except OSError as error:
         door.close()
         raise UserError(
