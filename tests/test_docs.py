@@ -22,3 +22,8 @@ def test_the_method_of_ones_own_trains_its_teacher() -> None:
     exec(code.replace("PLDLoss()))", "PLDLoss()), teacher_lr=0.1), epochs=3, show_progress=False"), names)
     teacher_losses = [line["train"]["teacher"] for line in names["fitted"].lines]
     assert teacher_losses[0] > teacher_losses[1] > teacher_losses[2]
+
+
+def test_the_network_of_the_page_on_spikes_answers_as_before() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "spiking.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, {})

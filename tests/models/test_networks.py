@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -135,6 +136,7 @@ SIZES = [
     ("vgg13", vgg(2, 2, 2, 2, 2), "9.46"),
     ("vgg16", vgg(2, 2, 3, 3, 3), None),
     ("vgg19", vgg(2, 2, 4, 4, 4), None),
+    ("vgg_pool", sum(conv(*widths, 3) for widths in pairwise((3, 64, 128, 256, 512, 512))) + 512 * 100, None),
     ("mobilenetv2", mobilenetv2(), "0.81"),
     ("shufflenetv1", shufflenetv1(), "0.95"),
     ("shufflenetv2", shufflenetv2(), "1.36"),
@@ -219,6 +221,7 @@ MAPS = {
     "resnet50": [(64, 32), (256, 32), (512, 16), (1024, 8), (2048, 4)],
     "wrn_16_2": [(16, 32), (32, 32), (64, 16), (128, 8)],
     "vgg8": [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)],
+    "vgg_pool": [(64, 16), (128, 8), (256, 4), (512, 2), (512, 1)],
     "mobilenetv2": [(16, 16), (12, 16), (16, 8), (48, 4), (160, 2)],
     "shufflenetv1": [(24, 32), (240, 16), (480, 8), (960, 4)],
     "shufflenetv2": [(24, 32), (116, 16), (232, 8), (464, 4)],
@@ -253,7 +256,8 @@ def test_vgg_halves_the_last_stage_of_large_images_only() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 64, 64), (4, 20, 36)])
 @pytest.mark.parametrize(
-    "name", ["mlp", "cnn", "conv_stride", "resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1"]
+    "name",
+    ["mlp", "cnn", "conv_stride", "resnet8", "wrn_16_1", "vgg8", "vgg_pool", "mobilenetv2", "shufflenetv1"],
 )
 def test_any_image_shape(name: str, shape: tuple[int, int, int]) -> None:
     model = models.build(name, classes=5, input_shape=shape).eval()

@@ -27,6 +27,7 @@ SETTINGS = {
         }
     },
     "adamw, cosine schedule with warm-up": {"training": {"schedule": "cosine", "warmup_epochs": 1.5}},
+    "binary weights": {"student": {"name": "binary:vgg_pool", "options": {"widths": [4, 6], "hidden": [5]}}},
     "average of the weights": {"training": {"ema": 0.9}},
     "augmentation": {"data": {"augment": "crop_flip"}},
     "accumulation and clipping": {"training": {"accumulate": 2, "clip_norm": 0.5}},

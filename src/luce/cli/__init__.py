@@ -15,6 +15,8 @@ COMMANDS = {
     "serve": "answer over HTTP as a black box, with a finished run's student",
     "diagnose": "what a teacher knows beyond the labels, and where KD with it may fail",
     "landscape": "draw losses over a plane of student logits",
+    "export": "a finished student as ONNX, or packed with one bit per binary weight",
+    "spike": "convert a finished student to a spiking network, and simulate it",
     "report": "write the report of a run or of a comparison again",
     "bench": "speed and memory of losses and ops against their baselines",
     "check": "put a loss, anybody's, to the laws of distillation losses",

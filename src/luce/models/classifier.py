@@ -53,7 +53,11 @@ class Classifier(nn.Module):
         self.normalises = any(mean) or any(value != 1 for value in std)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.normalises:
-            along_channels = (-1, *[1] * (inputs.ndim - 2))
-            inputs = (inputs - self.mean.view(along_channels)) / self.std.view(along_channels)
-        return logits_of(self.body(inputs))
+        return logits_of(self.body(self.normalised(inputs)))
+
+    def normalised(self, inputs: Tensor) -> Tensor:
+        """What the network is given."""
+        if not self.normalises:
+            return inputs
+        along_channels = (-1, *[1] * (inputs.ndim - 2))
+        return (inputs - self.mean.view(along_channels)) / self.std.view(along_channels)

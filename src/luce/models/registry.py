@@ -11,6 +11,7 @@ from torch import nn
 
 from luce.errors import UserError, unknown_name
 from luce.models import doors
+from luce.models.binary import binarize_, split_options
 from luce.models.mobilenet import mobilenetv2
 from luce.models.network import Network, positive_integers
 from luce.models.resnet import resnet, resnet50
@@ -18,6 +19,7 @@ from luce.models.shufflenet import shufflenetv1, shufflenetv2
 from luce.models.simkd import simkd
 from luce.models.small import cnn, conv_stride, mlp
 from luce.models.vgg import vgg
+from luce.models.vgg_pool import vgg_pool
 from luce.models.wide_resnet import wide_resnet
 
 THIN = (16, 16, 32, 64)
@@ -47,6 +49,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "vgg13": partial(vgg, (2, 2, 2, 2, 2)),
     "vgg16": partial(vgg, (2, 2, 3, 3, 3)),
     "vgg19": partial(vgg, (2, 2, 4, 4, 4)),
+    "vgg_pool": vgg_pool,
     "mobilenetv2": mobilenetv2,
     "shufflenetv1": shufflenetv1,
     "shufflenetv2": shufflenetv2,
@@ -82,12 +85,24 @@ def simkd_student(
     return simkd(student, teacher, input_shape=input_shape, factor=factor)
 
 
+def binary_student(
+    name: str, options: Mapping[str, Any], *, classes: int, input_shape: tuple[int, ...]
+) -> nn.Module:
+    """Any network with binary weights but in its first and last layer; see `luce.models.binary`.
+
+    Options are ``gradient_scale`` and those of ``name``.
+    """
+    gradient_scale, rest = split_options(options)
+    return binarize_(build(name, classes=classes, input_shape=input_shape, **rest), gradient_scale)
+
+
 DOORS: dict[str, Callable[..., nn.Module]] = {
     "timm": doors.from_timm,
     "torchvision": doors.from_torchvision,
     "hf": doors.from_hugging_face,
     "python": doors.from_python,
     "simkd": simkd_student,
+    "binary": binary_student,
 }
 
 
@@ -104,8 +119,9 @@ def build(name: str, *, classes: int, input_shape: Sequence[int] = (3, 32, 32), 
             ``hf:NAME`` (a hub id or a local folder, for images or text as its config says; a head for another
             number of classes starts afresh, with a warning; one for text reads token ids ``(N, T)`` and looks
             past their padding), ``python:package.module.attribute``, a function
-            or class that is called with ``classes`` and ``input_shape`` where it takes them, or
-            ``simkd:NAME``, a native network that ends in its teacher's classifier (`luce.models.simkd`).
+            or class that is called with ``classes`` and ``input_shape`` where it takes them,
+            ``simkd:NAME``, a native network that ends in its teacher's classifier (`luce.models.simkd`), or
+            ``binary:NAME``, any of these with binary weights (`luce.models.binary`).
         classes: Number of classes, at least 1.
         input_shape: Of one example, ``(channels, height, width)`` for images; text models ignore it.
         options: Handed to the builder, for example ``hidden=(256, 256)`` for ``mlp``, ``widths`` for ``cnn``,

@@ -140,11 +140,20 @@ def build(
     Raises:
         UserError: As `luce.models.build` and `load_weights` do.
     """
-    if name.startswith("hf:"):  # which would else look for the checkpoint that it once came from
-        options = {**options, "pretrained": False}
-    body = models.build(name, classes=classes, input_shape=input_shape, **options)
+    body = empty(name, options, classes=classes, input_shape=input_shape)
     load_weights(body, weights)
     return body
+
+
+def empty(name: str, options: Mapping[str, Any], *, classes: int, input_shape: Sequence[int]) -> nn.Module:
+    """A network whose weights will all be replaced.
+
+    Raises:
+        UserError: As `luce.models.build` does.
+    """
+    if name.removeprefix("binary:").startswith("hf:"):  # or it looks for the checkpoint it once came from
+        options = {**options, "pretrained": False}
+    return models.build(name, classes=classes, input_shape=input_shape, **options)
 
 
 def describe(

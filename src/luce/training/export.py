@@ -1,0 +1,213 @@
+"""A finished student for use elsewhere: as ONNX, or packed with one bit per binary weight."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import models
+from ..errors import UserError, import_optional, said
+from ..models.binary import baked, binary_layers, binary_parts
+from . import checkpoint, files
+
+Description = dict[str, Any]
+
+FORMAT, VERSION = "luce-packed", "1"
+SIGNS, SCALE = ".signs", ".scale"
+AGREES = 1e-3
+"""By which share of the largest logit two engines may differ, whose sums run in other orders."""
+
+
+# Packed -----------------------------------------------------------------------------------------------------
+
+
+def write_packed(path: Path, student: models.Classifier, description: Description) -> None:
+    """One bit per binary weight and a scale for each filter; everything else as it is.
+
+    A layer's bits stand under ``NAME.weight.signs`` as bytes, the first weight in the lowest bit, 1 for +1;
+    its scales under ``NAME.weight.scale``. The metadata says how to build the network.
+
+    Args:
+        path: Ends in ``.safetensors``.
+        student: As `luce.training.checkpoint.load_student` returns it.
+        description: Likewise.
+    Raises:
+        UserError: If it cannot be written.
+    """
+    tensors = dict(baked(student.body).state_dict())
+    for name, layer in binary_layers(student.body).items():
+        parts = binary_parts(layer)
+        assert parts is not None
+        del tensors[f"{name}.weight"]
+        tensors[f"{name}.weight{SIGNS}"], tensors[f"{name}.weight{SCALE}"] = pack(parts[0]), parts[1]
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "version": VERSION, "student": json.dumps(description)}
+    files.write(path, lambda aside: save_file(plain, aside, metadata))
+
+
+def read_packed(path: Path) -> tuple[models.Classifier, Description]:
+    """The network that `write_packed` wrote, with ordinary layers: its answers are the very same.
+
+    Raises:
+        UserError: If the file cannot be read, or is another one.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} ({files.reason(error)})") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        raise UserError(
+            f"expected {path} to be packed by `luce export --format packed`, version {VERSION}, got format "
+            f"{metadata.get('format')}, version {metadata.get('version')}"
+        )
+    description = json.loads(metadata["student"])
+    body = baked(
+        checkpoint.empty(
+            description["model"],
+            description["options"],
+            classes=len(description["classes"]),
+            input_shape=description["input_shape"],
+        )
+    )
+    shapes = {name: tensor.shape for name, tensor in body.state_dict().items()}
+    weights = {}
+    for name, tensor in tensors.items():
+        if name.endswith(SIGNS):
+            name = name.removesuffix(SIGNS)
+            signs = unpack(tensor, shapes[name])
+            weights[name] = tensors[name + SCALE].view(-1, *[1] * (signs.ndim - 1)) * signs
+        elif not name.endswith(SCALE):
+            weights[name] = tensor
+    body.load_state_dict(weights)
+    return models.Classifier(body, description["mean"], description["std"]).eval(), description
+
+
+def pack(signs: Tensor) -> Tensor:
+    """Signs as bits, eight to a byte, the first in the lowest bit; the last byte is filled up with zeros.
+
+    >>> pack(torch.tensor([1.0, -1.0, 1.0]))
+    tensor([5], dtype=torch.uint8)
+    """
+    bits = torch.nn.functional.pad((signs.flatten() > 0).int(), (0, -signs.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, device=bits.device)).sum(1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+    """What `pack` packed.
+
+    >>> unpack(torch.tensor([5], dtype=torch.uint8), torch.Size([3]))
+    tensor([ 1., -1.,  1.])
+    """
+    bits = (packed.int().unsqueeze(1) >> torch.arange(8)) & 1
+    return (2.0 * bits.flatten()[: shape.numel()] - 1.0).view(shape)
+
+
+# ONNX -------------------------------------------------------------------------------------------------------
+
+
+def write_onnx(path: Path, student: models.Classifier, description: Description) -> float:
+    """From raw inputs, any number of rows, to logits; normalisation included, binary weights as they act.
+
+    Args:
+        path: Ends in ``.onnx``.
+        student: As `luce.training.checkpoint.load_student` returns it.
+        description: Likewise.
+    Returns:
+        The largest difference from PyTorch's logits under onnxruntime, on random rows.
+    Raises:
+        MissingExtra: If the extra ``export`` is not installed.
+        UserError: If the network cannot be exported, the answers differ, or the file cannot be written.
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        import_optional(module, "export")
+    network = baked(student).cpu().eval()
+    rows = example(network, description, rows=2)
+    found: list[float] = []
+
+    def fill(aside: Path) -> None:
+        target = aside.with_suffix(".onnx")  # onnxruntime and torch look at the ending
+        try:
+            with _quiet():
+                program = torch.onnx.export(
+                    network,
+                    (rows,),
+                    dynamo=True,
+                    input_names=["input"],
+                    output_names=["logits"],
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    verbose=False,
+                )
+            assert program is not None
+            program.save(str(target), external_data=False)
+            found.append(_difference(target, network, description))
+            target.replace(aside)
+        finally:
+            target.unlink(missing_ok=True)
+
+    try:
+        files.write(path, fill)
+    except UserError:
+        raise
+    except Exception as error:  # an exporter fails in many ways, at whatever a network does
+        raise UserError(f"`{description['model']}` cannot be exported as ONNX: {said(error)}") from error
+    return found[0] if found else 0.0
+
+
+@torch.no_grad()
+def _difference(path: Path, network: nn.Module, description: Description) -> float:
+    """The largest difference of onnxruntime's logits on batches of one and of several rows."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for count in (1, 5):
+        rows = example(network, description, rows=count)
+        expected = network(rows)
+        (answer,) = session.run(["logits"], {"input": rows.numpy()})
+        off = (torch.from_numpy(answer) - expected).abs().max().item()
+        if not off <= AGREES * max(1.0, expected.abs().max().item()):
+            raise UserError(
+                f"expected the same logits of onnxruntime as of PyTorch, got some that are {off:g} off"
+            )
+        largest = max(largest, off)
+    return largest
+
+
+def example(network: nn.Module, description: Description, *, rows: int) -> Tensor:
+    """Made-up rows such as a network reads: token ids for one of texts, else numbers."""
+    shape = (rows, *description["input_shape"])
+    random = torch.Generator().manual_seed(rows)
+    for module in network.modules():
+        if getattr(module, "main_input_name", None) == "input_ids":
+            config: Any = module.config
+            return torch.randint(config.vocab_size, shape, generator=random)
+    return torch.rand(shape, generator=random)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of itself."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,222 @@
+"""`luce spike` and `luce export` on finished runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luce.training import checkpoint
+from luce.training.export import read_packed
+
+
+@pytest.fixture
+def run(write, luce, place: Path) -> Path:
+    """A network with binary weights, trained a little, at runs/binary."""
+    changes: dict[str, Any] = {
+        "data": {"name": "sklearn:digits"},
+        "student": {"name": "binary:vgg_pool", "options": {"widths": [4, 6, 8], "hidden": [12]}},
+        "training": {"epochs": 4, "lr": 0.02},
+    }
+    assert luce("train", write("binary.yaml", **changes), "--out", "runs/binary").status == 0
+    return place / "runs" / "binary"
+
+
+def test_a_run_becomes_a_spiking_network(run: Path, luce) -> None:
+    answer = luce("spike", "runs/binary", "--steps", "40", "--calibration", "300")
+    assert answer.status == 0, answer.err
+    found = json.loads((run / "spiking/spike.json").read_text())
+    evaluated = json.loads(luce("evaluate", "runs/binary").out)
+    assert found["source_accuracy"] == pytest.approx(evaluated["accuracy"])
+    assert abs(found["accuracy"][-1] - found["source_accuracy"]) <= 0.02
+    assert found["rows"] == {"calibration": 300, "validation": 259, "test": 500}
+    assert found["layers"][1]["binary"] is True
+    assert found["size"]["binary_weights"] == 9 * (4 * 6 + 6 * 8) + 8 * 12
+    assert "After 40 time steps" in " ".join(answer.out.split())
+    assert (run / "spiking/spike.png").read_bytes().startswith(b"\x89PNG")
+    assert "luce spike runs/binary" in (run / "spiking/spike.html").read_text()
+
+
+def test_the_same_command_gives_the_same_figures(run: Path, luce, place: Path) -> None:
+    words = ("spike", "runs/binary", "--steps", "6", "--rows", "40", "--lower", "90", "--mode", "synchronous")
+    both = []
+    for _ in range(2):
+        assert luce(*words, "--out", "here", "--start", "0").status == 0
+        both.append((place / "here/spike.json").read_bytes())
+    assert both[0] == both[1]
+    assert json.loads(both[0])["rows"]["test"] == 40
+    assert not (run / "spiking").exists()
+
+
+def test_one_row(run: Path, luce, place: Path) -> None:
+    assert luce("spike", "runs/binary", "--steps", "1", "--rows", "1", "--calibration", "1").status == 0
+    assert len(json.loads((run / "spiking/spike.json").read_text())["accuracy"]) == 1
+
+
+def test_a_network_of_real_weights_converts_too(teacher: Path, luce) -> None:
+    assert luce("spike", "runs/teacher", "--steps", "30").status == 0
+    found = json.loads((teacher / "spiking/spike.json").read_text())
+    assert abs(found["accuracy"][-1] - found["source_accuracy"]) <= 0.1
+    assert found["size"]["bits"] == found["size"]["full_precision_bits"]
+
+
+def test_networks_that_do_not_convert(write, luce, refuses, place: Path) -> None:
+    recipe: dict[str, Any] = {
+        "data": {"name": "sklearn:digits"},
+        "student": {"name": "binary:cnn", "options": {"widths": [2, 3, 4]}},
+        "loss": {"task": {"loss": "CrossEntropyLoss"}},
+        "training": {"epochs": 1},
+    }
+    assert luce("train", write(base=recipe), "--out", "run").status == 0
+    reason = refuses("spike", "run")
+    assert "expected a network that converts to spikes: `stages.0.0` is MaxPool2d" in reason
+    assert "`stages.1.0`" in reason
+    assert not (place / "run/spiking").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "the following arguments are required: RUN"),
+        (["nowhere"], "expected nowhere to be a finished run"),
+        (["run", "--steps", "0"], "expected `--steps` of at least 1"),
+        (["run", "--rows", "0"], "expected `--rows` of at least 1"),
+        (["run", "--percentile", "0"], "expected percentiles above 0"),
+        (["run", "--lower", "99,101"], "expected percentiles above 0"),
+        (["run", "--start", "1"], "expected `--start` of at least 0"),
+        (["run", "--mode", "both"], "expected `--mode` layerwise or synchronous"),
+        (["run", "--exit-loss", "2"], "expected `--exit-loss` in [0, 1]"),
+        (["run", "--stepz", "3"], "unrecognized arguments: --stepz"),
+    ],
+)
+def test_wrong_words(words: list[str], reason: str, refuses, place: Path) -> None:
+    assert reason in refuses("spike", *words)
+    assert not list(place.iterdir())
+
+
+def test_packed(run: Path, luce) -> None:
+    answer = luce("export", "runs/binary", "--format", "packed")
+    assert answer.status == 0, answer.err
+    path = run / "student.packed.safetensors"
+    student, description = checkpoint.load_student(run)
+    packed, again = read_packed(path)
+    images = 16 * torch.rand(33, 1, 8, 8)
+    assert torch.equal(packed(images), student(images))
+    assert again == description
+    binary, scales, other = 9 * (4 * 6 + 6 * 8) + 8 * 12, 6 + 8 + 12, 9 * 4 + 12 * 10
+    bits = binary + 32 * (scales + other)
+    assert f"network: {bits:,} bits ({binary:,} binary weights" in answer.out
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        stored = sum(
+            tensor.numel() * tensor.element_size() * 8 for tensor in map(file.get_tensor, file.keys())
+        )
+    assert bits <= stored < bits + 8 * 3  # at most seven bits to fill each of three last bytes
+
+
+def test_other_files_are_no_packed_ones(run: Path, place: Path) -> None:
+    from luce.errors import UserError
+
+    with pytest.raises(
+        UserError, match="to be packed by `luce export --format packed`, version 1, got format None"
+    ):
+        read_packed(run / "student.safetensors")
+    (place / "rubbish.safetensors").write_bytes(b"rubbish")
+    for name in ("rubbish", "nothing"):
+        with pytest.raises(UserError, match="cannot read"):
+            read_packed(place / f"{name}.safetensors")
+
+
+@pytest.fixture
+def onnx() -> Any:
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module, reason="needs the extra [export]")
+    return pytest.importorskip("onnxruntime", reason="needs the extra [export]")
+
+
+def answers(onnxruntime: Any, path: Path, inputs: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"input": inputs.numpy()})[0])
+
+
+def test_onnx_of_binary_weights(run: Path, luce, onnx: Any) -> None:
+    answer = luce("export", "runs/binary")
+    assert answer.status == 0, answer.err
+    assert answer.err == ""
+    assert "logits of onnxruntime differ by at most" in answer.out
+    student, _ = checkpoint.load_student(run)
+    assert student.normalises
+    for rows in (1, 2, 17):
+        images = 16 * torch.rand(rows, 1, 8, 8)
+        torch.testing.assert_close(
+            answers(onnx, run / "student.onnx", images), student(images), rtol=1e-4, atol=1e-4
+        )
+    assert {path.name for path in run.iterdir() if "onnx" in path.name} == {"student.onnx"}
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet8"])
+def test_onnx_of_other_networks(name: str, onnx: Any, place: Path) -> None:
+    from luce.models import Classifier, build
+    from luce.training.export import write_onnx
+
+    shape = (3, 16, 16)
+    student = Classifier(build(name, classes=4, input_shape=shape), [0.5, 0.4, 0.3], [0.2, 0.3, 0.1]).eval()
+    description = {"model": name, "options": {}, "classes": list("abcd"), "input_shape": list(shape)}
+    write_onnx(place / "s.onnx", student, description)
+    images = torch.rand(3, *shape)
+    torch.testing.assert_close(answers(onnx, place / "s.onnx", images), student(images), rtol=1e-3, atol=1e-3)
+
+
+def test_onnx_of_a_text_classifier(bert_folder: Path, onnx: Any, place: Path) -> None:
+    from luce.models import Classifier, build
+    from luce.training.export import write_onnx
+
+    name = f"hf:{bert_folder}"
+    student = Classifier(build(name, classes=3, input_shape=(12,))).eval()
+    description = {"model": name, "options": {}, "classes": list("abc"), "input_shape": [12]}
+    write_onnx(place / "s.onnx", student, description)
+    ids = torch.randint(1, 15, (3, 12))
+    ids[1, 5:] = 0  # padding
+    torch.testing.assert_close(answers(onnx, place / "s.onnx", ids), student(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_answers_otherwise_is_not_kept(
+    run: Path, refuses, onnx: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luce.training.export.AGREES", -1.0)
+    assert "expected the same logits of onnxruntime as of PyTorch" in refuses("export", "runs/binary")
+    assert not list(run.glob("*onnx*"))
+
+
+def test_without_the_extra(run: Path, refuses, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "pip install 'luce[export]'" in refuses("export", "runs/binary")
+    assert not list(run.glob("*onnx*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "the following arguments are required: RUN"),
+        (["nowhere"], "expected nowhere to be a finished run"),
+        (["run", "--format", "torch"], "expected `--format` onnx or packed, got torch"),
+        (["run", "--out", "here.pt"], "expected a file that ends in .onnx after `--out`"),
+        (["run", "--format", "packed", "--out", "x.onnx"], "expected a file that ends in .safetensors"),
+    ],
+)
+def test_wrong_words_of_export(words: list[str], reason: str, refuses, place: Path) -> None:
+    assert reason in refuses("export", *words)
+    assert not list(place.iterdir())
+
+
+def test_help(luce) -> None:
+    for command in ("spike", "export"):
+        answer = luce(command, "--help")
+        assert answer.status == 0
+        assert answer.out.startswith(f"usage: luce {command} RUN")
