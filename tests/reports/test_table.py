@@ -59,6 +59,16 @@ def test_a_run_tells_of_both_ends_of_the_teachers_order_where_they_were_measured
     assert [row.split("|")[3].strip() for row in rows] == ["–"] * 4
 
 
+def test_networks_that_were_trained_along_stand_below_the_student(tmp_path, write_run):
+    folder = write_run(tmp_path / "run", "DML", 0, 0.9)
+    assert "peer" not in markdown_table(read_run(folder))
+    result = json.loads((folder / "result.json").read_text())
+    result["companions"] = {"peer": {"test": result["best"]["test"] | {"accuracy": 0.875}}}
+    (folder / "result.json").write_text(json.dumps(result))
+    rows = [line for line in markdown_table(read_run(folder)).splitlines() if "peer" in line]
+    assert [cell.strip() for cell in rows[0].strip("|").split("|")] == ["accuracy of the peer %", "87.5", "–"]
+
+
 def test_significance_is_marked_and_survives_markdown(tmp_path, write_comparison):
     methods = {"cross-entropy": [0.800, 0.801, 0.802], "PLD": [0.900, 0.902, 0.901]}
     source = read_comparison(write_comparison(tmp_path, {"few": methods}))

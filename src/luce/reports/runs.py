@@ -104,7 +104,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished training run; ``prepared`` is what the method found out before it."""
+    """One finished training run.
+
+    ``prepared`` is what the method found out before it, ``companions`` the test accuracy, at the last epoch,
+    of networks that were trained along.
+    """
 
     folder: Path
     recipe: Mapping[str, Any]
@@ -119,6 +123,7 @@ class Run:
     last: Moment
     best: Moment
     prepared: Mapping[str, float] = field(default_factory=dict)
+    companions: Mapping[str, float] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
 
 
@@ -198,6 +203,10 @@ def read_run(folder: Path | str) -> Run:
             last=_moment(result["last"]),
             best=_moment(result["best"]),
             prepared=dict(result.get("prepared", {})),
+            companions={
+                str(name): float(fields["test"]["accuracy"])
+                for name, fields in result.get("companions", {}).items()
+            },
             samples=_read_samples(folder / "samples.json"),
         )
 
