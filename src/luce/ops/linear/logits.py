@@ -174,7 +174,7 @@ class TopKLogits:
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"expected `k` between 1 and the {logits.shape[-1]} classes, got {k!r}")
         logits = logits.detach()
-        ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k].clone()  # not all of them
         if target is not None:
             label = target.unsqueeze(-1)
             lacking = (label >= 0) & (ids != label).all(-1, keepdim=True)

@@ -56,6 +56,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if a.dtype == _wide(a.dtype) else torch.mm(a, b, out_dtype=torch.float32)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, without an array for the product where there need be none."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b)
+
+
 class _Head:
     """`LinearLogits` ready to be read row by row, outside autograd."""
 
@@ -153,7 +161,7 @@ class Job:
                 if of_hidden is not None:
                     of_hidden[which] = _product(slope, head.weight)
                 if of_weight is not None:
-                    of_weight[:classes] += _product(slope.T, inputs)
+                    _add_product(of_weight[:classes], slope.T, inputs)
         return values, gradients
 
     def held(self, student: LinearLogits, weight: Tensor | None) -> Tensor:
