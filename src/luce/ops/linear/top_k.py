@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .logits import TopKLogits
 
 
-def _outside(student: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """``(n, 1)``, the logit of one class that weighs, at the temperature, what all but `ids` weigh together.
+class _Few(torch.autograd.Function):
+    """Logits of some classes and, last, of all others as one class, ``(n, K + 1)``.
 
-    Summed over just these classes: of a total less the others no digits might be left.
+    That one weighs, at the temperature, what they weigh together. They alone are summed: of a total less the
+    kept no digits might be left. A class may be named twice.
     """
-    lowest = torch.finfo(student.dtype).min * min(1.0, temperature)  # still a number when divided by it
-    others = student.clamp(min=lowest).scatter(-1, ids, lowest)  # finite: logsumexp has no gradient at -inf
-    total = (others / temperature).logsumexp(-1, keepdim=True) * temperature
-    return total.masked_fill(total <= lowest / 2, -torch.inf)
+
+    @staticmethod
+    def forward(student: Tensor, ids: Tensor, temperature: float) -> Tensor:
+        outside = student.scatter(-1, ids, -torch.inf)
+        rest = outside.div_(temperature).logsumexp(-1, keepdim=True) * temperature
+        return torch.cat([student.gather(-1, ids), rest], dim=-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        student, ids, ctx.temperature = inputs
+        ctx.save_for_backward(student, ids, output)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        student, ids, output = ctx.saved_tensors
+        rest = output[:, -1:]
+        rest = rest.masked_fill(rest == -torch.inf, torch.inf)  # nothing outside: no class has a share of it
+        share = ((student - rest) / ctx.temperature).exp() * slope[:, -1:]
+        return share.scatter(-1, ids, 0).scatter_add(-1, ids, slope[:, :-1]), None, None
+
+
+def _few(student: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    found: Tensor = _Few.apply(student, ids, temperature)
+    return found
 
 
 def _checked(teacher: TopKLogits, classes: int) -> Tensor:
@@ -35,7 +58,7 @@ def _checked(teacher: TopKLogits, classes: int) -> Tensor:
 def few_classes(student: Tensor, teacher: TopKLogits, temperature: float) -> tuple[Tensor, Tensor]:
     """Both networks' logits of the kept classes and, last, of all others as one class; ``(n, K + 1)``."""
     ids = _checked(teacher, student.shape[-1])
-    s = torch.cat([student.gather(-1, ids), _outside(student, ids, temperature)], dim=-1)
+    s = _few(student, ids, temperature)
     return s, torch.cat([teacher.logits, (teacher.temperature * teacher.rest)[:, None]], dim=-1)
 
 
@@ -57,14 +80,13 @@ def few_places(
     kept, named = found.any(-1), (labels >= 0) & (labels < classes)
     apart = named & ~kept
     slot = torch.where(apart, labels, ids[:, 0])[:, None]
-    of_label = student.gather(-1, slot).masked_fill(~apart[:, None], -torch.inf)
-    outside = _outside(student, torch.cat([ids, slot], dim=-1), 1.0)
-    s = torch.cat([student.gather(-1, ids), of_label, outside], dim=-1)
+    k = ids.shape[-1]
+    empty = (torch.arange(k + 2, device=ids.device) == k) & ~apart[:, None]  # its place where it was kept
+    s = _few(student, torch.cat([ids, slot], dim=-1), 1.0).masked_fill(empty, -torch.inf)
     nothing = torch.full_like(teacher.rest, -torch.inf)[:, None]
     t = torch.cat([teacher.logits, nothing, (teacher.temperature * teacher.rest)[:, None]], dim=-1)
     by_class = ids.argsort(-1)
     by_logit = teacher.logits.gather(-1, by_class).argsort(stable=True, dim=-1, descending=True)
-    k = ids.shape[-1]
     ends = torch.arange(k, k + 2, device=ids.device).expand(len(ids), 2)
     order = torch.cat([by_class.gather(-1, by_logit), ends], dim=-1)
     place = torch.where(kept, found.long().argmax(-1), k)
