@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import luce
 from luce import LinearLogits, TopKLogits
 from luce.losses import teacher_gradient
-from luce.ops.linear import rows_per_chunk
+from luce.ops.linear import rows_per_chunk, stream
 
 ROWS, WIDTH, CLASSES = 7, 3, 11
 PAIRS = {luce.linear_kd_loss: luce.kd_loss, luce.linear_pld_loss: luce.pld_loss}
@@ -175,8 +175,6 @@ def test_rows_that_do_not_count_are_never_multiplied(loss, monkeypatch):
     found = value_and_gradients(loss(spoilt, teacher, target, row_weight=weight, chunk_rows=2), spoilt)
     assert_close(found, expected, rtol=0, atol=0)
     multiplied = []
-    from luce.ops.linear import stream
-
     product = stream._product
     monkeypatch.setattr(stream, "_product", lambda a, b: multiplied.append(len(a)) or product(a, b))
     with torch.no_grad():
@@ -280,6 +278,19 @@ def test_an_embedding_that_is_the_head_too(loss):
         value(embedding(tokens).tanh()).backward()
         gradients.append(embedding.weight.grad.clone())
     assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@each
+@pytest.mark.parametrize(("reduction", "ahead"), [("mean", True), ("none", False)])
+def test_gradients_are_computed_where_the_upstream_can_only_scale_them(loss, reduction, ahead, monkeypatch):
+    student, teacher, target = head(ROWS), head(ROWS, seed=4), labels(ROWS)
+    multiplied = []
+    product = stream._product
+    monkeypatch.setattr(stream, "_product", lambda a, b: multiplied.append(len(a)) or product(a, b))
+    value = loss(student, teacher, target, reduction=reduction)
+    assert len(multiplied) == 2 + ahead  # logits of both networks, and what goes back to the hidden states
+    value.backward(torch.ones_like(value))
+    assert len(multiplied) == (3 if ahead else 5)
 
 
 @each
@@ -612,6 +623,13 @@ def test_top_k_kd_is_kd_of_the_kept_and_one_for_the_rest(k, temperature):
     assert 0 <= found <= full + 1e-12
     if k == CLASSES:
         assert_close(found, full, rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_is_kept_of_the_logits_that_were_not():
+    kept = TopKLogits.of(normal(50, 40), 3, labels(50))
+    unlabelled = TopKLogits.of(normal(50, 40), 3)
+    sizes = [x.untyped_storage().nbytes() for k in (kept, unlabelled) for x in (k.ids, k.logits, k.rest)]
+    assert sizes == 2 * [50 * 3 * 8, 50 * 3 * 8, 50 * 8]
 
 
 @each
