@@ -521,6 +521,30 @@ def test_under_autocast(loss):
     assert_close(gradients, expected[1], rtol=0.05, atol=0.02)
 
 
+@each
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("kind", ["head", "top_k"])
+def test_a_gpu_agrees_with_the_cpu(loss, dtype, kind):
+    student, teacher, target = (
+        head(64, width=16, dtype=dtype),
+        head(64, width=8, seed=4, dtype=dtype),
+        labels(64),
+    )
+    target[3] = -100
+    kept = TopKLogits.of(teacher.logits(), 4)
+    results = []
+    for device in ("cpu", "cuda"):
+        here = LinearLogits(*(x.detach().to(device).requires_grad_() for x in leaves(student)))
+        there = LinearLogits(*(x.detach().to(device) for x in leaves(teacher)))
+        if kind == "top_k":
+            there = TopKLogits(kept.ids.to(device), kept.logits.to(device), kept.rest.to(device))
+        value = loss(here, there, target.to(device), chunk_rows=16)
+        results.append([x.double().cpu() for x in (value, *torch.autograd.grad(value, leaves(here)))])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert rms(found - expected) <= max(1e-5, 2 * torch.finfo(dtype).eps) * rms(expected)
+
+
 # A teacher of which little is left
 
 
