@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .losses import UNLABELLED, pld_error_bound, suggest_temperature, teacher_order
+from .losses import (
+    UNLABELLED,
+    LinearLogits,
+    TopKLogits,
+    pld_error_bound,
+    suggest_temperature,
+    teacher_order,
+)
 from .losses.functional import (
     at_loss,
     cc_loss,
@@ -26,6 +33,8 @@ from .losses.functional import (
     jsd_loss,
     kd_loss,
     linear_cka,
+    linear_kd_loss,
+    linear_pld_loss,
     lipschitz_loss,
     listmle_loss,
     listnet_loss,
@@ -77,6 +86,8 @@ from .losses.modules import (
     IEKDLoss,
     JSDLoss,
     KDLoss,
+    LinearKDLoss,
+    LinearPLDLoss,
     LipschitzLoss,
     ListMLELoss,
     ListNetLoss,
@@ -136,6 +147,9 @@ __all__ = [
     "JSDLoss",
     "KDLoss",
     "LONDONLoss",
+    "LinearKDLoss",
+    "LinearLogits",
+    "LinearPLDLoss",
     "LipschitzLoss",
     "ListMLELoss",
     "ListNetLoss",
@@ -164,6 +178,7 @@ __all__ = [
     "Standardized",
     "TVDLoss",
     "TfKDLoss",
+    "TopKLogits",
     "VIDLoss",
     "WSLDLoss",
     "WeightedSum",
@@ -185,6 +200,8 @@ __all__ = [
     "jsd_loss",
     "kd_loss",
     "linear_cka",
+    "linear_kd_loss",
+    "linear_pld_loss",
     "lipschitz_loss",
     "listmle_loss",
     "listnet_loss",

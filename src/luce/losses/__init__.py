@@ -1,5 +1,6 @@
 """Distillation losses: pure functions in `functional`, their modules in `modules`."""
 
+from ..ops.linear import LinearLogits, TopKLogits
 from . import functional, modules
 from ._reduce import UNLABELLED
 from ._teacher import teacher_gradient
@@ -8,6 +9,8 @@ from .temperature import suggest_temperature
 
 __all__ = [
     "UNLABELLED",
+    "LinearLogits",
+    "TopKLogits",
     "functional",
     "modules",
     "pld_error_bound",

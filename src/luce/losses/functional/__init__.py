@@ -4,6 +4,7 @@ from .curriculum import tempered_kd
 from .divergence import cross_entropy_loss, dkd_loss, hard_label_loss, jsd_loss, kd_loss, reverse_kl_loss
 from .embeddings import cc_loss, linear_cka, pkt_loss, rkd_loss, sp_loss
 from .iekd import exploration_loss, inheritance_loss
+from .linear import linear_kd_loss, linear_pld_loss
 from .lipschitz import lipschitz_loss, spectral_norm, transmitting_matrix
 from .listwise import listmle_loss, listnet_loss, p_listmle_loss, pld_loss
 from .maps import at_loss, cwd_loss, fitnet_loss, fsp_loss, ickd_loss, mgd_loss, nst_loss, ofd_loss, vid_loss
@@ -40,6 +41,8 @@ __all__ = [
     "jsd_loss",
     "kd_loss",
     "linear_cka",
+    "linear_kd_loss",
+    "linear_pld_loss",
     "lipschitz_loss",
     "listmle_loss",
     "listnet_loss",

@@ -7,6 +7,7 @@ from .divergence import CrossEntropyLoss, DKDLoss, HardLabelLoss, JSDLoss, KDLos
 from .embeddings import CCLoss, PKTLoss, RKDLoss, SPLoss
 from .features import FeatureLoss
 from .iekd import IEKDLoss
+from .linear import LinearKDLoss, LinearPLDLoss
 from .lipschitz import LipschitzLoss, LONDONLoss
 from .listwise import ListMLELoss, ListNetLoss, PLDLoss, PListMLELoss
 from .maps import ATLoss, CWDLoss, FitNetLoss, FSPLoss, ICKDLoss, MGDLoss, NSTLoss, OFDLoss, VIDLoss
@@ -41,6 +42,8 @@ __all__ = [
     "JSDLoss",
     "KDLoss",
     "LONDONLoss",
+    "LinearKDLoss",
+    "LinearPLDLoss",
     "LipschitzLoss",
     "ListMLELoss",
     "ListNetLoss",

@@ -1,0 +1,89 @@
+"""Modules of the losses on a head's hidden states; the functions of the same names say what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...ops._library import Backend
+from ...ops.linear import LinearLogits
+from ...ops.linear.stream import Teacher
+from ...ops.pld.options import Ties
+from .._reduce import UNLABELLED, Reduction
+from ..functional import linear
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class LinearLoss(nn.Module):
+    """A function of `LinearLogits` with its options, checked when the module is made."""
+
+    function: ClassVar[Callable[..., Tensor]]
+
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    chunk_rows: int | None = None
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        one = torch.ones(1, 1)  # the smallest input: the function knows its own rules
+        self(LinearLogits(one, one), one, torch.zeros(1, dtype=torch.long))
+
+    def options(self) -> dict[str, object]:
+        """The options as keyword arguments of the function."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def forward(
+        self,
+        student: LinearLogits,
+        teacher: Teacher,
+        target: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch; shapes and errors are those of the function."""
+        return type(self).function(student, teacher, target, row_weight=row_weight, **self.options())
+
+    def extra_repr(self) -> str:
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
+
+
+@dataclass(eq=False, repr=False)
+class LinearKDLoss(LinearLoss):
+    """Module of `luce.linear_kd_loss`: `luce.KDLoss` without ever holding the logits.
+
+    Example:
+        >>> head = torch.nn.Linear(16, 1000)
+        >>> student = LinearLogits(torch.randn(8, 16), head.weight, head.bias)
+        >>> LinearKDLoss(temperature=2.0)(student, torch.randn(8, 1000)).backward()
+        >>> head.weight.grad.shape
+        torch.Size([1000, 16])
+    """
+
+    function = staticmethod(linear.linear_kd_loss)
+
+    temperature: float = 1.0
+    scale_by_temperature: bool = True
+
+
+@dataclass(eq=False, repr=False)
+class LinearPLDLoss(LinearLoss):
+    """Module of `luce.linear_pld_loss`: `luce.PLDLoss` without ever holding the logits.
+
+    Example:
+        >>> LinearPLDLoss(top_k=128)
+        LinearPLDLoss(top_k=128)
+    """
+
+    function = staticmethod(linear.linear_pld_loss)
+
+    teacher_temperature: float = 1.0
+    top_k: int | None = None
+    epsilon: float | None = None
+    tolerance: float | None = None
+    ties: Ties = "stable"
+    unlabelled_index: int = UNLABELLED

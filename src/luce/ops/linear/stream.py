@@ -1,0 +1,249 @@
+"""Rows of a loss on logits that a head gives: a chunk of rows at a time, each with its gradient.
+
+No array of all rows and all classes is made. For each chunk there are its logits, the teacher's and the
+gradient towards them, and the products of the latter with the head and the hidden states are taken at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .logits import LinearLogits, TopKLogits
+
+Teacher: TypeAlias = LinearLogits | TopKLogits | Tensor
+Which: TypeAlias = slice | Tensor
+Formula: TypeAlias = Callable[[Tensor, "Tensor | TopKLogits", "Tensor | None", "Tensor | None"], Tensor]
+"""Takes a chunk's student logits ``(n, V)``, its teacher's, labels and weights; gives ``(n,)``, weighted."""
+
+FEWEST_ROWS = 128
+"""The smallest chunk that the rule makes: a matrix product of fewer rows mostly waits for the head."""
+
+
+def rows_per_chunk(rows: int, width: int, classes: int) -> int:
+    """A power of two near ``rows * width / classes``: a chunk's logits take what all hidden states take.
+
+    Example:
+        >>> rows_per_chunk(8192, 4096, 128256), rows_per_chunk(512, 64, 1000)
+        (256, 128)
+    """
+    return max(FEWEST_ROWS, 2 ** round(math.log2(max(rows * width / classes, 1))))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product_dtype(of: LinearLogits, autocast: torch.dtype | None) -> torch.dtype:
+    """What is multiplied: 16-bit numbers only where the product can be had in float32, as on CUDA."""
+    dtype = of.hidden.dtype if autocast is None or of.hidden.dtype == torch.float64 else autocast
+    return dtype if of.hidden.device.type == "cuda" else _wide(dtype)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast multiplies in; None where it is off."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, of 16-bit matrices in float32: rounded logits would cost the gradient several percent."""
+    return a @ b if a.dtype == _wide(a.dtype) else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, without an array for the product where there need be none."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b)
+
+
+class _Head:
+    """`LinearLogits` ready to be read row by row, outside autograd."""
+
+    def __init__(self, of: LinearLogits, autocast: torch.dtype | None) -> None:
+        self.of, self.dtype = of, _product_dtype(of, autocast)
+        self.hidden = of.hidden.detach()
+        self.weight = of.weight.detach()[: of.classes].to(self.dtype)
+        self.bias = None if of.bias is None else of.bias.detach()[: of.classes].to(_wide(self.dtype))
+
+    def inputs(self, which: Which) -> Tensor:
+        return self.hidden[which].to(self.dtype)
+
+    def products(self, inputs: Tensor) -> Tensor:
+        found = _product(inputs, self.weight.T)
+        return found if self.bias is None else found.add_(self.bias)
+
+    def __call__(self, which: Which) -> Tensor:
+        return self.of.shaped(self.products(self.inputs(which)))
+
+
+def _reader(teacher: Teacher, autocast: torch.dtype | None) -> Callable[[Which], Tensor | TopKLogits]:
+    """Gives the teacher's logits of some rows."""
+    if isinstance(teacher, LinearLogits):
+        return _Head(teacher, autocast)
+    if isinstance(teacher, TopKLogits):
+        return teacher.rows
+    constant = teacher.detach()
+    return lambda which: constant[which]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is computed of which rows.
+
+    Attributes:
+        student: Flat, ``(N, H)``.
+        teacher: Flat too.
+        target: ``(N,)``, as the formula takes it; None if there are no labels.
+        formula: Of a chunk.
+        dtype: Of the values, float32 or float64.
+        chunk_rows: Rows of a chunk, None for `rows_per_chunk`.
+        autocast: What `autocast_dtype` said where the loss was called; the way back is outside.
+    """
+
+    student: LinearLogits
+    teacher: Teacher
+    target: Tensor | None
+    formula: Formula
+    dtype: torch.dtype
+    chunk_rows: int | None
+    autocast: torch.dtype | None
+
+    def values(self, weight: Tensor | None, summed: bool) -> Tensor:
+        """Each row's value times its weight, ``(N,)``; rows of weight 0 are not looked at.
+
+        Args:
+            weight: ``(N,)``, constant, or None.
+            summed: Whether the values will only be summed: then gradients are computed along with them.
+        """
+        student = self.student
+        if torch._C._are_functorch_transforms_active():
+            return self.held(student, weight)
+        ahead = summed and torch.is_grad_enabled()
+        values: Tensor = _Streamed.apply(self, weight, ahead, student.hidden, student.weight, student.bias)
+        return values
+
+    def visit(
+        self, student: LinearLogits, weight: Tensor | None, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The values and their sum's gradients, float32 or float64, towards the tensors that want one."""
+        head, teacher = _Head(student, self.autocast), _reader(self.teacher, self.autocast)
+        narrow, wide = head.dtype, _wide(head.dtype)
+        rows, classes = student.hidden.shape[0], student.classes
+        values = torch.zeros(rows, dtype=self.dtype, device=student.hidden.device)
+        gradients = [
+            torch.zeros_like(tensor, dtype=wide) if tensor is not None and wants else None
+            for tensor, wants in zip((student.hidden, student.weight, student.bias), wanted, strict=True)
+        ]
+        of_hidden, of_weight, of_bias = gradients
+        with torch.autocast(values.device.type, enabled=False):
+            for which in self._chunks(rows, weight):
+                inputs = head.inputs(which)
+                products = head.products(inputs).requires_grad_(any(wanted))
+                with torch.set_grad_enabled(any(wanted)):
+                    part = self._part(student.shaped(products), teacher(which), which, weight)
+                    total = part.sum()
+                values[which] = part.detach()
+                if not any(wanted):
+                    continue
+                (slope,) = torch.autograd.grad(total, products)
+                del products, part, total
+                if of_bias is not None:
+                    of_bias[:classes] += slope.sum(0)
+                slope = slope.to(narrow)
+                if of_hidden is not None:
+                    of_hidden[which] = _product(slope, head.weight)
+                if of_weight is not None:
+                    _add_product(of_weight[:classes], slope.T, inputs)
+        return values, gradients
+
+    def held(self, student: LinearLogits, weight: Tensor | None) -> Tensor:
+        """The values in a form that can be differentiated at will, all logits at once."""
+        kept = None if weight is None else weight.detach().nonzero()[:, 0]
+        which = slice(None) if kept is None else kept
+        wide = _wide(student.hidden.dtype)
+        some = replace(
+            student,
+            hidden=student.hidden[which].to(wide),
+            weight=student.weight.to(wide),
+            bias=None if student.bias is None else student.bias.to(wide),
+        )
+        with torch.autocast(student.hidden.device.type, enabled=False):
+            with torch.no_grad():
+                teacher = _reader(self.teacher, self.autocast)(which)
+            part = self._part(some.logits(), teacher, which, weight)
+        return part if kept is None else part.new_zeros(len(student.hidden)).index_copy(0, kept, part)
+
+    def _part(
+        self, logits: Tensor, teacher: Tensor | TopKLogits, which: Which, weight: Tensor | None
+    ) -> Tensor:
+        weight = None if weight is None else weight[which].to(self.dtype)
+        target = None if self.target is None else self.target[which]
+        return self.formula(logits, teacher, target, weight)
+
+    def _chunks(self, rows: int, weight: Tensor | None) -> Iterator[Which]:
+        """Slices where every row counts, else the indices of those that do; this asks the device once."""
+        kept = None if weight is None else weight.detach().nonzero()[:, 0]
+        if kept is not None and len(kept) == rows:
+            kept = None
+        count = rows if kept is None else len(kept)
+        step = self.chunk_rows or rows_per_chunk(count, self.student.hidden.shape[1], self.student.classes)
+        for first in range(0, count, step):
+            part = slice(first, min(first + step, count))
+            yield part if kept is None else kept[part]
+
+
+class _Streamed(torch.autograd.Function):
+    """The values, with gradients that were computed along with them where these will only be summed."""
+
+    @staticmethod
+    def forward(ctx: Any, job: Job, weight: Tensor | None, ahead: bool, *tensors: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, *tensors)
+        ctx.job, ctx.wanted = job, ctx.needs_input_grad[3:]
+        ahead = ahead and any(ctx.wanted)
+        values, gradients = job.visit(job.student, weight, ctx.wanted if ahead else (False,) * 3)
+        ctx.gradients = gradients if ahead else None
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 6
+        weight, *tensors = ctx.saved_tensors  # this also notices what was changed in place since
+        hidden, of_head, bias = tensors
+        student = replace(ctx.job.student, hidden=hidden, weight=of_head, bias=bias)
+        if torch.is_grad_enabled():  # somebody will differentiate the gradient
+            asked = [tensor for tensor, wants in zip(tensors, ctx.wanted, strict=True) if wants]
+            values = ctx.job.held(student, weight)
+            found = iter(torch.autograd.grad(values, asked, upstream, create_graph=True))
+            return (None, None, None, *(next(found) if wants else None for wants in ctx.wanted))
+        gradients, ctx.gradients = ctx.gradients, None  # handed out once: they are changed in place
+        if gradients is None or not _is_one_number(upstream):
+            share = upstream if weight is None else weight * upstream
+            _, gradients = ctx.job.visit(student, share, ctx.wanted)
+        elif upstream.numel():
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient *= upstream[0]
+        return (
+            None,
+            None,
+            None,
+            *(
+                None if gradient is None else gradient.to(tensor.dtype)
+                for gradient, tensor in zip(gradients, tensors, strict=True)
+            ),
+        )
+
+
+def _is_one_number(upstream: Tensor) -> bool:
+    """Whether all entries are one number in memory, as in the gradient of a sum."""
+    return upstream.numel() < 2 or not any(upstream.stride())
