@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luce.serving import Offer, build_app
+from luce.serving import Offer, build_app, new_server
 from luce.signals import wire
 
 TOKEN = "correct-horse"
@@ -45,13 +45,11 @@ def serving(
     **offer: Any,
 ) -> Iterator[str]:
     """The address of ``luce serve``'s application, in a thread."""
-    import uvicorn
-
     app = build_app(network or Network(), description, Offer(**offer), token=TOKEN)
     door = socket.socket()
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     door.bind(("127.0.0.1", port))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    server = new_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
     thread.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import json
@@ -107,27 +108,31 @@ def test_token_ids_reach_a_network_that_embeds_them() -> None:
         assert post(url, {"inputs": [[1, 2, 99]]}).status_code == 500  # no token of the network's
 
 
-def test_requests_that_wait_together_are_predicted_together() -> None:
-    class Slow(Network):
+def test_requests_that_wait_together_are_predicted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sized(Network):
         def forward(self, inputs: Tensor) -> Tensor:
             sizes.append(len(inputs))
-            time.sleep(0.05)
             return super().forward(inputs)
 
+    async def ask() -> list[Tensor]:
+        predictor = Predictor(Sized(), torch.device("cpu"))
+        asked = [asyncio.create_task(predictor(part)) for part in inputs.split([1, 2, 3, 4, 9, 2])]
+        work = asyncio.create_task(predictor.work())
+        answers = await asyncio.gather(*asked)
+        work.cancel()
+        return answers
+
+    monkeypatch.setattr(luce_serving, "AT_ONCE", 6)
     sizes: list[int] = []
-    with serving(Slow()) as url, concurrent.futures.ThreadPoolExecutor(12) as pool:
-        asked = [pool.submit(post, url, {"inputs": [[i, i, -i]]}) for i in range(12)]
-        answers = [one.result().json()["probs"][0] for one in asked]
-    expected = Network()(torch.tensor([[i, i, -i] for i in range(12)]).float()).softmax(-1)
-    torch.testing.assert_close(torch.tensor(answers), expected.detach())
-    assert sum(sizes) == 12
-    assert len(sizes) < 8
+    inputs = torch.randn(21, 3)
+    torch.testing.assert_close(torch.cat(asyncio.run(ask())), Network()(inputs).detach())
+    assert sizes == [6, 4, 9, 2]
 
 
 def test_one_row_that_spoils_a_prediction_spoils_no_other() -> None:
     class Picky(Network):
         def forward(self, inputs: Tensor) -> Tensor:
-            time.sleep(0.05)
+            time.sleep(0.02)
             if (inputs == 7).any():
                 raise RuntimeError("no sevens")
             return super().forward(inputs) * torch.where(inputs == 8, torch.nan, 1.0).sum(1, keepdim=True)
@@ -136,6 +141,16 @@ def test_one_row_that_spoils_a_prediction_spoils_no_other() -> None:
         asked = [pool.submit(post, url, {"inputs": [[i, 0, 0]]}) for i in range(9)]
         states = [one.result().status_code for one in asked]
     assert states == [200] * 7 + [500] * 2
+
+
+def test_a_network_that_answers_about_other_rows_stops_nothing() -> None:
+    class Short(Network):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs)[: 1 if (inputs == 7).any() else None]
+
+    with serving(Short()) as url:
+        assert post(url, {"inputs": [[7, 0, 0], [0, 0, 0]]}).status_code == 500
+        assert post(url, {"inputs": ROWS}).status_code == 200
 
 
 def test_anybody_may_ask_whether_it_is_up() -> None:
@@ -249,13 +264,43 @@ def test_a_large_request_is_refused_while_it_is_read() -> None:
 
 
 def test_a_slow_request_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luce_serving, "SLOWEST_BODY", 0.2)
+    monkeypatch.setattr(luce_serving, "SLOWEST", 0.2)
     with serving() as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as line:
             start = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
             line.sendall(f"{start}Content-Length: 100\r\n\r\nabc".encode())
             assert line.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+POST = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "drip"),
+    [(b"", b""), (POST + b"X-Slow: ", b"x"), (POST + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n")],
+    ids=["silent", "slow head", "refused and goes on"],
+)
+def test_who_brings_no_token_holds_no_connection(
+    start: bytes, drip: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(luce_serving, "SLOWEST", 0.2)
+    monkeypatch.setattr(luce_serving, "CONNECTIONS", 2)
+    with serving() as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=0.02) as line:
+            deadline, open_ = time.monotonic() + 5, True
+            line.sendall(start)
+            while open_:
+                assert time.monotonic() < deadline
+                try:
+                    line.sendall(drip)
+                    open_ = bool(line.recv(4096))
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    break
+            assert post(url, {"inputs": ROWS}).status_code == 200
 
 
 def mutated(body: bytes, chance: random.Random) -> bytes:

@@ -25,6 +25,7 @@ from .signals import wire
 from .signals.blackbox import Told, check_answers, tell
 
 if TYPE_CHECKING:
+    import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 AT_ONCE = 256
 """Rows that are predicted together, unless a single request has more."""
 
-SLOWEST_BODY = 30.0
-"""Seconds that a request may take to arrive."""
+SLOWEST = 30.0
+"""Seconds that the head of a request may take to arrive, and then its body."""
+
+CONNECTIONS = 64
+"""At one time."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Predictor:
     async def answer(self, some: list[tuple[Tensor, asyncio.Future[Tensor]]]) -> None:
         try:
             logits = await asyncio.to_thread(self.predict, torch.cat([inputs for inputs, _ in some]))
+            parts = logits.split([len(inputs) for inputs, _ in some])
         except Exception as error:  # networks fail in many ways
             if len(some) > 1:  # each by itself, so that one request spoils no other
                 for one in some:
@@ -123,7 +128,7 @@ class Predictor:
             elif not some[0][1].done():
                 some[0][1].set_exception(error)
             return
-        for (_, future), part in zip(some, logits.split([len(inputs) for inputs, _ in some]), strict=True):
+        for (_, future), part in zip(some, parts, strict=True):
             if not future.done():  # or nobody waits for it any more
                 future.set_result(part)
 
@@ -133,6 +138,55 @@ class Predictor:
         if not torch.isfinite(logits).all():
             raise ValueError("the network answers with NaN or infinity")
         return logits
+
+
+def new_server(app: Starlette) -> uvicorn.Server:
+    """What runs the application, and hangs up on who does not ask."""
+    uvicorn = import_optional("uvicorn", "serve")
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        """Ends a connection on which no whole head of a request has arrived in time.
+
+        uvicorn waits for one as long as there is now and then a byte, for the first one without end; and a
+        few connections are all that it takes.
+        """
+
+        patience: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.expect_request()
+
+        def on_response_complete(self) -> None:
+            self.expect_request()
+            super().on_response_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self.patience is not None:
+                self.patience.cancel()
+            super().connection_lost(exc)
+
+        def expect_request(self) -> None:
+            if self.patience is not None:
+                self.patience.cancel()
+            self.patience = self.loop.call_later(SLOWEST, self.give_up, self.cycle)
+
+        def give_up(self, before: object) -> None:
+            if self.cycle is before:
+                self.transport.abort()
+
+    config = uvicorn.Config(
+        app,
+        http=Impatient,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=int(SLOWEST),
+        timeout_graceful_shutdown=5,
+    )
+    return uvicorn.Server(config)
 
 
 def fingerprint(network: nn.Module, description: Mapping[str, Any]) -> str:
@@ -271,9 +325,9 @@ async def read_body(request: Request, most: int) -> bytes:
         return bytes(body)
 
     try:
-        return await asyncio.wait_for(read(), SLOWEST_BODY)
+        return await asyncio.wait_for(read(), SLOWEST)
     except asyncio.TimeoutError as error:
-        raise Refusal(408, f"expected the request within {SLOWEST_BODY:g} seconds") from error
+        raise Refusal(408, f"expected the request within {SLOWEST:g} seconds") from error
     except ClientDisconnect as error:
         raise Refusal(400, "expected a whole request") from error
 

@@ -82,27 +82,22 @@ def paid(path: Path) -> int:
 
 
 def test_it_answers_and_ends_when_told(teacher: Path) -> None:
-    with served(token=None) as (url, token, run):
+    with served("--answers", "topk", "--top_k", "2", "--decimals", "3", token=None) as (url, token, run):
         assert url.startswith("http://127.0.0.1:")
         assert len(token) > 30
         assert httpx2.get(f"{url}/healthz", trust_env=False).json() == {"status": "ok"}
         service = RemoteTeacher(url, token=token).service
-        assert (service.classes, service.input_shape, service.answers) == (3, (4,), "probs")
-        run.send_signal(signal.SIGINT)
-        assert run.wait(timeout=20) in (0, -signal.SIGINT)
-
-
-def test_the_curl_of_the_docs(teacher: Path) -> None:
-    content = b'{"inputs": [[5.1, 3.5, 1.4, 0.2]]}'
-    with served("--answers", "topk", "--top_k", "2", "--decimals", "3") as (url, token, _):
-        answer = httpx2.post(
+        assert (service.classes, service.input_shape, service.answers) == (3, (4,), "topk")
+        answer = httpx2.post(  # the curl of the docs
             f"{url}/v1/predict",
-            content=content,
+            content=b'{"inputs": [[5.1, 3.5, 1.4, 0.2]]}',
             headers={"Authorization": f"Bearer {token}"},
             trust_env=False,
         )
-    assert answer.status_code == 200
-    assert answer.json().keys() == {"model", "classes", "probs"}
+        assert answer.status_code == 200
+        assert answer.json().keys() == {"model", "classes", "probs"}
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=20) in (0, -signal.SIGINT)
 
 
 @pytest.mark.parametrize(

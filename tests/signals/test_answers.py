@@ -13,16 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import luce
 from luce.errors import UserError
 from luce.signals.answers import AT_ONCE, Answers, key_of
 
 MARK = b"the answer to one question"
-WRITER = """
-import sys
+WRITER = f"""
+import sys, types
+for name in ("luce", "luce.signals"):  # without the time that torch takes
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [{str(Path(luce.__file__).parent)!r} + "/signals" * (name != "luce")]
 from luce.signals.answers import Answers
 answers = Answers(sys.argv[1], "teacher", "me")
 for number in range(10**6):
-    answers.keep({b"%d-%d" % (int(sys.argv[2]), number): b"x%d" % number})
+    answers.keep({{b"%d-%d" % (int(sys.argv[2]), number): b"x%d" % number}})
     print(number, flush=True)
 """
 
@@ -49,8 +53,8 @@ def test_the_first_answer_stays_and_whoever_paid_is_known(tmp_path: Path) -> Non
     second = answers.account("second run")
     second.keep({b"k": b"2", b"l": b"3"})
     assert second.find([b"k"]) == {b"k": b"1"}
-    assert (answers.paid, second.paid) == (1, 1)
-    assert Answers(tmp_path / "a", "one", "second run").paid == 1
+    assert (answers.paid, second.paid) == (1, 2)  # they asked about one row at the same moment
+    assert Answers(tmp_path / "a", "one", "second run").paid == 2
     assert Answers(tmp_path / "a", "two", "second run").paid == 0
 
 

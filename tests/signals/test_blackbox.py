@@ -74,6 +74,14 @@ def test_a_floor_keeps_what_was_rounded_to_0_finite() -> None:
         assert (found[0] - found[1]).item() == pytest.approx(-math.log(floor), rel=1e-5)
 
 
+def test_a_floor_of_rounding_makes_no_sure_teacher_of_many_classes_unsure() -> None:
+    """What is left is for all the other classes together."""
+    for told, best in (([7.0, 0.999], 0.999), ([7.0, 1.0], 0.9995), ([7.0, 3.0, 1.0, 0.0], 0.999)):
+        found = logits_from(torch.tensor([told]), "topk", 214, floor=5e-4).softmax(-1)[0]
+        assert found.max().item() == pytest.approx(best, abs=2e-5)
+        assert found[7] == found.max()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 10.0])
 def test_kd_from_a_label_is_cross_entropy_with_it(temperature: float) -> None:
     student = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)

@@ -218,10 +218,14 @@ def test_a_tested_server_has_an_accuracy(remote: Make, network: Counting, tmp_pa
     assert "agreement" in result["last"]["test"]
     assert evaluate(tmp_path / "run", recipe) == result["best"]["test"]
     assert network.asked == ROWS + 30
+    elsewhere = remote({"remember": True, "test": True, "cache": str(tmp_path / "elsewhere"), "budget": 30})
+    assert evaluate(tmp_path / "run", elsewhere) == result["best"]["test"]
+    assert network.asked == ROWS + 30 + 30  # about the test rows alone
+    network.asked = 0
     small = remote({"remember": True, "test": True, "budget": ROWS, "cache": str(tmp_path / "new")})
     with pytest.raises(BudgetError, match=f"got {ROWS + 30} more"):
         run(small, tmp_path / "other")
-    assert network.asked == ROWS + 30
+    assert network.asked == 0
 
 
 def test_reports_do_without_the_teachers_figures(remote: Make, tmp_path: Path) -> None:

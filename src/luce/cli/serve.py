@@ -18,7 +18,6 @@ for; docs/black-box.md has the protocol. It listens on this machine alone unless
   luce serve runs/digits-teacher --answers label --port 8000"""
 TOKEN = "LUCE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-CONNECTIONS = 64
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,11 +57,9 @@ def main(words: Sequence[str]) -> None:
 
     import torch
 
-    from ..errors import import_optional
-    from ..serving import Offer, build_app
+    from ..serving import Offer, build_app, new_server
     from ..training import checkpoint
 
-    uvicorn = import_optional("uvicorn", "serve")
     offer = Offer(
         request.answers, request.top_k, request.decimals, request.max_batch, request.max_request_bytes
     )
@@ -70,7 +67,7 @@ def main(words: Sequence[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not request.cpu else "cpu")
     made_up = token is None
     token = token or secrets.token_urlsafe(24)
-    app = build_app(network, description, offer, token=token, device=device)
+    server = new_server(build_app(network, description, offer, token=token, device=device))
     with _listening(request.host, request.port) as door:
         host = f"[{request.host}]" if ":" in request.host else request.host
         print(
@@ -78,17 +75,8 @@ def main(words: Sequence[str]) -> None:
             f"{offer.answers} alone\nurl: http://{host}:{door.getsockname()[1]}"
         )
         print(f"token: {token}" if made_up else "token: the one that was given", flush=True)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            limit_concurrency=CONNECTIONS,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=5,
-        )
         try:
-            uvicorn.Server(config).run(sockets=[door])
+            server.run(sockets=[door])
         except KeyboardInterrupt:  # how a server is told to end
             return
 
@@ -106,7 +94,7 @@ def _listening(host: str, port: int) -> socket.socket:
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         door.bind((host, port))
-        door.listen(CONNECTIONS)  # whoever reads the address may come before the server is quite awake
+        door.listen()  # whoever reads the address may come before the server is quite awake
     except OSError as error:
         door.close()
         raise UserError(

@@ -75,9 +75,9 @@ def logits_from(told: Tensor, answers: Told, classes: int, *, floor: float = FLO
 
     * Of probabilities, :math:`\log p_c - \frac1C \sum_i \log p_i`: the true logits but for their mean, which
       no softmax sees.
-    * Of the best classes likewise; what is left of the probability is spread evenly over the others, none of
-      which gets more than the last class that was told. ``PLDLoss(top_k=k)`` looks at what was told
-      alone, but for the probability of a label that is not among it.
+    * Of the best classes likewise; what is left of the probability, at least `floor`, is spread evenly over
+      the others, none of which gets more than the last class that was told. ``PLDLoss(top_k=k)``
+      looks at what was told alone, but for the probability of a label that is not among it.
     * Of a label, a teacher as good as certain of it: all other classes stand `GAP` nats below, so that KD is
       the cross-entropy with the label, at any usual temperature, and nothing is infinite.
 
@@ -85,7 +85,8 @@ def logits_from(told: Tensor, answers: Told, classes: int, *, floor: float = FLO
         told: See `tell`.
         answers: See `Told`.
         classes: C, of the teacher.
-        floor: Probabilities below it count as it; half of the last decimal where they were rounded.
+        floor: Probabilities that were told count as it if they are below; half of the last decimal where
+            they were rounded.
     Returns:
         ``(N, C)``.
     Example:
@@ -100,9 +101,10 @@ def logits_from(told: Tensor, answers: Told, classes: int, *, floor: float = FLO
     else:
         chosen, probs = told.chunk(2, dim=-1)
         others = max(1, classes - probs.shape[-1])
-        left = (1 - probs.sum(-1, keepdim=True)).clamp(min=0) / others
-        each = torch.minimum(left, probs.amin(-1, keepdim=True)).expand(-1, classes)
-        log_probs = each.scatter(1, chosen.long(), probs).clamp(min=floor).log()
+        probs = probs.clamp(min=floor)
+        left = (1 - probs.sum(-1, keepdim=True)).clamp(min=floor) / others
+        each = torch.minimum(left, probs.amin(-1, keepdim=True)).clamp(min=min(floor, FLOOR))
+        log_probs = each.expand(-1, classes).scatter(1, chosen.long(), probs).log()
     return log_probs - log_probs.mean(-1, keepdim=True)
 
 
@@ -171,9 +173,11 @@ class BlackBox(Teacher):
         )
 
 
-def check_budget_option(budget: int | None) -> None:
+def check_limits(budget: int | None, floor: float | None) -> None:
     if budget is not None and budget < 0:
         raise UserError(f"expected a `budget` of at least 0 rows, or none, got {budget}")
+    if floor is not None and not 0 < floor < 1:
+        raise UserError(f"expected a `floor` in (0, 1), got {floor}")
 
 
 class LocalBlackBox(BlackBox):
@@ -207,7 +211,7 @@ class LocalBlackBox(BlackBox):
         floor: float = FLOOR,
     ) -> None:
         check_answers(answers, top_k, classes)
-        check_budget_option(budget)
+        check_limits(budget, floor)
         self.model = model.eval()
         self.answers, self.top_k, self.classes = answers, top_k, classes
         self.budget, self.floor, self.queries = budget, floor, 0

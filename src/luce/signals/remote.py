@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import wire
 from .answers import Answers, key_of
-from .blackbox import FLOOR, BlackBox, Told, check_budget_option
+from .blackbox import FLOOR, BlackBox, Told, check_limits
 from .service import Service
 from .sources import Batch
 from .transport import Cost, Line, RemoteError, checked_url
@@ -68,7 +68,7 @@ class RemoteTeacher(BlackBox):
         floor: float | None = None,
     ) -> None:
         self.url = checked_url(url)
-        check_budget_option(budget)
+        check_limits(budget, floor)
         if min(concurrency, batch_size) < 1 or retries < 0 or not 0 < timeout < math.inf:
             raise UserError(
                 "expected `concurrency` and `batch_size` of at least 1, `retries` of at least 0 and a "
@@ -90,15 +90,18 @@ class RemoteTeacher(BlackBox):
         self.classes = self.service.classes
         self.batch_size = min(batch_size, self.service.max_batch or batch_size)
         rounding = self.service.decimals
-        self.floor = floor or (FLOOR if rounding is None else 0.5 * 10.0**-rounding)
+        self.floor = floor or (FLOOR if rounding is None else max(FLOOR, 0.5 * 10.0**-rounding))
         self.budget = budget
-        identity = json.dumps([self.url, self.service.model, self.answers, self.top_k, rounding])
+        identity = json.dumps(
+            [self.url, self.service.model, self.classes, self.answers, self.top_k, rounding]
+        )
         self.known = Answers(cache, identity, account)
-        self.paid_before = self.known.paid
+        self._at_end: int | None = None
 
     @property
     def queries(self) -> int:  # type: ignore[override]
-        return self.paid_before + self.cost_here.asked
+        """Also what other processes have paid for on this account."""
+        return self.known.paid if self._at_end is None else self._at_end
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -119,11 +122,11 @@ class RemoteTeacher(BlackBox):
         other = copy.copy(self)
         other.cost_here = Cost()
         other.known = self.known.account(name)
-        other.paid_before = other.known.paid
         return other
 
     def close(self) -> None:
-        """Hang up. Answers that are in the cache stay there."""
+        """Hang up, for all accounts. Answers that are in the cache stay there."""
+        self._at_end = self.queries
         self._line.close()
         self.known.close()
 
@@ -185,13 +188,12 @@ class RemoteTeacher(BlackBox):
                         self.cost_here,
                     )
                     new = dict(zip(keys[some], (row.tobytes() for row in told.astype("<f4")), strict=True))
-                    self.known.keep(new)
+                    await asyncio.to_thread(self.known.keep, new)  # a slow disk delays no other answer
                 except Exception as error:
                     failures.append(error)
                     stop.set()
                     return
                 answers.update(new)
-                self.cost_here.asked += count
 
         starts = range(0, len(keys), self.batch_size)
         await asyncio.gather(*(ask(slice(start, start + self.batch_size)) for start in starts))

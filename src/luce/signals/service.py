@@ -14,6 +14,9 @@ from .blackbox import Told, check_answers
 TOLERANCE = 1e-3
 """By which probabilities may sum to more or less than 1, beside what their rounding explains."""
 
+MOST_DECIMALS = 17
+"""Of a number of 64 bits."""
+
 
 @dataclass(frozen=True)
 class Service:
@@ -48,6 +51,9 @@ class Service:
         """
         if content.get("protocol") != wire.PROTOCOL:
             raise ValueError(f"expected `protocol` {wire.PROTOCOL}, got {content.get('protocol')!r}")
+        model = content.get("model")
+        if not (isinstance(model, str) and model):  # nothing else tells answers of another one apart
+            raise ValueError(f"expected `model` as a name, got {model!r}")
         names, classes = None, content.get("classes")
         if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
             names, classes = tuple(classes), len(classes)
@@ -62,9 +68,11 @@ class Service:
         for name, value in whole.items():
             if value is not None and not (type(value) is int and value >= 1):
                 raise ValueError(f"expected `{name}` as a number of at least 1, or null")
+        if (whole["decimals"] or 1) > MOST_DECIMALS:
+            raise ValueError(f"expected `decimals` in 1 .. {MOST_DECIMALS}, or null, got more")
         check_answers(content.get("answers"), whole["top_k"], classes)
         return cls(
-            model=str(content.get("model")),
+            model=model,
             classes=classes,
             names=names,
             input_shape=None if shape is None else tuple(shape),

@@ -61,14 +61,12 @@ class Cost:
     """What asking has cost in this process.
 
     Attributes:
-        asked: Rows that were asked about and answered.
         cached: Rows whose answer was there already.
         requests: Sent, those that were repeated included.
         retries: How many of them were repetitions.
         seconds: Spent on asking.
     """
 
-    asked: int = 0
     cached: int = 0
     requests: int = 0
     retries: int = 0
@@ -109,8 +107,16 @@ class Line:
     def __init__(self, url: str, *, token: str | None, timeout: float, retries: int) -> None:
         self.url, self.timeout, self.retries = url, timeout, retries
         self.http = import_optional("httpx2", "remote")
-        if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token):
-            raise UserError("expected a token of plain characters, without spaces around it")
+        try:
+            self.http.URL(url)
+        except self.http.InvalidURL as error:  # it is stricter than `checked_url`
+            raise UserError(f"expected a URL such as https://example.org, got {url!r} ({error})") from error
+        if token is not None and not (
+            token.isascii() and token.isprintable() and token.strip() == token != ""
+        ):
+            raise UserError(
+                "expected a token of plain characters, without spaces around it, got another or none"
+            )
         self.client = self.http.AsyncClient(
             headers={
                 "Accept": "application/json",
@@ -123,8 +129,12 @@ class Line:
             limits=self.http.Limits(max_connections=None, keepalive_expiry=4.0),
         )
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="luce-remote", daemon=True).start()
+        threading.Thread(target=self._serve, name="luce-remote", daemon=True).start()
         self.chance = random.Random()  # not the generator that trainings draw from
+
+    def _serve(self) -> None:
+        self.loop.run_forever()
+        self.loop.close()
 
     def run(self, work: Callable[[asyncio.Event], Awaitable[T]]) -> T:
         """Do something in the thread of requests and wait for it.
@@ -183,17 +193,19 @@ class Line:
                 problem = _Unanswered(f"no connection, or it broke off ({said(error)})")
             except _Unanswered as unanswered:
                 problem = unanswered
+            given_up = RemoteError(f"{page}: {problem}; it was asked {attempt + 1} times; {KEPT}")
             if attempt == self.retries or stop.is_set():
-                raise RemoteError(f"{page}: {problem}; it was asked {attempt + 1} times; {KEPT}") from problem
+                raise given_up from problem
             wait = self._wait(attempt, problem.wait)
             if wait > LONGEST_RETRY_AFTER:
                 raise RemoteError(f"{page}: {problem}, and to be asked again in {wait:g} seconds; {KEPT}")
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(stop.wait(), wait)
+                raise given_up from problem
         try:
             return read(content)
         except ValueError as error:
-            raise RemoteError(f"{page} answers what it should not: {error}; {KEPT}") from error
+            raise RemoteError(f"{page} answers what it should not: {str(error)[:300]}; {KEPT}") from error
 
     def _wait(self, attempt: int, wanted: float | None) -> float:
         """Seconds before the next attempt, at least those that the server asks for."""
@@ -209,11 +221,13 @@ class Line:
                 parts.append(part)
                 size += len(part)
                 if size > MOST_BYTES:
-                    raise RemoteError(f"{page}: an answer of more than {MOST_BYTES} bytes; {KEPT}")
+                    raise RemoteError(
+                        f"{page}: an answer of more than {MOST_BYTES} bytes; {ADVICE[413]}; {KEPT}"
+                    )
         content = b"".join(parts)
         if 300 <= status < 400:
             where = response.headers.get("location", "nowhere")
-            raise RemoteError(f"{page} sends us to {where}; give the final address as `teacher.url`")
+            raise RemoteError(f"{page} sends us to {where[:200]}; give the final address as `teacher.url`")
         if status in REPEATED:
             raise _Unanswered(f"status {status}, {_reason(content)}", _retry_after(response.headers))
         if status != 200:

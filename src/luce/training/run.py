@@ -408,8 +408,11 @@ def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:
         UserError: If the folder holds no finished run, or the student does not fit the data.
     """
     student, description = checkpoint.load_student(folder)
-    if recipe.teacher is not None and recipe.teacher.url is not None and not recipe.teacher.test:
-        recipe = dataclasses.replace(recipe, teacher=None)  # it would be asked for nothing
+    if (
+        recipe.teacher is not None and recipe.teacher.url is not None
+    ):  # training rows would be asked for nothing
+        teacher = dataclasses.replace(recipe.teacher, remember=False) if recipe.teacher.test else None
+        recipe = dataclasses.replace(recipe, teacher=teacher)
     materials = prepare(recipe)
     if len(description["classes"]) != len(materials.data.classes):
         raise UserError(
