@@ -324,8 +324,8 @@ def test_two_processes_ask_once(digits_teacher: Path, tmp_path: Path) -> None:
         read_yaml(RECIPES / "digits-mekd.yaml"),
         {
             "teacher": {"checkpoint": str(digits_teacher), "answers": "probs", "budget": 200},
-            "loss": {"mekd": {"queries": 200, "gan_epochs": 4, "gan_width": 8}},
-            "training": {"epochs": 2, "cpu": True},
+            "loss": {"mekd": {"queries": 200, "gan_epochs": 1, "gan_width": 8}},
+            "training": {"epochs": 1, "cpu": True},
         },
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
