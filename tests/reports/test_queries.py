@@ -69,20 +69,26 @@ def test_accuracy_against_queries(tmp_path, write_comparison) -> None:
             "KD, 1000": [0.8, 0.8],
             "noise 100": [0.1, 0.1],
             "cross-entropy": [0.9, 0.9],
+            "width 32": [0.2, 0.2],
+            "width 64": [0.3, 0.3],
         },
         "hard": {
             "KD, 100": [0.4, 0.4],
             "KD, 1000": [0.6, 0.8],
             "noise 100": [0.1, 0.1],
             "cross-entropy": [0.9, 0.9],
+            "width 32": [0.2, 0.2],
+            "width 64": [0.3, 0.3],
         },
     }
     folder = write_comparison(tmp_path / "comparison", accuracies)
     comparison = read_comparison(folder)
     assert plots.queries(comparison) == []
-    with_queries(folder, {"KD, 100": 100, "KD, 1000": 1000, "noise 100": 100})
+    asked = {"KD, 100": 100, "KD, 1000": 1000, "noise 100": 100, "width 32": 100, "width 64": 100}
+    with_queries(folder, asked)
     soft, hard = plots.queries(read_comparison(folder))
-    assert "KD: 60.0% at 100, 80.0% at 1,000; noise: 10.0% at 100." in soft.alt
+    assert "KD: 60.0% at 100, 80.0% at 1,000; noise: 10.0% at 100; " in soft.alt
+    assert "width 32: 20.0% at 100; width 64: 30.0% at 100." in soft.alt  # of these the number is no query
     assert "KD: 40.0% at 100, 70.0% at 1,000" in hard.alt
     assert "cross-entropy" not in soft.alt
     page = write_html(folder).read_text()

@@ -142,6 +142,16 @@ def test_real_rows_are_sent_to_nobody(
     assert torch.cdist(images.flatten(1), rows.flatten(1)).min() > 0.1
 
 
+def test_a_server_that_would_be_asked_about_real_rows_is_refused_unasked(
+    make_recipe: Make, tmp_path: Path
+) -> None:
+    """To remember its answers means to ask about the training rows, before there is a method."""
+    recipe = with_mekd(make_recipe)
+    recipe.teacher = parse(Recipe, {"teacher": {"url": "http://127.0.0.1:9", "remember": True}}).teacher
+    with pytest.raises(UserError, match=r"inputs that MEKD makes.*set `teacher.remember: false`"):
+        run(recipe, tmp_path / "run")
+
+
 def test_batches_of_one_row(make_recipe: Make, tmp_path: Path) -> None:
     """Batch normalisation in the student meets two images at least."""
     result = run(with_mekd(make_recipe, training={"batch_size": 71, "epochs": 1}), tmp_path / "run")
@@ -217,8 +227,9 @@ def test_a_comparison_with_the_same_budgets(toy: object, tmp_path: Path) -> None
     page = reports.write_html(folder).read_text()
     assert "Accuracy against queries" in page
     too_many = merge(content, {"methods": {"MEKD, 61": method(61)}})
-    with pytest.raises(UserError, match="at most 60 `queries`"):
+    with pytest.raises(UserError, match="method `MEKD, 61`: expected at most 60 `queries`"):
         compare(parse(ComparisonRecipe, too_many), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_comparison_tells_of_a_teacher_that_is_remembered(toy: object, tmp_path: Path) -> None:
@@ -313,8 +324,8 @@ def test_two_processes_ask_once(digits_teacher: Path, tmp_path: Path) -> None:
         read_yaml(RECIPES / "digits-mekd.yaml"),
         {
             "teacher": {"checkpoint": str(digits_teacher), "answers": "probs", "budget": 200},
-            "loss": {"mekd": {"queries": 200, "gan_epochs": 4, "gan_width": 8}},
-            "training": {"epochs": 2, "cpu": True},
+            "loss": {"mekd": {"queries": 200, "gan_epochs": 1, "gan_width": 8}},
+            "training": {"epochs": 1, "cpu": True},
         },
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

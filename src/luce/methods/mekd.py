@@ -232,6 +232,7 @@ class MEKD(Method):
             raise UserError(
                 f"expected at most {self.rows} `queries`, one for each training row, got {self.queries}"
             )
+        self._check_budget(teacher)
         with dry_run(student, inputs.device):
             classes = student(inputs).shape[-1]
         if self.source == "generated":
@@ -256,7 +257,7 @@ class MEKD(Method):
             most = 0  # there is nothing to be asked, or nothing that an answer would change
         if self.queries is None:
             return Plan(most if self.information else 0, AT_ONCE)
-        information = min(most, round(self.information * self.queries))
+        information = min(most, round(self.information * self.queries), self.queries - 1)
         return Plan(information, self.queries - information)
 
     def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
@@ -264,12 +265,14 @@ class MEKD(Method):
         plan = self.plan
         if rows.trial:
             plan = Plan(*(min(number, TRIAL) for number in plan))
-        self._check_budget(teacher, plan)
         self._find_range(rows)
         found: dict[str, float] = {}
         if self.source == "generated":
             found = self._learn_to_make_images(teacher, rows, plan.information)
-        self.pool = _some(rows, plan.pool, self.rows) if self.source == "real" else self._new(plan.pool)
+        if self.source == "real":  # a trial sees the first rows alone
+            self.pool = _some(rows, plan.pool, plan.pool if rows.trial else self.rows)
+        else:
+            self.pool = self._new(plan.pool)
         many = teacher.batch_size * teacher.concurrency if isinstance(teacher, RemoteTeacher) else AT_ONCE
         said = [self._ask(teacher, self._images(part)) for part in self.pool.split(many)]
         self.answers = torch.cat(said)
@@ -278,8 +281,9 @@ class MEKD(Method):
             assert isinstance(self.method.loss, (LogitLoss, WeightedSum))
             found |= self.method.loss.prepare(self.answers, _no_labels(self.answers))
         best = self.answers.argmax(-1).bincount() / len(self.answers)
+        if self.queries is not None:
+            found["queries"] = float(sum(plan))
         return found | {
-            "queries": float(sum(plan)),
             "information_queries": float(plan.information),
             "tau": self.tau.item(),
             "ratio": spread,
@@ -287,7 +291,7 @@ class MEKD(Method):
             "classes": torch.special.entr(best).sum().exp().item(),
         }
 
-    def _check_budget(self, teacher: Teacher, plan: Plan) -> None:
+    def _check_budget(self, teacher: Teacher) -> None:
         """Refuse a plan that the whole budget is too small for; what was paid for before may come free."""
         budget = teacher.budget if isinstance(teacher, BlackBox) else None
         if budget is None:
@@ -297,7 +301,7 @@ class MEKD(Method):
                 "expected a number of `queries` for a teacher with a budget, got none, which asks about new "
                 "images at every step"
             )
-        if sum(plan) > budget:
+        if self.queries > budget:
             raise BudgetError(
                 f"expected at most {budget} `queries`, the teacher's budget, got {self.queries}; lower them, "
                 "or raise `teacher.budget`"
@@ -357,7 +361,9 @@ class MEKD(Method):
     @torch.no_grad()
     def _images(self, made_of: Tensor) -> Tensor:
         """In the range of the data."""
-        return self._in_range(self.generator(made_of)) if self.source == "generated" else made_of
+        if self.source != "generated":
+            return made_of
+        return self._in_range(torch.cat([self.generator(part) for part in made_of.split(AT_ONCE)]))
 
     def _in_range(self, made: Tensor) -> Tensor:
         return self.low + self.span * (made + 1) / 2
@@ -486,13 +492,12 @@ def _no_labels(answers: Tensor) -> Tensor:
 
 def _some(rows: TrainingRows, number: int, among: int) -> Tensor:
     """Images of so many rows, drawn at random, in their order."""
-    chosen = torch.zeros(among, dtype=torch.bool)
-    chosen[torch.randperm(among)[:number]] = True
+    chosen = torch.randperm(among)[:number].sort().values
     images, at = [], 0
     for batch in rows.batches():
-        here = chosen[at : at + len(batch["input"])].to(batch["input"].device)
-        images.append(batch["input"][here])
-        at += len(here)
+        end = at + len(batch["input"])
+        images.append(batch["input"][chosen[(chosen >= at) & (chosen < end)] - at])
+        at = end
     return torch.cat(images)
 
 

@@ -139,7 +139,7 @@ def reliability(source: Run | Comparison) -> dict[str, list[Plot]]:
 def queries(comparison: Comparison) -> list[Plot]:
     """Test accuracy against what the teacher was asked; a panel per setting where somebody asked differently.
 
-    Methods whose names differ by a number at the end, such as ``KD, 500`` and ``KD, 2000``, are one line.
+    Methods whose names differ by this number at the end, such as ``KD, 500`` and ``KD, 2000``, are one line.
     """
     plots = []
     for index, (setting, methods) in enumerate(panels(comparison).items()):
@@ -148,7 +148,8 @@ def queries(comparison: Comparison) -> list[Plot]:
             asked = {run.prepared.get("queries") for run in runs}
             if len(asked) == 1 and (number_asked := asked.pop()):
                 found = spread([run.last.test.accuracy for run in runs])
-                lines.setdefault(re.sub(r"\W*\d+$", "", method), {})[number_asked] = found
+                line = re.sub(rf"\W*(?<!\d){number_asked:.0f}$", "", method) or method
+                lines.setdefault(line, {})[number_asked] = found
         if all(len(line) < 2 for line in lines.values()):
             continue
         told = "; ".join(

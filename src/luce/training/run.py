@@ -23,7 +23,6 @@ from ..data import Data, Examples
 from ..errors import UserError
 from ..losses import _check
 from ..methods import (
-    MEKD,
     FeatureMethod,
     LogitMethod,
     MetaDistil,
@@ -289,6 +288,11 @@ def method_of(recipe: Recipe, loaded: Data | None = None) -> Method:
         )
 
     method = build_method(recipe.loss, {**PROCEDURES, "MutualLearning": mutual_learning})
+    if method.own_inputs and recipe.teacher is not None and recipe.teacher.remember:
+        raise UserError(
+            f"expected a teacher that can be asked about the inputs that {type(method).__name__} makes, got "
+            "one that remembers its answers to the rows; set `teacher.remember: false`"
+        )
     return method if recipe.data.strong_augment == "none" else TwoViewMethod(method)
 
 
@@ -310,13 +314,15 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
                 network, _ = build_network(options, materials.data)
                 teacher = LiveTeacher(network)
                 if options.answers is not None:
-                    teacher = local_box(network, dataclasses.replace(options, budget=None), classes)
-            if options.remember and isinstance(method, (FeatureMethod, MEKD, MetaDistil)):
+                    teacher = local_box(network, options, classes)
+            if options.remember and isinstance(method, (FeatureMethod, MetaDistil)):
                 teacher = RememberedTeacher(torch.empty(0))
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)
     train, quiz = divide(method, materials.train, recipe.training.seed)
     row = build(method, student, teacher, train, cpu, seed=0)
+    if isinstance(teacher, BlackBox):
+        teacher.budget = None  # a rehearsal costs nothing
     if method.two_views:
         row = {**row, "strong": row["input"]}
     asked = [row] * method.quiz_batches if quiz is not None else []

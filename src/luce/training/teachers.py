@@ -169,7 +169,13 @@ def accuracy(teacher: RememberedTeacher, test: Examples) -> dict[str, float]:
 def stand_in(options: TeacherOptions, classes: int) -> LocalBlackBox:
     """A black box that answers in the form of the one at a URL, says nothing, and costs nothing."""
     silent = _Silent(classes)
-    return LocalBlackBox(silent, answers=options.answers or "probs", classes=classes, top_k=options.top_k)
+    return LocalBlackBox(
+        silent,
+        answers=options.answers or "probs",
+        classes=classes,
+        top_k=options.top_k,
+        budget=options.budget,
+    )
 
 
 class _Silent(nn.Module):
