@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .chain import Chain
 
 BINS = 1 << 16
@@ -75,7 +76,7 @@ class Percentiles:
         if rank < 0:
             return 0.0
         below = self.counts.cumsum(0)
-        index = int(torch.searchsorted(below, torch.tensor(rank), right=True))
+        index = int(torch.searchsorted(below.double(), torch.tensor(rank, dtype=torch.float64), right=True))
         inside, before = int(self.counts[index]), int(below[index]) - int(self.counts[index])
         return min(self.width * (index + (rank - before) / inside), self.largest)
 
@@ -103,6 +104,8 @@ class Calibration:
     Args:
         chain: What they run through.
         batches: Of normalised inputs, on the chain's device.
+    Raises:
+        UserError: If an activation is NaN or infinite.
     """
 
     @torch.no_grad()
@@ -111,8 +114,12 @@ class Calibration:
         self.rows = 0
         for batch in batches:
             self.rows += len(batch)
-            for layer, activation in zip(self.layers, chain.activations(batch)[:-1], strict=True):
-                layer.add(activation)
+            for index, activation in enumerate(chain.activations(batch)[:-1]):
+                try:
+                    self.layers[index].add(activation)
+                except ValueError as error:
+                    path = chain.layers[index].path
+                    raise UserError(f"cannot calibrate what comes out of `{path}`: {error}") from error
 
     def scales(self, percentile: float) -> list[Scale]:
         """What stands for a rate of one, layer by layer.
