@@ -20,7 +20,8 @@ class Percentiles:
 
     They are counted in bins of equal width, whose number stays while their width doubles whenever a number is
     too large. So a percentile is right to within two bins of the 65,536 up to the largest number, however
-    many numbers there are, and the 100th is the largest number itself.
+    many numbers there are, and the 100th is the largest number itself. Where two neighbouring numbers are
+    further apart, it is the lower one rather than what interpolation would put between them.
 
     Example:
         >>> percentiles = Percentiles()
