@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from luce.training import checkpoint
+from luce.errors import UserError
+from luce.training import Recipe, checkpoint
+from luce.training import run as train
 from luce.training.export import read_packed
+from luce.training.options import parse
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network with binary weights, trained a little."""
+    recipe: dict[str, Any] = {
+        "method": "cross-entropy",
+        "data": {"name": "sklearn:digits", "validation": 0.2},
+        "student": {"name": "binary:vgg_pool", "options": {"widths": [4, 6, 8], "hidden": [12]}},
+        "loss": {"task": {"loss": "CrossEntropyLoss"}},
+        "training": {"epochs": 4, "batch_size": 32, "lr": 0.02, "cpu": True},
+    }
+    folder = tmp_path_factory.mktemp("trained") / "binary"
+    with torch.random.fork_rng():
+        train(parse(Recipe, recipe), folder)
+    return folder
 
 
 @pytest.fixture
-def run(write, luce, place: Path) -> Path:
-    """A network with binary weights, trained a little, at runs/binary."""
-    changes: dict[str, Any] = {
-        "data": {"name": "sklearn:digits"},
-        "student": {"name": "binary:vgg_pool", "options": {"widths": [4, 6, 8], "hidden": [12]}},
-        "training": {"epochs": 4, "lr": 0.02},
-    }
-    assert luce("train", write("binary.yaml", **changes), "--out", "runs/binary").status == 0
-    return place / "runs" / "binary"
+def run(trained: Path, place: Path) -> Path:
+    """That network at runs/binary."""
+    return Path(shutil.copytree(trained, place / "runs" / "binary"))
 
 
 def test_a_run_becomes_a_spiking_network(run: Path, luce) -> None:
@@ -109,8 +126,6 @@ def test_packed(run: Path, luce) -> None:
     binary, scales, other = 9 * (4 * 6 + 6 * 8) + 8 * 12, 6 + 8 + 12, 9 * 4 + 12 * 10
     bits = binary + 32 * (scales + other)
     assert f"network: {bits:,} bits ({binary:,} binary weights" in answer.out
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         stored = sum(
             tensor.numel() * tensor.element_size() * 8 for tensor in map(file.get_tensor, file.keys())
@@ -119,8 +134,6 @@ def test_packed(run: Path, luce) -> None:
 
 
 def test_other_files_are_no_packed_ones(run: Path, place: Path) -> None:
-    from luce.errors import UserError
-
     with pytest.raises(
         UserError, match="to be packed by `luce export --format packed`, version 1, got format None"
     ):
@@ -129,6 +142,87 @@ def test_other_files_are_no_packed_ones(run: Path, place: Path) -> None:
     for name in ("rubbish", "nothing"):
         with pytest.raises(UserError, match="cannot read"):
             read_packed(place / f"{name}.safetensors")
+
+
+@pytest.fixture
+def packed(run: Path, luce) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What stands in a packed file: tensors, and how the network is built."""
+    assert luce("export", "runs/binary", "--format", "packed").status == 0
+    with safe_open(run / "student.packed.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["student"])
+
+
+def write_packed_file(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> Path:
+    save_file(tensors, path, {"format": "luce-packed", "version": "1", **metadata})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("stages.0.0.weight.signs", lambda tensor: tensor[:-1].clone()),
+        ("stages.0.0.weight.signs", lambda tensor: torch.cat([tensor, tensor])),
+        ("stages.0.0.weight.signs", lambda tensor: tensor.float()),
+        ("stages.0.0.weight.scale", lambda tensor: tensor[:1].clone()),
+        ("stages.0.0.weight.scale", None),
+        ("stages.0.0.weight.signs", None),
+        ("head.weight", None),
+        ("head.weight", lambda tensor: tensor[:, 1:].clone()),
+    ],
+)
+def test_packed_files_whose_tensors_do_not_fit(packed, name: str, change: Any, place: Path) -> None:
+    tensors, description = packed
+    tensor = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(tensor)
+    path = write_packed_file(place / "x.safetensors", tensors, student=json.dumps(description))
+    with pytest.raises(UserError, match="is damaged"):
+        read_packed(path, trusted=True)
+
+
+@pytest.mark.parametrize(
+    "student",
+    [None, "", "[]", "{}", '{"model": 3}', '{"model": "mlp", "options": {}, "classes": 3}', "[" * 10**5],
+)
+def test_packed_files_that_describe_no_network(student: str | None, place: Path) -> None:
+    metadata = {} if student is None else {"student": student}
+    path = write_packed_file(place / "x.safetensors", {"x": torch.zeros(1)}, **metadata)
+    with pytest.raises(UserError, match="is damaged"):
+        read_packed(path)
+
+
+class Scaled(torch.nn.Module):
+    """A network with a parameter of that name, which is none of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = torch.nn.Linear(3, 2), torch.nn.Parameter(torch.rand(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.layer(x)
+
+
+def test_a_packed_file_runs_no_code_unless_trusted(place: Path) -> None:
+    from luce.models import Classifier
+    from luce.training.export import write_packed
+
+    toy: Any = sys.modules["toy"]
+    toy.scaled = Scaled
+    student = Classifier(Scaled(), [0.0], [1.0]).eval()
+    description = {"model": "python:toy.scaled", "options": {}, "classes": ["a", "b"], "input_shape": [3]}
+    description |= {"mean": [0.0], "std": [1.0]}
+    path = place / "x.safetensors"
+    write_packed(path, student, description)
+    toy.scaled = lambda: pytest.fail("it was called")
+    for name in ("python:toy.scaled", "binary:python:toy.scaled", "timm:resnet18"):
+        write_packed(path, student, {**description, "model": name})
+        with pytest.raises(UserError, match="expected a network of Luce's own"):
+            read_packed(path)
+    toy.scaled = Scaled
+    write_packed(path, student, description)
+    rows = torch.rand(4, 3)
+    assert torch.equal(read_packed(path, trusted=True)[0](rows), student(rows))
 
 
 @pytest.fixture
@@ -158,11 +252,11 @@ def test_onnx_of_binary_weights(run: Path, luce, onnx: Any) -> None:
     assert {path.name for path in run.iterdir() if "onnx" in path.name} == {"student.onnx"}
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet8"])
-def test_onnx_of_other_networks(name: str, onnx: Any, place: Path) -> None:
+def test_onnx_of_another_network(onnx: Any, place: Path) -> None:
     from luce.models import Classifier, build
     from luce.training.export import write_onnx
 
+    name = "resnet8"
     shape = (3, 16, 16)
     student = Classifier(build(name, classes=4, input_shape=shape), [0.5, 0.4, 0.3], [0.2, 0.3, 0.1]).eval()
     description = {"model": name, "options": {}, "classes": list("abcd"), "input_shape": list(shape)}
@@ -184,17 +278,49 @@ def test_onnx_of_a_text_classifier(bert_folder: Path, onnx: Any, place: Path) ->
     torch.testing.assert_close(answers(onnx, place / "s.onnx", ids), student(ids), rtol=1e-4, atol=1e-4)
 
 
+TINY = {"model": "tiny", "classes": ["a", "b"], "input_shape": [3]}
+
+
 def test_a_network_that_answers_otherwise_is_not_kept(
-    run: Path, refuses, onnx: Any, monkeypatch: pytest.MonkeyPatch
+    onnx: Any, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from luce.models import Classifier
+    from luce.training.export import write_onnx
+
     monkeypatch.setattr("luce.training.export.AGREES", -1.0)
-    assert "expected the same logits of onnxruntime as of PyTorch" in refuses("export", "runs/binary")
-    assert not list(run.glob("*onnx*"))
+    with pytest.raises(UserError, match="expected the same logits of onnxruntime as of PyTorch"):
+        write_onnx(place / "s.onnx", Classifier(torch.nn.Linear(3, 2), [0.0], [1.0]), TINY)
+    assert not list(place.iterdir())
+
+
+class Fickle(torch.nn.Module):
+    """One answer for one half of the rows, another for the other: nothing that an exporter follows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :2] if x.sum() > 0 else x[:, 1:]
+
+
+def test_a_network_that_cannot_be_exported(onnx: Any, place: Path) -> None:
+    from luce.models import Classifier
+    from luce.training.export import write_onnx
+
+    with pytest.raises(UserError, match="`tiny` cannot be exported as ONNX"):
+        write_onnx(place / "s.onnx", Classifier(Fickle(), [0.0], [1.0]), TINY)
+    assert not list(place.iterdir())
+
+
+def test_where_no_file_can_be_written(run: Path, refuses, place: Path) -> None:
+    (place / "file").touch()
+    (place / "folder.safetensors").mkdir()
+    assert "expected a folder that can be written to" in refuses("spike", "runs/binary", "--out", "file")
+    assert "expected a folder that can be written to" in refuses("spike", "runs/binary", "--out", "file/x")
+    packed = ("export", "runs/binary", "--format", "packed", "--out")
+    assert "expected a folder that can be written to" in refuses(*packed, "file/x.safetensors")
+    assert "cannot write folder.safetensors" in refuses(*packed, "folder.safetensors")
+    assert not list(place.rglob("*.part"))
 
 
 def test_without_the_extra(run: Path, refuses, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert "pip install 'luce[export]'" in refuses("export", "runs/binary")
     assert not list(run.glob("*onnx*"))

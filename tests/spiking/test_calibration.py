@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from luce.errors import UserError
 from luce.spiking import Calibration, Percentiles, convert, read
 
 
@@ -56,6 +57,21 @@ def test_more_numbers_than_float32_can_count() -> None:
     # Of all numbers 5% are spread evenly from 1 to 100, so that 1% of all lie above 1 + 0.8 * 99.
     assert percentiles(99.0) == pytest.approx(1 + 0.8 * 99, rel=1e-3)
     assert percentiles(50.0) == pytest.approx(1, rel=2e-3)
+
+
+def test_a_percentile_just_below_the_largest_of_many_numbers() -> None:
+    """Its rank, 0.03 less than that of the largest number, is none that float32 has."""
+    percentiles = Percentiles()
+    percentiles.add(torch.tensor([1.0]))
+    percentiles.counts *= 2**25 + 2
+    assert percentiles(99.9999999) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_network_that_has_lost_its_mind() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    nn.init.constant_(network[0].bias, float("nan"))
+    with pytest.raises(UserError, match="cannot calibrate what comes out of `0`: expected finite numbers"):
+        Calibration(read(network), [torch.ones(4, 2)])
 
 
 @pytest.mark.parametrize("bad", [[-1.0], [float("nan")], [1.0, float("inf")]])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from luce import models
 from luce.errors import UserError
@@ -41,7 +42,7 @@ def test_functions_count_as_modules() -> None:
             self.first, self.second = nn.Conv2d(1, 3, 3), nn.Linear(3 * 3 * 3, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = F.relu(F.avg_pool2d(self.first(x), 2))
+            x = F.relu(F.adaptive_avg_pool2d(F.avg_pool2d(self.first(x), 2), 3))
             return self.second(x.flatten(1))
 
     model, x = Written().eval(), torch.randn(2, 1, 8, 8)
@@ -55,6 +56,19 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.inner(x).relu()
+
+
+class Forgotten(nn.Module):
+    """A layer whose output nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        self.second(x).relu()
+        return self.head(x)
 
 
 class Branch(nn.Module):
@@ -99,6 +113,20 @@ REFUSED = {
     ),
     "a forward pass that branches": (nn.Sequential(nn.Linear(4, 4), Branch(), LAST), "cannot be followed"),
     "no tensor": (nn.Sequential(LAST, Pair()), "something else than the output of its last layer"),
+    "no activation": (nn.Sequential(nn.Flatten(), LAST), "it has no ReLU"),
+    "an output that nobody reads": (Forgotten(), "`head` branches off"),
+    "statistics of the batch": (
+        nn.Sequential(LAST, nn.BatchNorm1d(2, track_running_stats=False), nn.ReLU(), nn.Linear(2, 2)),
+        "`1` is BatchNorm1d of each batch's own statistics",
+    ),
+    "weights of a parametrisation": (
+        nn.Sequential(LAST, nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))),
+        "`2` has hooks, or weights that are computed",
+    ),
+    "weights that are pruned": (
+        nn.Sequential(LAST, nn.ReLU(), prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5)),
+        "`2` has hooks, or weights that are computed",
+    ),
     "another function": (
         nn.Sequential(LAST, nn.Unflatten(1, (1, 2))),
         "`1` is Unflatten, which has no spiking",

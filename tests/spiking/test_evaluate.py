@@ -35,7 +35,7 @@ def test_figures_by_their_definitions(
     seen: Record, spiking: SpikingNetwork, chain: Chain, images: Tensor, target: Tensor
 ) -> None:
     moments = list(spiking.simulate(images, STEPS))
-    fan_outs = spiking.fan_outs(images[:1])
+    fan_outs, products = spiking.fan_outs(images[:1])
     spikes, additions = torch.zeros(len(images)).double(), torch.zeros(len(images)).double()
     for moment in moments:
         at = moment.time - 1
@@ -55,7 +55,7 @@ def test_figures_by_their_definitions(
     assert seen.source_accuracy == pytest.approx((len(images) - 2) / len(images))
     assert seen.accuracy == [pytest.approx(float(correct.double().mean())) for correct in seen.correct]
     assert float(seen.spikes[-1].mean()) == pytest.approx(float(seen.layer_spikes.sum()))
-    assert seen.products.tolist() == [pytest.approx(float(fan_out.sum())) for fan_out in fan_outs]
+    assert torch.equal(seen.products, products)
 
 
 def test_products_of_a_network_by_hand(images: Tensor) -> None:
@@ -76,6 +76,25 @@ def test_products_of_a_network_by_hand(images: Tensor) -> None:
     assert spent["recomputed"] == pytest.approx(4 * 768 * 4.6e-3 + 100 * 0.9e-3)
     binary = replace(seen, binary=(False, True))
     assert binary.source_energy["added"] == pytest.approx(768 * 4.6e-3 + 30 * 0.9e-3)
+
+
+def test_products_are_those_of_the_source(seen: Record, chain: Chain, images: Tensor) -> None:
+    """Not of its spikes: a pooling before a layer leaves it fewer numbers to multiply."""
+    expected: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        windows = (
+            nn.functional.unfold(torch.ones_like(inputs[0]), module.kernel_size, padding=module.padding)
+            if isinstance(module, nn.Conv2d)
+            else inputs[0].new_ones(inputs[0].shape)
+        )
+        expected.append(int(windows.sum()) * output.shape[1])
+
+    for module in chain.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    chain(images[:1])
+    assert seen.products.tolist() == expected
 
 
 def made_up(correct: list[list[int]], margin: list[list[float]]) -> Record:
@@ -131,6 +150,7 @@ def test_no_rows(spiking: SpikingNetwork, chain: Chain) -> None:
         record(spiking, chain, [], 3)
 
 
+@pytest.mark.parametrize("source", ["binary", "normalised"], indirect=True)
 def test_the_report(source: nn.Module, images: Tensor, target: Tensor, tmp_path: Path) -> None:
     student = Classifier(source, mean=[0.2, 0.1], std=[2.0, 0.5]).double().eval()
     batches = [(images[:7], target[:7]), (images[7:], target[7:])]

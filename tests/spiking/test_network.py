@@ -151,7 +151,7 @@ def test_the_error_falls_as_one_over_time(
     source: nn.Module, spiking: SpikingNetwork, images: Tensor, start: float, mode: str
 ) -> None:
     expected = source(images).detach()
-    times = (64, 256, 1024)
+    times = (16, 64, 256)
     logits = {
         m.time: m.logits
         for m in spiking.simulate(images, times[-1], start=start, mode=mode)
@@ -159,7 +159,7 @@ def test_the_error_falls_as_one_over_time(
     }
     errors = [(logits[time] - expected).abs().max().item() for time in times]
     constants = [error * time for error, time in zip(errors, times, strict=True)]
-    assert errors[-1] < 0.02 * expected.abs().max() + 0.05 * float(expected.std())
+    assert errors[-1] < 0.08 * expected.abs().max() + 0.2 * float(expected.std())
     # In 16 times as many steps an error that fell as the root of time would be 4 times as large here.
     assert constants[-1] < 2.5 * constants[0]
 
@@ -229,24 +229,18 @@ def test_fan_outs_by_counting(images: Tensor) -> None:
     ).double()
     chain = read(model)
     spiking = convert(chain, Calibration(chain, [images]).scales(100.0))
-    inputs, hidden = spiking.fan_outs(images[:1])
+    (inputs, hidden), products = spiking.fan_outs(images[:1])
     # A pixel in the middle is in 9 windows of 3 filters, one in the corner in 4.
     assert (inputs[0, 0, 4, 4], inputs[0, 1, 0, 0], inputs[0, 0, 0, 3]) == (27, 12, 18)
     assert inputs.sum() == 3 * 2 * (9 * 36 + 6 * 24 + 4 * 4)
     assert (hidden == 5).all()  # its cell of the pooling goes to 5 classes
     assert hidden.shape == (1, 3, 4, 4)
+    assert products.tolist() == [inputs.sum(), 12 * 5]
 
 
 def test_memory_does_not_grow_with_time(chain: Chain, images: Tensor) -> None:
     moments = convert(chain, Calibration(chain, [images]).scales(100.0)).simulate(images, 10**9)
     assert [next(moments).time for _ in range(3)] == [1, 2, 3]
-
-
-def test_a_network_without_hidden_layers(images: Tensor) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 5)).double()
-    chain = read(model)
-    logits = convert(chain, Calibration(chain, [images]).scales(99.0))(images, 4)
-    torch.testing.assert_close(logits, model(images).expand(4, -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +254,7 @@ def test_a_network_without_hidden_layers(images: Tensor) -> None:
 def test_what_is_refused(options: dict[str, object], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         convert_without_bias(1)(torch.ones(1, 1), **options)
-    chain = read(nn.Sequential(nn.Linear(1, 1)))
+    chain = read(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)))
     with pytest.raises(UserError, match="did you mean `threshold`"):
         convert(chain, [], form="treshold")  # type: ignore[arg-type]
 

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from luce.spiking import Calibration, Chain, Scale, convert
 
-STEPS = 60
+STEPS = 30
 Step = Callable[[Tensor], Tensor]
 """From a current to spikes, with a membrane that it keeps."""
 
 
 def of_snntorch(threshold: Tensor, start: Tensor) -> Step:
-    library = pytest.importorskip(
-        "snntorch", reason="needs snntorch, which is in no extra: pip install snntorch"
-    )
+    library = pytest.importorskip("snntorch", reason="needs snntorch, which is in the extra test")
     neuron = library.Leaky(beta=1.0, threshold=threshold, reset_mechanism="subtract")
     membrane = [start]
 
@@ -56,8 +54,7 @@ LIBRARIES = {"snntorch": of_snntorch, "spikingjelly": of_spikingjelly}
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("start", [0.0, 0.5])
-@pytest.mark.parametrize("percentile", [100.0, 95.0])
+@pytest.mark.parametrize(("start", "percentile"), [(0.0, 100.0), (0.5, 95.0)])
 @torch.no_grad()
 def test_every_spike_is_theirs(
     library: str, chain: Chain, images: Tensor, start: float, percentile: float
@@ -86,12 +83,10 @@ def test_every_spike_is_theirs(
 @torch.no_grad()
 def test_a_network_of_theirs_from_end_to_end(source: nn.Module, chain: Chain, images: Tensor) -> None:
     """With rescaled weights and thresholds of 1, as the literature has them, against our other form."""
-    library = pytest.importorskip(
-        "snntorch", reason="needs snntorch, which is in no extra: pip install snntorch"
-    )
+    library = pytest.importorskip("snntorch", reason="needs snntorch, which is in the extra test")
     scales = scales_of(chain, images, 100.0)
     rescaled = convert(chain, scales, form="rescaled")
-    ours = convert(chain, scales).simulate(images, 200, start=0.0)
+    ours = convert(chain, scales).simulate(images, 80, start=0.0)
     neurons = [library.Leaky(beta=1.0, threshold=1.0) for _ in scales]
     membranes = [neuron.init_leaky() for neuron in neurons]
     gathered = torch.zeros(())
@@ -103,4 +98,4 @@ def test_a_network_of_theirs_from_end_to_end(source: nn.Module, chain: Chain, im
         gathered = gathered + rescaled.synapses[-1](x)
         torch.testing.assert_close(moment.logits, gathered / moment.time)
     expected = source(images)
-    assert (gathered / 200 - expected).abs().max() < 0.1 * expected.abs().max()
+    assert (gathered / 80 - expected).abs().max() < 0.25 * expected.abs().max()

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from luce.cli import main
 from luce.models.binary import binary_layers
 from luce.spiking import obstacles
 from luce.training import Recipe, checkpoint, run
@@ -58,24 +53,3 @@ def test_latent_weights_learn(make_recipe: Make, tmp_path: Path) -> None:
         if "parametrizations" in name:
             centred = [latent - latent.mean(1, keepdim=True) for latent in (early, ends[1][name])]
             assert ((centred[0] >= 0) != (centred[1] >= 0)).any(), name
-
-
-def test_two_processes_train_one_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = {
-        "method": "cross-entropy",
-        "data": {"validation": 0.2},
-        "student": STUDENT,
-        "loss": {"task": {"loss": "CrossEntropyLoss"}},
-        "training": {"epochs": 2, "batch_size": 32, "lr": 0.02, "cpu": True},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "luce", "train", "recipe.yaml", "--out", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    capsys.readouterr()
-    assert main(["evaluate", str(tmp_path / "run")]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["accuracy"] == pytest.approx(result["best"]["test"]["accuracy"], abs=1e-6)
-    assert result["train"]["loss"] < 2.25  # one that learns nothing has log(10) = 2.30

@@ -20,7 +20,7 @@ def test_two_processes_share_the_rows_and_write_one_folder(
     recipe = {
         "method": "cross-entropy",
         "data": {"validation": 0.2},
-        "student": {"name": "mlp", "options": {"hidden": [16]}},
+        "student": {"name": "binary:mlp", "options": {"hidden": [16, 16]}},  # parametrised weights too
         "loss": {"task": {"loss": "CrossEntropyLoss"}},
         "training": {"epochs": 3, "batch_size": 32, "lr": 0.01, "ema": 0.9, "cpu": True},
     }

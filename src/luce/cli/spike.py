@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from ..models import Classifier
     from ..spiking.report import Report
 
 USAGE = "luce spike RUN [--steps T] [--percentile P] [--lower P,P] [--rows N] [--out FOLDER] [...]"
@@ -66,12 +67,15 @@ def main(words: Sequence[str]) -> None:
     from rich.console import Console
 
     from ..reports import terminal_table
+    from ..spiking import read
     from ..spiking import report as page
-    from ..training import files
+    from ..training import checkpoint, files
 
+    student, description = checkpoint.load_student(request.folder)
+    read(student.body)  # refuse before any work
     out: Path = request.out or request.folder / "spiking"
-    found = examine(request, shlex.join(["luce", "spike", *words]))
-    files.make_folder(out)
+    with files.folder_for_work(out):
+        found = examine(request, student, description, shlex.join(["luce", "spike", *words]))
     files.write_json(out / "spike.json", page.as_json(found))
     drawn = page.picture(found)
     files.write(out / "spike.png", lambda aside: aside.write_bytes(drawn))
@@ -99,19 +103,20 @@ def _check(request: argparse.Namespace) -> None:
         raise UserError(f"expected `--exit-loss` in [0, 1], got {request.exit_loss:g}")
 
 
-def examine(request: argparse.Namespace, command: str = "") -> Report:
-    """Load the run that a request names, convert its student and simulate it.
+def examine(
+    request: argparse.Namespace, student: Classifier, description: dict[str, Any], command: str
+) -> Report:
+    """Load the data of the run that a request names, convert its student and simulate it.
 
     Raises:
-        UserError: If the folder holds no finished run, or its network does not convert.
+        UserError: If the data are not there, or the network does not convert.
     """
     import torch
 
     from .. import __version__, data
-    from ..spiking import read
     from ..spiking.report import Settings
     from ..spiking.report import examine as simulate
-    from ..training import Recipe, checkpoint
+    from ..training import Recipe
     from ..training.engine import new_accelerator
     from ..training.options import parse
     from ..training.progress import Bar, progress_bars
@@ -119,8 +124,6 @@ def examine(request: argparse.Namespace, command: str = "") -> Report:
     from ..training.run import prepare_data
 
     folder: Path = request.folder
-    student, description = checkpoint.load_student(folder)
-    read(student.body)  # refuse before the data is loaded
     recipe = parse(Recipe, read_yaml(folder / "recipe.yaml"))
     recipe.training.cpu = recipe.training.cpu or request.cpu
     materials = prepare_data(recipe)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .chain import Chain
 
 BINS = 1 << 16
@@ -19,7 +20,8 @@ class Percentiles:
 
     They are counted in bins of equal width, whose number stays while their width doubles whenever a number is
     too large. So a percentile is right to within two bins of the 65,536 up to the largest number, however
-    many numbers there are, and the 100th is the largest number itself.
+    many numbers there are, and the 100th is the largest number itself. Where two neighbouring numbers are
+    further apart, it is the lower one rather than what interpolation would put between them.
 
     Example:
         >>> percentiles = Percentiles()
@@ -75,7 +77,7 @@ class Percentiles:
         if rank < 0:
             return 0.0
         below = self.counts.cumsum(0)
-        index = int(torch.searchsorted(below, torch.tensor(rank), right=True))
+        index = int(torch.searchsorted(below.double(), torch.tensor(rank, dtype=torch.float64), right=True))
         inside, before = int(self.counts[index]), int(below[index]) - int(self.counts[index])
         return min(self.width * (index + (rank - before) / inside), self.largest)
 
@@ -103,6 +105,8 @@ class Calibration:
     Args:
         chain: What they run through.
         batches: Of normalised inputs, on the chain's device.
+    Raises:
+        UserError: If an activation is NaN or infinite.
     """
 
     @torch.no_grad()
@@ -111,8 +115,12 @@ class Calibration:
         self.rows = 0
         for batch in batches:
             self.rows += len(batch)
-            for layer, activation in zip(self.layers, chain.activations(batch)[:-1], strict=True):
-                layer.add(activation)
+            for index, activation in enumerate(chain.activations(batch)[:-1]):
+                try:
+                    self.layers[index].add(activation)
+                except ValueError as error:
+                    path = chain.layers[index].path
+                    raise UserError(f"cannot calibrate what comes out of `{path}`: {error}") from error
 
     def scales(self, percentile: float) -> list[Scale]:
         """What stands for a rate of one, layer by layer.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from ..errors import UserError
 from ..models.binary import WEIGHTED, baked, binary_parts
@@ -169,6 +170,8 @@ def _read(network: nn.Module) -> tuple[Chain | None, list[Obstacle]]:
     if not found:
         for number, step in enumerate(steps):
             layers.append(_layer(step, last=number == len(steps) - 1, found=found))
+        if not found and len(steps) == 1:
+            found.append(Obstacle("", "it has no ReLU, so that nothing in it would spike"))
     if found:
         return None, found
     return Chain([layer for layer in layers if layer is not None]).eval(), []
@@ -183,6 +186,7 @@ def _pieces(network: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[Obsta
         return [], [Obstacle("", f"its forward pass cannot be followed ({type(error).__name__}: {reason})")]
     pieces: list[tuple[str, nn.Module]] = []
     found: list[Obstacle] = []
+    strays: list[Obstacle] = []  # what leads nowhere, unless other obstacles say where
     (start, *others) = [node for node in graph.nodes if node.op == "placeholder"]
     previous = start
     for node in graph.nodes:
@@ -193,13 +197,17 @@ def _pieces(network: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[Obsta
                 found.append(Obstacle("", "it returns something else than the output of its last layer"))
             continue
         path = node.target if node.op == "call_module" else _place(node)
+        if node.all_input_nodes not in ([], [previous]):
+            strays.append(Obstacle(path, "branches off, and spikes run along a chain"))
         if len(node.all_input_nodes) > 1:
             found.append(
                 Obstacle(path, "joins several paths, as a residual block does, and spikes run along a chain")
             )
         elif node.op == "call_module":
             module = network.get_submodule(node.target)
-            if isinstance(module, (*WEIGHTED, *POOLS, *NORMS, nn.ReLU, nn.Flatten)):
+            if _is_reworked(module):
+                found.append(Obstacle(path, "has hooks, or weights that are computed; make them plain"))
+            elif isinstance(module, (*WEIGHTED, *POOLS, *NORMS, nn.ReLU, nn.Flatten)):
                 pieces.append((path, module))
             elif not isinstance(module, NOTHING):
                 found.append(Obstacle(path, _refusal(module)))
@@ -209,7 +217,13 @@ def _pieces(network: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[Obsta
             name = getattr(node.target, "__name__", node.target)
             found.append(Obstacle(path, f"calls {name}, which has no spiking counterpart"))
         previous = node
-    return pieces, found
+    return pieces, found or strays
+
+
+def _is_reworked(module: Any) -> bool:
+    """Whether more happens in a module than its class says, such as pruning or weight normalisation."""
+    computed = parametrize.is_parametrized(module) and binary_parts(module) is None
+    return bool(computed or module._forward_pre_hooks or module._forward_hooks)
 
 
 def _place(node: fx.Node) -> str:
@@ -227,6 +241,7 @@ FUNCTIONS: dict[Any, Callable[..., Tensor] | None] = {
     F.avg_pool2d: F.avg_pool2d,
     F.adaptive_avg_pool2d: F.adaptive_avg_pool2d,
 }
+AVERAGES = (F.avg_pool2d, F.adaptive_avg_pool2d)
 
 
 def _function(node: fx.Node) -> nn.Module | None:
@@ -263,10 +278,13 @@ def _layer(step: Iterable[tuple[str, nn.Module]], *, last: bool, found: list[Obs
             if layer is None or after:
                 found.append(Obstacle(path, f"is {type(module).__name__} that does not follow its layer"))
                 return None
+            if module.running_var is None:
+                found.append(Obstacle(path, f"is {type(module).__name__} of each batch's own statistics"))
+                return None
             _fold(layer, module)
         elif layer is None:
             before.append(module)
-        elif isinstance(module, POOLS) or last or getattr(module, "function", None) in (F.avg_pool2d,):
+        elif isinstance(module, POOLS) or last or getattr(module, "function", None) in AVERAGES:
             after.append(module)
         else:
             found.append(Obstacle(path, "stands between a layer and its ReLU; put it behind the ReLU"))

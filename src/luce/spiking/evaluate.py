@@ -122,10 +122,10 @@ def record(
     source_correct = []
     layers: list[Tensor] = []
     saturated: list[Tensor] = []
-    neurons, fan_outs, rows = torch.zeros(0), None, 0
+    neurons, fan_outs, products, rows = torch.zeros(0), None, torch.zeros(0), 0
     for inputs, target in batches:
         if fan_outs is None:
-            fan_outs = network.fan_outs(inputs[:1])
+            fan_outs, products = network.fan_outs(inputs[:1])
         source_correct.append((source(inputs).argmax(-1) == target).cpu())
         rows += len(target)
         seen: dict[str, list[Tensor]] = {name: [] for name in columns}
@@ -156,7 +156,7 @@ def record(
         layer_spikes=torch.stack(layers).sum(0) / rows,
         neurons=neurons,
         saturated=torch.stack(saturated).sum(0) / (rows * neurons),
-        products=torch.stack([fan_out.sum() for fan_out in fan_outs]).cpu(),
+        products=products.cpu(),
         binary=network.binary,
         source_correct=torch.cat(source_correct),
     )

@@ -132,9 +132,6 @@ class SpikingNetwork(nn.Module):
     def _simulate(self, inputs: Tensor, steps: int, start: float, mode: Mode) -> Iterator[Moment]:
         thresholds, last = self.thresholds, len(self.synapses) - 1
         constant = self.synapses[0](inputs)
-        if last == 0:  # nothing in it spikes
-            yield from (Moment(time, constant, [], []) for time in range(1, steps + 1))
-            return
         current, spikes, potentials = constant, [], []
         for synapse, threshold in zip(self.synapses[1:], thresholds, strict=True):
             potentials.append((start * threshold).expand_as(current))
@@ -155,7 +152,7 @@ class SpikingNetwork(nn.Module):
         return torch.stack([moment.logits for moment in self.simulate(inputs, steps, **options)])
 
     @torch.no_grad()
-    def fan_outs(self, inputs: Tensor) -> list[Tensor]:
+    def fan_outs(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
         """For each layer and the output, how many weights a spike of each neuron before it is sent along.
 
         The first entry is of the inputs themselves. Padding counts as nothing. Where windows of a pooling
@@ -164,18 +161,21 @@ class SpikingNetwork(nn.Module):
         Args:
             inputs: One row, for its shape.
         Returns:
-            Tensors of the shape of each layer's input, ``(1, ...)``.
+            Tensors of the shape of each layer's input, ``(1, ...)``, and the products that each layer takes
+            of real numbers, ``(L + 1,)``: fewer than fan-outs where a pooling before it makes one of several.
         """
-        found = []
+        found, products = [], []
         source = inputs
         for synapse in self.synapses:
-            found.append(_fan_out(synapse, source))
+            fan_out, count = _fan_out(synapse, source)
+            found.append(fan_out)
+            products.append(count)
             source = synapse(source)
-        return found
+        return found, torch.stack(products)
 
 
-def _fan_out(synapse: Any, source: Tensor) -> Tensor:
-    """Of each element of ``source`` through poolings, one layer with weights, and poolings."""
+def _fan_out(synapse: Any, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each element of ``source`` through poolings to one layer with weights, and that layer's products."""
     position = next(i for i, module in enumerate(synapse) if getattr(module, "weight", None) is not None)
     before, counting = synapse[:position], copy.deepcopy(synapse[position])
     counting.weight.data.fill_(1.0)
@@ -184,13 +184,14 @@ def _fan_out(synapse: Any, source: Tensor) -> Tensor:
         leaf = torch.zeros_like(source).requires_grad_()
         pooled = before(leaf)
         (fan_out,) = torch.autograd.grad(counting(pooled).sum(), pooled, retain_graph=True)
+        products = fan_out.sum()
         if len(before) == 0:
-            return fan_out
+            return fan_out, products
         found, share = (
             torch.autograd.grad(pooled, leaf, along, retain_graph=True)[0]
             for along in (fan_out, torch.ones_like(fan_out))
         )
-    return torch.where(share > 0, found / share, 0.0)
+    return torch.where(share > 0, found / share, 0.0), products
 
 
 LEAST = 1e-12

@@ -17,7 +17,7 @@ from ..models.binary import size_in_bits
 from ..reports.canvas import BLUE, DASHED, GREY, INK, OTHERS, STYLE, draw, name_rows
 from ..reports.html import Gallery, write_page
 from ..reports.statistics import number
-from ..reports.table import NOTHING, Section, Table
+from ..reports.table import Section, Table
 from .calibration import Calibration, Scale
 from .chain import read
 from .evaluate import ADD, MULTIPLY_ADD, THRESHOLDS, Exit, Record, choose_exit, early_exit, record
@@ -217,7 +217,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "test_energy_nanojoules": test.energy(report.exit.additions, report.exit.time),
         },
         "lower_thresholds": {
-            f"{percentile:g}": {
+            f"{percentile:.12g}": {
                 "accuracy": seen.accuracy,
                 "within_a_point": seen.within_a_point,
                 "spikes": seen.spikes.double().mean(1).tolist(),
@@ -449,4 +449,4 @@ def _layers_in_words(report: Report) -> str:
 
 def _saturated(report: Report) -> str:
     shares = zip(report.paths, report.test.saturated.tolist(), strict=False)
-    return ", ".join(f"{path} {number(share)}%" for path, share in shares) + " fire at every step" or NOTHING
+    return ", ".join(f"{path} {number(share)}%" for path, share in shares) + " fire at every step"

@@ -54,11 +54,15 @@ def write_packed(path: Path, student: models.Classifier, description: Descriptio
     files.write(path, lambda aside: save_file(plain, aside, metadata))
 
 
-def read_packed(path: Path) -> tuple[models.Classifier, Description]:
+def read_packed(path: Path, *, trusted: bool = False) -> tuple[models.Classifier, Description]:
     """The network that `write_packed` wrote, with ordinary layers: its answers are the very same.
 
+    Args:
+        path: Of the file.
+        trusted: Whether its network may come from elsewhere than Luce, such as ``python:`` or ``timm:``:
+            then the file says which code runs, and with which options.
     Raises:
-        UserError: If the file cannot be read, or is another one.
+        UserError: If the file cannot be read, is another one or a damaged one, or must be trusted and is not.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -71,7 +75,22 @@ def read_packed(path: Path) -> tuple[models.Classifier, Description]:
             f"expected {path} to be packed by `luce export --format packed`, version {VERSION}, got format "
             f"{metadata.get('format')}, version {metadata.get('version')}"
         )
-    description = json.loads(metadata["student"])
+    try:
+        description = json.loads(metadata["student"])
+        name = description["model"]
+        if not trusted and name.removeprefix("binary:").removeprefix("simkd:") not in models.names():
+            raise UserError(
+                f"expected a network of Luce's own in {path}, got `{name}`, which runs other code; if you "
+                "trust the file, read it with trusted=True"
+            )
+        return _filled(description, tensors), description
+    except UserError:
+        raise
+    except Exception as error:  # whatever stands in a file that something else wrote
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {said(error)})") from error
+
+
+def _filled(description: Description, tensors: dict[str, Tensor]) -> models.Classifier:
     body = baked(
         checkpoint.empty(
             description["model"],
@@ -80,17 +99,16 @@ def read_packed(path: Path) -> tuple[models.Classifier, Description]:
             input_shape=description["input_shape"],
         )
     )
-    shapes = {name: tensor.shape for name, tensor in body.state_dict().items()}
-    weights = {}
-    for name, tensor in tensors.items():
-        if name.endswith(SIGNS):
-            name = name.removesuffix(SIGNS)
-            signs = unpack(tensor, shapes[name])
-            weights[name] = tensors[name + SCALE].view(-1, *[1] * (signs.ndim - 1)) * signs
-        elif not name.endswith(SCALE):
-            weights[name] = tensor
+    weights = dict(tensors)
+    for name, shape in {name: tensor.shape for name, tensor in body.state_dict().items()}.items():
+        if name + SIGNS in tensors:
+            packed, scale = weights.pop(name + SIGNS), weights.pop(name + SCALE)
+            signs = unpack(packed, shape)
+            if scale.shape != shape[:1]:
+                raise ValueError(f"expected {shape[0]} scales of {name}, got {tuple(scale.shape)}")
+            weights[name] = scale.view(-1, *[1] * (signs.ndim - 1)) * signs
     body.load_state_dict(weights)
-    return models.Classifier(body, description["mean"], description["std"]).eval(), description
+    return models.Classifier(body, description["mean"], description["std"]).eval()
 
 
 def pack(signs: Tensor) -> Tensor:
@@ -106,9 +124,14 @@ def pack(signs: Tensor) -> Tensor:
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     """What `pack` packed.
 
+    Raises:
+        ValueError: If these are not the bytes of a tensor of that shape.
+
     >>> unpack(torch.tensor([5], dtype=torch.uint8), torch.Size([3]))
     tensor([ 1., -1.,  1.])
     """
+    if packed.dtype != torch.uint8 or packed.shape != (-(-shape.numel() // 8),):
+        raise ValueError(f"expected the bits of {tuple(shape)}, got {packed.dtype} {tuple(packed.shape)}")
     bits = (packed.int().unsqueeze(1) >> torch.arange(8)) & 1
     return (2.0 * bits.flatten()[: shape.numel()] - 1.0).view(shape)
 
@@ -138,17 +161,6 @@ def write_onnx(path: Path, student: models.Classifier, description: Description)
     def fill(aside: Path) -> None:
         target = aside.with_suffix(".onnx")  # onnxruntime and torch look at the ending
         try:
-            with _quiet():
-                program = torch.onnx.export(
-                    network,
-                    (rows,),
-                    dynamo=True,
-                    input_names=["input"],
-                    output_names=["logits"],
-                    dynamic_shapes=({0: torch.export.Dim("batch")},),
-                    verbose=False,
-                )
-            assert program is not None
             program.save(str(target), external_data=False)
             found.append(_difference(target, network, description))
             target.replace(aside)
@@ -156,6 +168,16 @@ def write_onnx(path: Path, student: models.Classifier, description: Description)
             target.unlink(missing_ok=True)
 
     try:
+        with _quiet():
+            program: Any = torch.onnx.export(
+                network,
+                (rows,),
+                dynamo=True,
+                input_names=["input"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
         files.write(path, fill)
     except UserError:
         raise
