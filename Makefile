@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Tests that run side by side; each uses one thread.
 WORKERS ?= 2
 
-.PHONY: setup native sanitize demo demo-short test check format vision-test bench-fashion bench clean
+.PHONY: setup native sanitize demo demo-short test check format vision-test bench-fashion bench gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -63,6 +63,12 @@ bench-fashion: setup
 # an hour, or name what to measure: make bench CASES='pld kd/kl'.
 bench: setup
 	$(BIN)/luce bench $(CASES)
+
+# On a machine with a GPU, with nothing but this checkout and a Python that has PyTorch, NumPy and Triton: the GPU
+# tests (where there is pytest), then the Triton kernels against their baselines and goals. Eight minutes.
+GPU_PYTHON ?= python3
+gpu-check:
+	PYTHONPATH=src $(GPU_PYTHON) -m luce.bench.gpu
 
 clean:
 	rm -rf $(VENV) .venv-vision build runs

@@ -18,13 +18,64 @@ native = pytest.mark.skipif(_library.WHY_NOT is not None, reason=f"no native lib
 
 
 def test_backends_have_names():
-    with pytest.raises(ValueError, match="'auto', 'cpu', 'reference', got 'gpu'"):
-        choose("gpu", HERE)
+    with pytest.raises(ValueError, match="'auto', 'cpu', 'gpu', 'reference', got 'tpu'"):
+        choose("tpu", HERE)
 
 
 def test_the_reference_runs_everywhere():
     assert choose("reference", HERE) == choose("reference", ELSEWHERE) == "reference"
     assert choose("auto", ELSEWHERE) == "reference"
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(_library, "_HAS_TRITON", True)
+    assert choose("auto", ELSEWHERE, no_kernel=None) == "reference"
+    with pytest.raises(
+        RuntimeError, match="backend='gpu' cannot run here: expected tensors on a CUDA device"
+    ):
+        choose("gpu", HERE, no_kernel=None)
+    with pytest.raises(RuntimeError, match="backend='gpu' has no gradient for the teacher"):
+        choose("gpu", HERE, torch.zeros(1, requires_grad=True), no_kernel=None)
+    monkeypatch.setattr(_library, "_HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match=r"Triton is not installed \(pip install triton\)"):
+        choose("gpu", HERE, no_kernel=None)
+
+
+class _Cuda:
+    """Looks like a tensor on a CUDA device."""
+
+    device = torch.device("cuda", 0)
+    requires_grad = False
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "no_kernel", "engine"),
+    [
+        ((9, 0), True, None, "gpu"),
+        ((8, 0), True, None, "gpu"),
+        ((7, 5), True, None, "reference"),
+        ((9, 0), False, None, "reference"),
+        ((9, 0), True, "no such kernel", "reference"),
+    ],
+)
+def test_triton_is_chosen_where_it_can_run(capability, has_triton, no_kernel, engine, monkeypatch):
+    monkeypatch.setattr(_library, "_HAS_TRITON", has_triton)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert choose("auto", _Cuda, no_kernel=no_kernel) == engine
+    if engine == "gpu":
+        assert choose("gpu", _Cuda, no_kernel=no_kernel) == "gpu"
+    else:
+        why = no_kernel or ("older than compute capability 8.0" if has_triton else "not installed")
+        with pytest.raises(RuntimeError, match=why):
+            choose("gpu", _Cuda, no_kernel=no_kernel)
+
+
+def test_nothing_of_triton_is_imported_before_it_is_used():
+    program = "import sys, luce; luce.ops.describe_gpu(); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 @native

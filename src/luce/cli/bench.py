@@ -21,6 +21,9 @@ beside it show the last run. Close everything else: a busy machine makes figures
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("bench", description=DESCRIPTION)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases; all unless given")
+    parser.add_argument(
+        "--suite", choices=("cpu", "gpu"), default="cpu", help="gpu: the Triton kernels, on a CUDA device"
+    )
     parser.add_argument("--list", action="store_true", help="list the cases and their goals, measure nothing")
     parser.add_argument(
         "--seconds", type=_seconds, default=4.0, help="for each case and number of threads: 4"
@@ -33,9 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("benchmarks/results/cpu/results.jsonl"),
         metavar="FILE",
-        help="JSON lines to add to: benchmarks/results/cpu/results.jsonl",
+        help="JSON lines to add to: benchmarks/results/cpu/results.jsonl; one JSON with --suite gpu",
     )
     return parser
 
@@ -66,6 +68,10 @@ def main(words: Sequence[str]) -> None:
         parser.print_help()
         return
     request = parser.parse_args(words)
+    if request.suite == "gpu":
+        _gpu(request)
+        return
+    request.out = request.out or Path("benchmarks/results/cpu/results.jsonl")
 
     import torch
     from rich.console import Console
@@ -107,3 +113,14 @@ def main(words: Sequence[str]) -> None:
     if failed:
         why = failed[0]["failed"][failed[0]["candidate"]]
         raise UserError(f"{len(failed)} of {len(records)} measurements failed; {failed[0]['case']}: {why}")
+
+
+def _gpu(request: argparse.Namespace) -> None:
+    from ..bench import gpu
+
+    words = ["--skip-tests"] if request.skip_tests else []
+    words += [] if request.out is None else ["--out", str(request.out)]
+    if request.cases or request.list:
+        raise UserError("`--suite gpu` measures all its cases in one run; leave out CASE and --list")
+    if code := gpu.main(words):
+        sys.exit(code)

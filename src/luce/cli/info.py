@@ -32,6 +32,7 @@ def main(words: Sequence[str]) -> None:
             table.add_row(name, str(value))
     kernels = ops.describe()
     table.add_row("kernels", f"{kernels['backend']}, {kernels['instruction_set']}")
+    table.add_row("kernels, CUDA", ops.describe_gpu())
     for extra, packages in EXTRAS.items():
         found = [f"{package} {_version(package) or 'not installed'}" for package in packages]
         table.add_row(f"extra {extra}", ", ".join(found))

@@ -113,8 +113,19 @@ def _backward(ctx: Any, plain: Plain, upstream: Tensor | None) -> tuple[Tensor |
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     # Only a plain tensor can be asked for its values: under a compiler, everything here is traced.
-    if type(upstream) is Tensor and _is_one(upstream):
-        return gradient
+    if type(upstream) is Tensor:
+        if gradient.device.type == "cpu":
+            if _is_one(upstream):
+                return gradient
+        elif not (
+            torch._C._are_functorch_transforms_active()
+            or torch._C._autograd._get_current_graph_task_keep_graph()
+        ):
+            # Asking would stall the device. Nobody needs the gradient as it is after this: it is multiplied
+            # in its place, by a kernel that has nothing to do where the factors are 1.
+            from ._triton import multiply_rows
+
+            return multiply_rows(gradient, upstream)
     return (gradient * upstream.unsqueeze(1)).to(gradient.dtype)
 
 

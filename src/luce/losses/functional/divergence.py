@@ -46,7 +46,7 @@ def cross_entropy_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
-        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
     Returns:
         Nats, float32 for 16-bit logits.
     Raises:
@@ -198,7 +198,7 @@ def kd_loss(
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row (PyTorch's ``batchmean``),
             ``"sum"``.
-        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
     Returns:
         Nats times ``temperature**2``, float32 for 16-bit logits, right to rounding at every temperature. A
         class at ``-inf`` in both networks does not exist; at ``-inf`` in the student alone it makes the loss
@@ -256,7 +256,7 @@ def reverse_kl_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
-        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
     Returns:
         Nats times ``temperature**2``. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
         the teacher alone it makes the loss ``+inf``, at an infinite temperature also in the student alone.
@@ -312,7 +312,7 @@ def jsd_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
-        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
     Returns:
         Nats times ``temperature**2``; at most ``log(2)`` of them for ``beta=0.5``. At an infinite temperature
         a class at ``-inf`` in one network alone makes the loss ``+inf``.
@@ -372,7 +372,7 @@ def dkd_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
-        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
     Returns:
         Nats times ``temperature**2``.
     Raises:

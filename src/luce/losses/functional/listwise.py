@@ -113,15 +113,16 @@ def pld_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
-        backend: ``"auto"`` takes the native kernels where they can run and plain PyTorch elsewhere;
-            ``"cpu"`` and ``"reference"`` insist on one of them.
+        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist on one
+            of the engines.
     Returns:
         Nats, float32 for 16-bit logits. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
         the student alone it makes the loss ``+inf``, in the teacher alone it only ranks last.
     Raises:
         ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
         TypeError: On a wrong dtype.
-        RuntimeError: If the named backend cannot run here, or a row of `teacher_order` is no ranking.
+        RuntimeError: If the named backend cannot run here, or a row of `teacher_order` is no ranking (on a
+            CUDA device, where asking would stall it, such a row's loss is NaN).
     Example:
         >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
         >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])

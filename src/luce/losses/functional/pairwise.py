@@ -64,7 +64,7 @@ def rkkd_loss(
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
-        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
     Returns:
         From 0 to 2, float32 for 16-bit logits; 1 if the orders have nothing to do with each other. A class
         at ``-inf`` in both networks does not exist; in one of them it lies infinitely far below the others.

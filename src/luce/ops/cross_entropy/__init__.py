@@ -27,7 +27,7 @@ def cross_entropy(
         target: ``(N,)`` or ``(N, M)``, int64; a label outside [0, C) makes its row NaN.
         label_smoothing: Probability spread evenly over the classes that exist, in [0, 1).
         weight: What each row's value is multiplied by; rows of weight 0 are not looked at.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"reference"``.
     Returns:
         ``(N,)`` or ``(N, M)``, in nats, float32 or, if the student is, float64.
     Example:
@@ -35,5 +35,6 @@ def cross_entropy(
         >>> cross_entropy(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([2]))
         tensor([0.3754])
     """
-    run = cpu.cross_entropy if choose(backend, student) == "cpu" else cross_entropy_rows
+    engine = choose(backend, student, no_kernel=None)
+    run = cross_entropy_rows if engine == "reference" else cpu.cross_entropy
     return run(student, target, weight, label_smoothing)

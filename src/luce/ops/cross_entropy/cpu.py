@@ -1,4 +1,4 @@
-"""The native engine of cross-entropy; csrc/kernels/cross_entropy.cpp holds the mathematics."""
+"""Cross-entropy as one operator; csrc/kernels/cross_entropy.cpp and, for CUDA, gpu.py explain it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .._fused import empty_results, fused, register_gradient
-from .._library import LIBRARY
+from .._library import LIBRARY, run_by_triton
 from .plain import cross_entropy_rows
 
 LIBRARY.define(
     "cross_entropy(Tensor student, Tensor target, Tensor? weight, float label_smoothing, "
     "bool needs_gradient) -> (Tensor values, Tensor gradient)"
 )
+run_by_triton("cross_entropy", "luce.ops.cross_entropy.gpu")
 
 
 def cross_entropy(student: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:

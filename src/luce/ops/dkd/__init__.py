@@ -34,7 +34,7 @@ def weighted_dkd(
         alpha: What the target against the rest counts.
         beta: What the rest among themselves counts.
         weight: What each row's value is multiplied by; rows of weight 0 are not looked at.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"reference"``.
     Returns:
         ``(N,)`` or ``(N, M)``, in nats without ``temperature**2``, float32 or, if either network is, float64.
     Example:
@@ -43,5 +43,6 @@ def weighted_dkd(
         >>> weighted_dkd(student, teacher, torch.tensor([2]), 4.0, alpha=1.0, beta=8.0)
         tensor([0.4867])
     """
-    run = cpu.dkd if choose(backend, student, teacher) == "cpu" else dkd_rows
+    engine = choose(backend, student, teacher, no_kernel=None)
+    run = dkd_rows if engine == "reference" else cpu.dkd
     return run(student, teacher, target, weight, temperature, alpha, beta)

@@ -1,4 +1,4 @@
-"""The native engine of DKD; csrc/kernels/dkd.cpp holds the mathematics."""
+"""DKD as one operator; csrc/kernels/dkd.cpp and, for CUDA, gpu.py hold the mathematics."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .._fused import empty_results, fused, register_gradient
-from .._library import LIBRARY
+from .._library import LIBRARY, run_by_triton
 from .plain import dkd_rows
 
 LIBRARY.define(
     "dkd(Tensor student, Tensor teacher, Tensor target, Tensor? weight, float temperature, float alpha, "
     "float beta, bool needs_gradient) -> (Tensor values, Tensor gradient)"
 )
+run_by_triton("dkd", "luce.ops.dkd.gpu")
 
 
 def dkd(

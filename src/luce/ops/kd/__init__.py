@@ -4,7 +4,7 @@ All take logits ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, f
 teacher's in the shape of the student's, and return ``(N,)`` or ``(N, M)`` in nats, float32 or, if either
 network is, float64. Only the reference passes a gradient on to the teacher. `weight`, of that dtype and
 shape, is what each row's value is multiplied by; rows of weight 0 are not looked at. `backend` is
-``"auto"``, ``"cpu"`` or ``"reference"``.
+``"auto"``, ``"cpu"``, ``"gpu"`` or ``"reference"``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def _run(
     temperature: float,
     beta: float = 0.5,
 ) -> Tensor:
-    run = divergence if choose(backend, student, teacher) == "cpu" else divergence_rows
+    engine = choose(backend, student, teacher, no_kernel=None)
+    run = divergence_rows if engine == "reference" else divergence
     return run(student, teacher, weight, kind, temperature, beta)
 
 

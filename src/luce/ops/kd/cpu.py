@@ -1,4 +1,4 @@
-"""The native engine of the divergences; csrc/kernels/divergence.cpp holds the mathematics."""
+"""The divergences as one operator; csrc/kernels/divergence.cpp and, for CUDA, gpu.py hold the mathematics."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .._fused import empty_results, fused, register_gradient
-from .._library import LIBRARY
+from .._library import LIBRARY, run_by_triton
 from .plain import KINDS, Kind, divergence_rows
 
 LIBRARY.define(
     "divergence(Tensor student, Tensor teacher, Tensor? weight, int kind, float temperature, float beta, "
     "bool needs_gradient) -> (Tensor values, Tensor gradient)"
 )
+run_by_triton("divergence", "luce.ops.kd.gpu")
 
 
 def divergence(

@@ -39,7 +39,7 @@ def pld_with_bound(
         gradient's L1 norm. Zero, up to rounding, unless places were left out or classes left unsorted.
     """
     options = options or PldOptions()
-    if choose(backend, student, teacher) == "cpu":
+    if choose(backend, student, teacher, no_kernel=_no_kernel(options)) != "reference":
         values, bound = cpu.pld(student, teacher, target, weight, order, options)
     else:
         values = pld_rows(student, teacher, target, weight, order, options)
@@ -68,7 +68,7 @@ def pld(
         weight: What each row's value is multiplied by; rows of weight 0 are not looked at.
         order: `teacher_order` of the rows if it is known already, shaped like the logits, int64 or int32.
         options: Everything else; None for the exact loss at temperature 1.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"reference"``.
     Returns:
         ``(N,)`` or ``(N, M)``, in nats, float32 or, if either network is, float64.
     Example:
@@ -78,6 +78,13 @@ def pld(
         tensor([0.8530])
     """
     options = options or PldOptions()
-    if choose(backend, student, teacher) == "cpu":
+    if choose(backend, student, teacher, no_kernel=_no_kernel(options)) != "reference":
         return cpu.pld(student, teacher, target, weight, order, options)[0]
     return pld_rows(student, teacher, target, weight, order, options)
+
+
+def _no_kernel(options: PldOptions) -> str | None:
+    """What Triton's kernels cannot do; all else they do exactly, whatever the tolerance."""
+    if options.ties == "average":
+        return "there is no Triton kernel for ties='average'"
+    return None if options.epsilon is None else "there is no Triton kernel for epsilon"

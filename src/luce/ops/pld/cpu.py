@@ -1,4 +1,4 @@
-"""The native engine of PLD; csrc/pld.cpp holds the mathematics."""
+"""PLD as one operator; csrc/kernels/pld.cpp and, for CUDA, gpu.py hold the mathematics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._fused import fused, register_gradient
-from .._library import LIBRARY
+from .._library import LIBRARY, run_by_triton
 from .._rows import wide_dtype
 from .options import PldOptions
 from .plain import pld_rows
@@ -18,6 +18,7 @@ LIBRARY.define(
     "float teacher_temperature, int top_k, float epsilon, float tolerance, bool average_ties, "
     "bool needs_gradient) -> (Tensor values, Tensor bound, Tensor gradient)"
 )
+run_by_triton("pld", "luce.ops.pld.gpu")
 
 
 def pld(

@@ -1,0 +1,229 @@
+"""The divergences in Triton: `csrc/kernels/divergence.cpp` says why the formulas are what they are."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._fused import empty_results
+from .._triton import (
+    check_rows,
+    launch,
+    load_logits,
+    log1p_rest,
+    number,
+    rows_of,
+    split,
+    split_number,
+    starts_of,
+    store_classes,
+    strides,
+    sum_exactly,
+    times_ln2,
+    weights_of,
+    wide_type,
+)
+from .._triton_pair import better_rest, classes_of, load_pair, normalise
+from .plain import KINDS
+
+
+@triton.jit
+def _entropy_term(whole, u):
+    """(1 + u) log(1 + u) - u, and the logarithm; `whole` is 1 + u."""
+    e, f = split(whole)
+    near = e == 0.0
+    reduced = tl.where(near, u, f)
+    rest = log1p_rest(reduced)
+    logarithm = times_ln2(e, reduced + rest)
+    return tl.where(near, u * u + (1.0 + u) * rest, whole * logarithm - u), logarithm
+
+
+@triton.jit
+def _mixture(p, q, h, share):
+    """A class's part in the Jensen-Shannon divergence, and log(q/m), where m is the mixture."""
+    other = 1.0 - share
+    m = share * p + other * q
+    counts = m >= 1.2e-38
+    over_m = 1.0 / tl.where(counts, m, 1.0)
+    of_teacher, _ = _entropy_term(tl.where(counts, p * over_m, 1.0), -other * h * over_m)
+    of_student, logarithm = _entropy_term(tl.where(counts, q * over_m, 1.0), share * h * over_m)
+    return tl.where(counts, m * (share * of_teacher + other * of_student), 0.0), logarithm
+
+
+@triton.jit
+def _kernel(
+    first, second, weight, values, gradient, outer, classes, inner,
+    f_n, f_c, f_m, s_n, s_c, s_m, g_n, g_c, g_m, temperature_high, temperature_low, share_high, share_low,
+    kind: tl.constexpr, height: tl.constexpr, width: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    # The first network is p: the teacher, but the student in the reverse KL.
+    row, n, m, exists = rows_of(outer, inner, height)
+    w = weights_of(weight, row, exists)
+    look = w != 0.0
+    first = starts_of(first, n, m, f_n, f_m)
+    second = starts_of(second, n, m, s_n, s_m)
+    if gradient is not None:
+        gradient = starts_of(gradient, n, m, g_n, g_m)
+    temperature = 0.25 * number(temperature_high, temperature_low)
+    softness = (1.0 / temperature).to(wide)
+    share = number(share_high, share_low).to(wide)
+    epsilon = 2.3e-16 if wide == tl.float64 else 1.2e-7
+
+    top_a, z_a, top_b, z_b = normalise(
+        first, f_c, second, s_c, classes, look, None, softness, height, width, wide
+    )
+    defined = (z_a > 0.0) & (z_b > 0.0)
+    over_a, over_b = (1.0 / z_a).to(wide), (1.0 / z_b).to(wide)
+    tops = top_a.to(tl.float64) - top_b.to(tl.float64)
+    rest = temperature * tl.log(z_a / z_b)
+    scale = tl.where(defined, 0.25 * w / temperature, float("nan")).to(wide)
+
+    value = tl.zeros([height], tl.float64)
+    mean = tl.zeros([height], tl.float64)
+    infinite = tl.zeros([height], tl.int32)
+    wrong = tl.full([height], 1, tl.int32)
+    for attempt in range(2):  # a second one where the normalisers turn out not to be known well enough
+        if tl.max(wrong, 0) > 0:
+            value = tl.zeros([height], tl.float64)
+            mean = tl.zeros([height], tl.float64)
+            surplus = tl.zeros([height], tl.float64)
+            size = tl.zeros([height], tl.float64)
+            for start in range(0, classes, width):
+                column = start + tl.arange(0, width)
+                a, b = load_pair(first, f_c, second, s_c, column, classes, look, None, wide)
+                p, q, d, h, term = classes_of(a, b, top_a, top_b, over_a, over_b, tops, rest, softness)
+                surplus += tl.sum(h, 1).to(tl.float64)
+                size += tl.sum(tl.abs(h), 1).to(tl.float64)
+                if kind == "jsd":
+                    term, logarithm = _mixture(p, q, h, share)
+                    mean += sum_exactly(q * logarithm)
+                else:
+                    impossible = (b == float("-inf")) & (p > 0.0)
+                    infinite = tl.maximum(infinite, tl.max(impossible.to(tl.int32), 1))
+                    if kind == "reverse_kl":
+                        mean += sum_exactly(p * d)
+                    elif gradient is not None:
+                        slope = tl.where(look[:, None], h * scale[:, None], 0.0)
+                        store_classes(gradient, g_c, column, classes, exists, slope)
+                value += tl.sum(term, 1).to(tl.float64)
+            better = better_rest(rest, surplus, size, temperature, epsilon)
+            wrong = ((attempt == 0) & (better != rest)).to(tl.int32)
+            rest = tl.where(wrong > 0, better, rest)
+
+    value = tl.where(infinite > 0, float("inf"), value)
+    value = tl.where(defined, value, float("nan"))
+    tl.store(values + row, tl.where(look, value * w, 0.0), mask=exists)
+
+    if kind != "forward_kl":  # noqa: SIM102 (decided when the kernel is compiled)
+        if gradient is not None:
+            if kind == "reverse_kl":
+                mean = mean / (z_a * over_a.to(tl.float64))
+                scale = tl.where(infinite > 0, float("nan"), scale)
+            else:
+                mean = mean / (z_b * over_b.to(tl.float64))
+                scale = (1.0 - share) * scale
+            high = mean.to(wide)
+            low = (mean - high.to(tl.float64)).to(wide)
+            for start in range(0, classes, width):
+                column = start + tl.arange(0, width)
+                a, b = load_pair(first, f_c, second, s_c, column, classes, look, None, wide)
+                p, q, d, h, term = classes_of(a, b, top_a, top_b, over_a, over_b, tops, rest, softness)
+                if kind == "jsd":
+                    _, d = _mixture(p, q, h, share)
+                    p = q
+                slope = p * ((d - high[:, None]) - low[:, None]) * scale[:, None]
+                slope = tl.where(look[:, None], slope, 0.0)
+                store_classes(gradient, g_c, column, classes, exists, slope)
+
+
+@triton.jit
+def _limit(
+    student, teacher, weight, values, gradient, outer, classes, inner,
+    s_n, s_c, s_m, t_n, t_c, t_m, g_n, g_c, g_m,
+    height: tl.constexpr, width: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    row, n, m, exists = rows_of(outer, inner, height)
+    w = weights_of(weight, row, exists)
+    look = w != 0.0
+    student = starts_of(student, n, m, s_n, s_m)
+    teacher = starts_of(teacher, n, m, t_n, t_m)
+    total = tl.zeros([height], tl.float64)
+    of_student = tl.zeros([height], tl.int32)
+    of_teacher = tl.zeros([height], tl.int32)
+    of_both = tl.zeros([height], tl.int32)
+    spoilt = tl.zeros([height], tl.int32)
+    for start in range(0, classes, width):
+        column = start + tl.arange(0, width)
+        s = load_logits(student, s_c, column, classes, look, wide)
+        t = load_logits(teacher, t_c, column, classes, look, wide)
+        shared, high, low = _apart(s, t)
+        total += sum_exactly(high) + tl.sum(low, 1).to(tl.float64)
+        of_student += tl.sum((s != float("-inf")).to(tl.int32), 1)
+        of_teacher += tl.sum((t != float("-inf")).to(tl.int32), 1)
+        of_both += tl.sum(shared.to(tl.int32), 1)
+        infinite = (s == float("inf")) | (t == float("inf")) | (s != s) | (t != t)
+        spoilt = tl.maximum(spoilt, tl.max(infinite.to(tl.int32), 1))
+    count = tl.maximum(of_both, 1).to(tl.float64)
+    mean = total / count
+    mean_high = mean.to(wide)
+    mean_low = (mean - mean_high.to(tl.float64)).to(wide)
+    defined = (spoilt == 0) & (of_student > 0) & (of_teacher > 0)
+    scale = tl.where(defined, 1024.0 * w / count, float("nan")).to(wide)
+    if gradient is not None:
+        gradient = starts_of(gradient, n, m, g_n, g_m)
+    squares = tl.zeros([height], tl.float64)
+    for start in range(0, classes, width):
+        column = start + tl.arange(0, width)
+        s = load_logits(student, s_c, column, classes, look, wide)
+        t = load_logits(teacher, t_c, column, classes, look, wide)
+        shared, high, low = _apart(s, t)
+        deviation = (high - mean_high[:, None]) + (low - mean_low[:, None])
+        deviation = tl.where(shared, deviation, 0.0)
+        squares += tl.sum(deviation * deviation, 1).to(tl.float64)
+        if gradient is not None:
+            slope = tl.where(look[:, None], deviation * scale[:, None], 0.0)
+            store_classes(gradient, g_c, column, classes, exists, slope)
+    value = tl.where(
+        of_student + of_teacher > 2 * of_both, float("inf"), 1024.0 * 1024.0 * squares / (2.0 * count)
+    )
+    value = tl.where(defined, value, float("nan"))
+    tl.store(values + row, tl.where(look, value * w, 0.0), mask=exists)
+
+
+@triton.jit
+def _apart(s, t):
+    """Where both networks have a class, and 1/1024 of the difference there, in two numbers."""
+    shared = (s != float("-inf")) & (t != float("-inf"))
+    s = tl.where(shared, s * 0.0009765625, 0.0)
+    t = tl.where(shared, t * 0.0009765625, 0.0)
+    high = s - t
+    back = high - s
+    return shared, high, (s - (high - back)) - (t + back)
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    kind: int,
+    temperature: float,
+    beta: float,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    check_rows(student, teacher, weight=weight)
+    values, gradient = empty_results(student, teacher, needs_gradient)
+    asked = gradient if needs_gradient else None
+    pair = (student, teacher) if KINDS[kind] in ("reverse_kl", "limit") else (teacher, student)
+    numbers: list[float] = [
+        *strides(pair[0]),
+        *strides(pair[1]),
+        *(strides(asked) if asked is not None else (0, 0, 0)),
+    ]
+    wide = wide_type(student, teacher)
+    if KINDS[kind] == "limit":
+        launch(_limit, student, *pair, weight, values, asked, after=numbers, wide=wide)
+    else:
+        numbers += [*split_number(temperature), *split_number(beta)]
+        launch(_kernel, student, *pair, weight, values, asked, after=numbers, kind=KINDS[kind], wide=wide)
+    return values, gradient

@@ -1,0 +1,108 @@
+"""``make gpu-check``, as far as it goes without a GPU: tiny cases on the CPU, and a clock that is made up."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from luce.bench import gpu
+from luce.bench.gpu import BASELINES, CASES, COMPILED, ERRORS, OURS, Case, check, verdicts
+from luce.cli.bench import main as command
+from luce.errors import UserError
+
+TINY = (
+    Case("KD", (4, 7), "float32", ("eager KD",), copy_share=0.6, at_least={"eager KD": 2}),
+    Case("KD", (4, 7), "bfloat16", ("a loss that nobody has",)),
+    Case("PLD", (4, 7), "float32", ("eager PLD",), at_least={"eager PLD": 1.5}),
+    Case("CE", (4, 7), "float32", ("eager CE",)),
+)
+
+
+def timed(run):
+    """Runs it; a millisecond each time."""
+    run()
+    return 1.0
+
+
+@pytest.fixture
+def found(monkeypatch, capsys):
+    def missing(s, t, y):
+        raise ModuleNotFoundError("No module named 'nobody'")
+
+    monkeypatch.setitem(BASELINES, "a loss that nobody has", missing)
+    result = check(
+        torch.device("cpu"), timed, TINY, "reference", tests="passed", head=(3, 4, 5), elements=64, side=8
+    )
+    return result, capsys.readouterr().out
+
+
+def test_everything_is_measured_and_said(found):
+    result, printed = found
+    json.dumps(result)
+    assert [case["case"] for case in result["cases"]] == [case.name for case in TINY]
+    assert result["cases"][1]["failed"] == {
+        "a loss that nobody has": "ModuleNotFoundError: No module named 'nobody'"
+    }
+    assert result["cases"][0]["milliseconds"] == {"ours": 1.0, "eager KD": 1.0}
+    # Three arrays of 4 x 7 numbers in the time that copying 64 takes.
+    assert result["cases"][0]["copy_share"] == pytest.approx(3 * 28 / (2 * 64))
+    assert result["cases"][3]["copy_share"] == pytest.approx(2 * 28 / (2 * 64))
+    assert "reached  KD 4x7 float32: 0.66 of the copy limit, goal 0.6" in printed
+    assert "MISSED   KD 4x7 float32: 1.0 times as fast as eager KD, goal 2" in printed
+    assert set(result["heads"]["milliseconds"]) == {"linear_kd", "linear_pld", "logits held whole, KD"}
+    assert "reached  linear_kd: 1.00 times the products, goal 1.5" in printed
+    assert "7 of 9 goals reached on cpu; tests passed" in printed
+    assert "KD 4x7 bfloat16" in printed
+
+
+def test_errors_are_judged():
+    case = Case("KD", (4, 7), "float32")
+    base = {"failed": {}, "milliseconds": {"ours": 1.0}}
+    for errors, reached in (
+        ((1e-6, 1e-6), True),
+        ((1e-6, 1e-3), False),
+        ((1e-3, 1e-6), False),
+        ((math.nan, 0), False),
+    ):
+        found = {**base, "errors": dict(zip(("value", "gradient"), errors, strict=True))}
+        assert [yes for yes, _ in verdicts(case, found)] == [reached]
+
+
+def test_a_kernel_that_fails_is_a_goal_missed():
+    found = {"failed": {"ours": "RuntimeError: out of resources"}, "milliseconds": {}}
+    assert verdicts(CASES[0], found) == [(False, "KD 8192x1000 float32: RuntimeError: out of resources")]
+
+
+def test_time_runs_out(capsys):
+    result = check(torch.device("cpu"), timed, TINY, "reference", seconds=-1, elements=64, side=8)
+    assert result["cases"] == []
+    assert capsys.readouterr().out.count("not measured") == len(TINY) + 1
+
+
+def test_the_cases_name_what_there_is():
+    for case in CASES:
+        assert case.loss in OURS
+        assert case.loss in ERRORS
+        assert {name.removeprefix(COMPILED) for name in case.baselines} <= set(BASELINES)
+        assert set(case.at_least) <= set(case.baselines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu.main([]) == 1
+    assert (
+        capsys.readouterr().err == "luce bench --suite gpu: nothing was measured, there is no CUDA device\n"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_says_so_too(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command(["--suite", "gpu"])
+    assert stopped.value.code == 1
+    assert "there is no CUDA device" in capsys.readouterr().err
+    with pytest.raises(UserError, match="all its cases in one run"):
+        command(["--suite", "gpu", "pld"])
