@@ -89,10 +89,10 @@ def linear_kd_loss(
         target: Class indices, ``(N,)`` or ``(B, T)``, used only to drop rows labelled `ignore_index`.
         temperature: Positive, no unit. ``math.inf`` is `luce.kd_loss`'s limit.
         scale_by_temperature: Multiply by ``temperature**2``.
-        ignore_index: Rows with this label do not count, and nothing is computed for them. Which these are is
-            asked of the device, once.
-        row_weight: One weight per row, at least 0; the mean divides by their sum. Rows of weight 0 cost
-            nothing either.
+        ignore_index: Rows with this label do not count. Nothing is computed for them on a CPU; a GPU is not
+            asked which they are, as that would stall it.
+        row_weight: One weight per row, at least 0; the mean divides by their sum. Rows of weight 0 are like
+            rows that do not count.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``. With ``"none"``
             the logits are computed once more on the way back.
         chunk_rows: Rows of a chunk. None takes a power of two near ``N * H / V``, so that a chunk's logits
@@ -165,7 +165,7 @@ def linear_pld_loss(
         target: Class indices, ``(N,)`` or ``(B, T)``.
         teacher_temperature: Positive, no unit; softens the weights only.
         top_k: As in `luce.pld_loss`, and so are `epsilon`, `tolerance` and `ties`; not with `TopKLogits`.
-        ignore_index: Rows with this label do not count, and nothing is computed for them.
+        ignore_index: Rows with this label do not count, see `luce.linear_kd_loss`.
         unlabelled_index: Rows with this label have none.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``; see `luce.linear_kd_loss`.

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .logits import LinearLogits, TopKLogits
 
@@ -23,6 +24,14 @@ Formula: TypeAlias = Callable[[Tensor, "Tensor | TopKLogits", "Tensor | None", "
 
 FEWEST_ROWS = 128
 """The smallest chunk that the rule makes: a matrix product of fewer rows mostly waits for the head."""
+ROWS_TOGETHER = 1024
+"""Rows of 16-bit gradients in one product, for which the head's gradient is read and written once."""
+
+_NVIDIA = torch.version.hip is None
+_MULTIPLIES = _NVIDIA and TorchVersion(torch.__version__) >= "2.8"
+"""Whether PyTorch multiplies 16-bit matrices into float32 on CUDA,"""
+_ADDS = _NVIDIA and TorchVersion(torch.__version__) >= "2.10"
+"""and adds the product to float32 in place."""
 
 
 def rows_per_chunk(rows: int, width: int, classes: int) -> int:
@@ -53,13 +62,17 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, of 16-bit matrices in float32: rounded logits would cost the gradient several percent."""
-    return a @ b if a.dtype == _wide(a.dtype) else torch.mm(a, b, out_dtype=torch.float32)
+    if _MULTIPLIES and a.is_cuda and a.dtype != _wide(a.dtype):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.to(_wide(a.dtype)) @ b.to(_wide(b.dtype))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, without an array for the product where there need be none."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif _ADDS and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += _product(a, b)
 
@@ -134,9 +147,15 @@ class Job:
         self, student: LinearLogits, weight: Tensor | None, wanted: tuple[bool, ...]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The values and their sum's gradients, float32 or float64, towards the tensors that want one."""
+        student, kept = _rows_that_count(student, weight)
         head, teacher = _Head(student, self.autocast), _reader(self.teacher, self.autocast)
         narrow, wide = head.dtype, _wide(head.dtype)
         rows, classes = student.hidden.shape[0], student.classes
+        scale = None
+        if narrow == torch.float16 and weight is not None and rows and any(wanted):
+            # Of a row's part in the gradient of a mean over many, float16 would keep few digits or none.
+            scale = weight.detach().abs().amax().clamp_min(torch.finfo(weight.dtype).tiny)
+            weight = weight / scale
         values = torch.zeros(rows, dtype=self.dtype, device=student.hidden.device)
         gradients = [
             torch.zeros_like(tensor, dtype=wide) if tensor is not None and wants else None
@@ -144,29 +163,37 @@ class Job:
         ]
         of_hidden, of_weight, of_bias = gradients
         with torch.autocast(values.device.type, enabled=False):
-            for which in self._chunks(rows, weight):
-                inputs = head.inputs(which)
-                products = head.products(inputs).requires_grad_(any(wanted))
-                with torch.set_grad_enabled(any(wanted)):
-                    part = self._part(student.shaped(products), teacher(which), which, weight)
-                    total = part.sum()
-                values[which] = part.detach()
-                if not any(wanted):
+            for group, chunks in self._groups(rows if kept is None else kept, narrow):
+                slopes = []
+                for which in chunks:
+                    products = head.products(head.inputs(which)).requires_grad_(any(wanted))
+                    with torch.set_grad_enabled(any(wanted)):
+                        part = self._part(student.shaped(products), teacher(which), which, weight)
+                        total = part.sum()
+                    values[which] = part.detach()
+                    if any(wanted):
+                        (slope,) = torch.autograd.grad(total, products)
+                        if of_bias is not None:
+                            of_bias[:classes] += slope.sum(0)
+                        slopes.append(slope.to(narrow))
+                        del slope
+                    del products, part, total
+                if of_hidden is None and of_weight is None:
                     continue
-                (slope,) = torch.autograd.grad(total, products)
-                del products, part, total
-                if of_bias is not None:
-                    of_bias[:classes] += slope.sum(0)
-                slope = slope.to(narrow)
+                slope = slopes[0] if len(slopes) == 1 else torch.cat(slopes)
                 if of_hidden is not None:
-                    of_hidden[which] = _product(slope, head.weight)
+                    of_hidden[group] = _product(slope, head.weight)
                 if of_weight is not None:
-                    _add_product(of_weight[:classes], slope.T, inputs)
+                    _add_product(of_weight[:classes], slope.T, head.inputs(group))
+        if scale is not None:
+            for result in (values, *gradients):
+                if result is not None:
+                    result *= scale
         return values, gradients
 
     def held(self, student: LinearLogits, weight: Tensor | None) -> Tensor:
         """The values in a form that can be differentiated at will, all logits at once."""
-        kept = None if weight is None else weight.detach().nonzero()[:, 0]
+        student, kept = _rows_that_count(student, weight)
         which = slice(None) if kept is None else kept
         wide = _wide(student.hidden.dtype)
         some = replace(
@@ -188,16 +215,38 @@ class Job:
         target = None if self.target is None else self.target[which]
         return self.formula(logits, teacher, target, weight)
 
-    def _chunks(self, rows: int, weight: Tensor | None) -> Iterator[Which]:
-        """Slices where every row counts, else the indices of those that do; this asks the device once."""
-        kept = None if weight is None else weight.detach().nonzero()[:, 0]
-        if kept is not None and len(kept) == rows:
-            kept = None
-        count = rows if kept is None else len(kept)
+    def _groups(self, rows: int | Tensor, narrow: torch.dtype) -> Iterator[tuple[Which, list[Which]]]:
+        """Rows whose gradients are multiplied together, and the chunks in which these are computed.
+
+        Args:
+            rows: How many; or which, if they are not all.
+            narrow: What is multiplied.
+        """
+        count = rows if isinstance(rows, int) else len(rows)
         step = self.chunk_rows or rows_per_chunk(count, self.student.hidden.shape[1], self.student.classes)
-        for first in range(0, count, step):
-            part = slice(first, min(first + step, count))
-            yield part if kept is None else kept[part]
+        together = step if narrow == _wide(narrow) else step * max(1, ROWS_TOGETHER // step)
+
+        def some(first: int, last: int) -> Which:
+            part = slice(first, min(last, count))
+            return part if isinstance(rows, int) else rows[part]
+
+        for first in range(0, count, together):
+            chunks = range(first, min(first + together, count), step)
+            yield some(first, first + together), [some(start, start + step) for start in chunks]
+
+
+def _rows_that_count(student: LinearLogits, weight: Tensor | None) -> tuple[LinearLogits, Tensor | None]:
+    """Which rows have a weight, None if all have; asking a device would stall it: there, others become 0."""
+    if weight is None:
+        return student, None
+    idle = weight.detach() == 0
+    if _can_ask(idle):
+        return student, (~idle).nonzero()[:, 0] if bool(idle.any()) else None
+    return replace(student, hidden=student.hidden.masked_fill(idle[:, None], 0)), None
+
+
+def _can_ask(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 class _Streamed(torch.autograd.Function):
