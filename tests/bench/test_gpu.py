@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from luce.bench import gpu
-from luce.bench.gpu import BASELINES, CASES, COMPILED, ERRORS, OURS, Case, check, verdicts
+from luce.bench.gpu import BASELINES, CASES, COMPILED, ERRORS, HELD, OURS, Case, check, page, verdicts
 from luce.cli.bench import main as command
 from luce.errors import UserError
 
@@ -28,34 +28,39 @@ def timed(run):
 
 
 @pytest.fixture
-def found(monkeypatch, capsys):
+def found(monkeypatch):
     def missing(s, t, y):
         raise ModuleNotFoundError("No module named 'nobody'")
 
     monkeypatch.setitem(BASELINES, "a loss that nobody has", missing)
-    result = check(
+    return check(
         torch.device("cpu"), timed, TINY, "reference", tests="passed", head=(3, 4, 5), elements=64, side=8
     )
-    return result, capsys.readouterr().out
 
 
-def test_everything_is_measured_and_said(found):
-    result, printed = found
-    json.dumps(result)
-    assert [case["case"] for case in result["cases"]] == [case.name for case in TINY]
-    assert result["cases"][1]["failed"] == {
+def test_everything_is_measured(found):
+    json.dumps(found)
+    assert [case["case"] for case in found["cases"]] == [case.name for case in TINY]
+    assert found["cases"][1]["failed"] == {
         "a loss that nobody has": "ModuleNotFoundError: No module named 'nobody'"
     }
-    assert result["cases"][0]["milliseconds"] == {"ours": 1.0, "eager KD": 1.0}
+    assert found["cases"][0]["milliseconds"] == {"ours": 1.0, "eager KD": 1.0}
     # Three arrays of 4 x 7 numbers in the time that copying 64 takes.
-    assert result["cases"][0]["copy_share"] == pytest.approx(3 * 28 / (2 * 64))
-    assert result["cases"][3]["copy_share"] == pytest.approx(2 * 28 / (2 * 64))
-    assert "reached  KD 4x7 float32: 0.66 of the copy limit, goal 0.6" in printed
-    assert "MISSED   KD 4x7 float32: 1.0 times as fast as eager KD, goal 2" in printed
-    assert set(result["heads"]["milliseconds"]) == {"linear_kd", "linear_pld", "logits held whole, KD"}
-    assert "reached  linear_kd: 1.00 times the products, goal 1.5" in printed
-    assert "7 of 9 goals reached on cpu; tests passed" in printed
-    assert "KD 4x7 bfloat16" in printed
+    assert found["cases"][0]["copy_share"] == pytest.approx(3 * 28 / (2 * 64))
+    assert found["cases"][3]["copy_share"] == pytest.approx(2 * 28 / (2 * 64))
+    assert set(found["heads"]["milliseconds"]) == {"linear_kd", "linear_pld", HELD, f"{HELD} in float32"}
+    assert list(found["heads"]["failed"]) == ["Liger linear KD"]
+
+
+def test_everything_is_said(found):
+    said = page(found).splitlines()
+    assert said[0].startswith(f"cpu, PyTorch {torch.__version__}, Triton ")
+    assert "reached  KD 4x7 float32: 0.66 of the copy limit, goal 0.6" in said
+    assert "MISSED   KD 4x7 float32: 1.0 times as fast as eager KD, goal 2" in said
+    assert "reached  linear_kd: 1.00 times the products, goal 1.5" in said
+    assert any(line.split()[:3] == ["KD", "4x7", "bfloat16"] for line in said)
+    assert any(line.split() == ["linear_kd", "1.00", "1.00", "-"] for line in said)
+    assert said[-1] == "7 of 9 goals reached on cpu; tests passed"
 
 
 def test_errors_are_judged():
@@ -76,10 +81,10 @@ def test_a_kernel_that_fails_is_a_goal_missed():
     assert verdicts(CASES[0], found) == [(False, "KD 8192x1000 float32: RuntimeError: out of resources")]
 
 
-def test_time_runs_out(capsys):
-    result = check(torch.device("cpu"), timed, TINY, "reference", seconds=-1, elements=64, side=8)
-    assert result["cases"] == []
-    assert capsys.readouterr().out.count("not measured") == len(TINY) + 1
+def test_time_runs_out():
+    found = check(torch.device("cpu"), timed, TINY, "reference", seconds=-1, elements=64, side=8)
+    assert found["cases"] == []
+    assert page(found).count("not measured") == len(TINY) + 1
 
 
 def test_the_cases_name_what_there_is():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -27,6 +28,7 @@ from torch import Tensor
 import luce
 
 from ..ops._library import why_no_triton
+from ..source import commit
 from .contestants import TEMPERATURE, eager_kl_div, lean_pld
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -80,6 +82,14 @@ def _liger_cross_entropy(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
     value: Tensor = liger_cross_entropy(s, y)
     return value
+
+
+def _liger_linear_kd(student: luce.LinearLogits, teacher: luce.LinearLogits, y: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_jsd
+
+    pair = (student.hidden, student.weight, teacher.hidden, teacher.weight)
+    value: Tensor = liger_fused_linear_jsd(*pair, y, jsd_beta=0.0, temperature=TEMPERATURE)
+    return value * TEMPERATURE**2
 
 
 def _trl_jsd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -150,6 +160,7 @@ HEAD = (8192, 4096, 128256)
 """Rows, width of the hidden states, and classes of the losses from hidden states and a head."""
 HEAD_TIMES, HEAD_MEMORY = 1.5, 1 / 8
 """What they may take: times the matrix products alone, and of the memory of logits held whole."""
+HELD = "KD of logits held whole"
 
 
 def inputs_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,23 +252,27 @@ def measure_heads(
         logits @ weight
         teacher_hidden @ teacher_weight.T
 
-    def run(loss: Callable[..., Tensor], whole: bool) -> Callable[[], None]:
+    def run(loss: Callable[..., Tensor], held: torch.dtype | None = None) -> Callable[[], None]:
         x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
         def step() -> None:
             x.grad = w.grad = None
             student = luce.LinearLogits(x, w)
             teacher = luce.LinearLogits(teacher_hidden, teacher_weight)
-            pair = (student.logits(), teacher.logits()) if whole else (student, teacher)
-            loss(*pair, target).backward()
+            if held is None:
+                loss(student, teacher, target).backward()
+            else:
+                loss(student.logits().to(held), teacher.logits().to(held), target).backward()
 
         return step
 
     found: dict[str, Any] = {"products": bench(products), "milliseconds": {}, "memory": {}, "failed": {}}
     contestants = {
-        "linear_kd": run(functools.partial(luce.linear_kd_loss, temperature=TEMPERATURE), False),
-        "linear_pld": run(functools.partial(luce.linear_pld_loss, top_k=128), False),
-        "logits held whole, KD": run(_eager_kd, True),
+        "linear_kd": run(functools.partial(luce.linear_kd_loss, temperature=TEMPERATURE)),
+        "linear_pld": run(functools.partial(luce.linear_pld_loss, top_k=128)),
+        HELD: run(_eager_kd, dtype),
+        f"{HELD} in float32": run(_eager_kd, torch.float32),
+        "Liger linear KD": run(_liger_linear_kd),
     }
     for name, step in contestants.items():
         try:
@@ -265,8 +280,10 @@ def measure_heads(
             found["memory"][name] = peak_memory(step, device)
         except Exception as error:
             found["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     said = []
-    whole = found["memory"].get("logits held whole, KD")
+    whole = found["memory"].get(HELD)
     for name in ("linear_kd", "linear_pld"):
         if name not in found["milliseconds"]:
             said.append((False, f"{name}: {found['failed'][name]}"))
@@ -275,7 +292,7 @@ def measure_heads(
         said.append((times <= HEAD_TIMES, f"{name}: {times:.2f} times the products, goal {HEAD_TIMES}"))
         if whole:
             share = found["memory"][name] / whole
-            words = f"{name}: {share:.3f} of the memory of logits held whole, goal {HEAD_MEMORY}"
+            words = f"{name}: {share:.3f} of the memory of {HELD}, goal {HEAD_MEMORY}"
             said.append((share <= HEAD_MEMORY, words))
     return found, said
 
@@ -315,32 +332,57 @@ def rates(device: torch.device, bench: Bench, elements: int = 2**28, side: int =
     return {"copy_bytes_per_second": copied, "matrix_flops": 2 * side**3 / (bench(lambda: a @ a) * 1e-3)}
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """One line a case: ours, its share of the copy limit, memory, and how much slower the baselines are."""
-    lines = [f"{'case':34}{'ms':>9}{'of copy':>9}{'MiB':>9}  times as fast as"]
-    for found in results:
-        times = found["milliseconds"]
+def page(found: dict[str, Any]) -> str:
+    """Everything to read: the device, a line a case, what each goal came to, and how many were reached.
+
+    A line says the milliseconds of ours, its share of the copy limit, the memory that it takes, and how many
+    times as fast as the others it is.
+    """
+    rates, goals = found["rates"], found["verdicts"]
+    lines = [
+        f"{found['device']}, PyTorch {found['torch']}, Triton {found['triton']}, Luce {found['luce']}",
+        f"copies {rates['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"matrices {rates['matrix_flops'] / 1e12:.0f} TFLOP/s",
+        "",
+        f"{'case':34}{'ms':>9}{'of copy':>9}{'MiB':>9}  times as fast as",
+    ]
+    for case in found["cases"]:
+        times = case["milliseconds"]
         if "ours" not in times:
-            lines.append(f"{found['case']:34}  failed: {found['failed'].get('ours')}")
+            lines.append(f"{case['case']:34}  failed: {case['failed'].get('ours')}")
             continue
         beside = [f"{name} {ms / times['ours']:.1f}" for name, ms in times.items() if name != "ours"]
-        beside += [f"{name} -" for name in found["failed"]]
-        memory = found["memory"]["ours"]
-        size = "-" if memory is None else f"{memory / 2**20:.0f}"
-        figures = f"{times['ours']:9.3f}{found['copy_share']:9.2f}{size:>9}"
-        lines.append(f"{found['case']:34}{figures}  {', '.join(beside)}")
+        beside += [f"{name} -" for name in case["failed"]]
+        figures = f"{times['ours']:9.3f}{case['copy_share']:9.2f}{_mebibytes(case['memory']['ours']):>9}"
+        lines.append(f"{case['case']:34}{figures}  {', '.join(beside)}")
+    if "heads" in found:
+        heads = found["heads"]
+        lines += ["", f"{'from hidden states':34}{'ms':>9}{'products':>9}{'MiB':>9}"]
+        for name, ms in heads["milliseconds"].items():
+            memory = _mebibytes(heads["memory"][name])
+            lines.append(f"{name:34}{ms:9.2f}{ms / heads['products']:9.2f}{memory:>9}")
+        lines += [f"{name:34}  failed: {why}" for name, why in heads["failed"].items()]
+    lines += ["", *(f"{'reached' if goal['reached'] else 'MISSED ':8} {goal['goal']}" for goal in goals)]
+    reached = sum(goal["reached"] for goal in goals)
+    lines.append(f"{reached} of {len(goals)} goals reached on {found['device']}; tests {found['tests']}")
     return "\n".join(lines)
+
+
+def _mebibytes(memory: int | None) -> str:
+    return "-" if memory is None else f"{memory / 2**20:.0f}"
 
 
 def run_tests(seconds: float) -> str:
     """The GPU tests of the checkout: "passed", or why there is no such word."""
     root = Path(__file__).parents[3]
-    if not (root / "tests" / "ops" / "kernels").is_dir():
+    names = [str(path) for path in root.glob("tests/**/test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    if not names:
         return "not run: this is no checkout"
     if importlib.util.find_spec("pytest") is None:
         return "not run: pytest is not installed"
-    names = ["tests/ops/kernels", "tests/losses/test_gpu.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *names]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *sorted(names)]
+    if importlib.util.find_spec("xdist") is not None:  # kernels compile side by side
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
     path = os.pathsep.join(filter(None, [str(root / "src"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     try:
@@ -365,18 +407,24 @@ def check(
     head: tuple[int, int, int] = HEAD,
     **sizes: int,
 ) -> dict[str, Any]:
-    """Measure the cases, print the table and the verdicts; everything, as one record."""
+    """Measure the cases and judge them; everything, as one record."""
     begin = time.monotonic()
-    found: dict[str, Any] = {"device": _name(device), "torch": torch.__version__, "tests": tests}
-    print(f"{found['device']}, PyTorch {torch.__version__}\ntests: {tests}")
-    found["rates"] = rates(device, bench, **sizes)
+    found: dict[str, Any] = {
+        "device": _name(device),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "luce": commit() or luce.__version__,
+        "tests": tests,
+        "rates": rates(device, bench, **sizes),
+        "cases": [],
+    }
     copy_rate = found["rates"]["copy_bytes_per_second"]
-    print(f"copies {copy_rate / 1e9:.0f} GB/s, matrices {found['rates']['matrix_flops'] / 1e12:.0f} TFLOP/s")
-    found["cases"], said = [], []
+    said = []
     for case in cases:
         if time.monotonic() - begin > seconds:
             said.append((False, f"{case.name}: not measured, the {seconds:.0f} seconds were over"))
             continue
+        print(f"measuring {case.name}", file=sys.stderr)
         found["cases"].append(measure(case, device, backend, bench, copy_rate))
         said += verdicts(case, found["cases"][-1])
         if device.type == "cuda":
@@ -384,17 +432,18 @@ def check(
     if time.monotonic() - begin > seconds:
         said.append((False, f"linear_kd, linear_pld: not measured, the {seconds:.0f} seconds were over"))
     else:
+        print("measuring losses from hidden states", file=sys.stderr)
         found["heads"], of_heads = measure_heads(device, bench, head)
         said += of_heads
     found["verdicts"] = [{"reached": reached, "goal": words} for reached, words in said]
-    print(table(found["cases"]))
-    for reached, words in said:
-        print(f"{'reached' if reached else 'MISSED ':8} {words}")
-    print(
-        f"{sum(reached for reached, _ in said)} of {len(said)} goals reached on {found['device']};"
-        f" tests {tests}"
-    )
     return found
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _name(device: torch.device) -> str:
@@ -419,9 +468,13 @@ def main(words: Sequence[str] | None = None) -> int:
     bench = functools.partial(do_bench, warmup=25, rep=200, return_mode="median")
     left = SECONDS - (time.monotonic() - begin)
     found = check(torch.device("cuda"), bench, seconds=left, tests=tests)
+    text = page(found)
+    print(text)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     request.out.write_text(json.dumps({**found, "goals": [asdict(case) for case in CASES]}, indent=1) + "\n")
-    print(f"results: {request.out}")
+    beside = request.out.with_suffix(".txt")
+    beside.write_text(text + "\n")
+    print(f"results: {request.out}, {beside}")
     return 1 if tests.startswith("FAILED") else 0
 
 
