@@ -227,7 +227,8 @@ def _ranked(
     label = tl.where(named, label, -1)
 
     # From the last place to the first: Z, and the loss.
-    mantissas, scales = mantissas + row * classes, scales + row * classes
+    if gradient is not None:
+        mantissas, scales = mantissas + row * classes, scales + row * classes
     loss = tl.zeros([height], tl.float64)
     alphas = tl.zeros([height], tl.float64)
     carry = tl.zeros([height], wide)
