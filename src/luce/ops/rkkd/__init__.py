@@ -39,8 +39,8 @@ def rkkd(
     =============  ==========================================================
 
     Every pair is looked at, with memory for one row at a time; but for ``clip``, of which the native engine
-    on the CPU sorts rows of many classes and counts, in C log C steps. At a steepness beyond all differences ``clip`` is
-    one minus Kendall's tau itself (tau-a, in which a tie counts 0).
+    on the CPU sorts rows of many classes and counts, in C log C steps. At a steepness beyond all differences
+    ``clip`` is one minus Kendall's tau itself (tau-a, in which a tie counts 0).
 
     A class at ``-inf`` in both networks does not exist: its pairs count neither in the sum nor in *P*. At
     ``-inf`` in one network a class is infinitely far below the others there and tied with those that are

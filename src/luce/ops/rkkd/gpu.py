@@ -1,9 +1,8 @@
 """RKKD in Triton; csrc/kernels/rkkd.cpp explains the formulas.
 
 A program takes a few classes i of one row and compares them with all others, `width` of them at a time. Each
-pair is looked at from both sides, so that every class sums up its own gradient: C^2 pairs of arithmetic, memory
-for nothing but the row, and an order of addition that does not depend on chance. The clipped form is no
-exception here.
+pair is looked at from both sides, so that every class sums up its own gradient: C^2 steps, for the clipped
+form too, memory for nothing but the row, and an order of addition that does not depend on chance.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _triton
 from .._fused import empty_results
-from .._triton import check_rows, narrowed, on_device, strides, wide_type
+from .._triton import check_rows, narrowed, strides, wide_type
 
 WIDTH, PAIRS = 128, 256
-"""With how many classes a program compares its own at a time, and how many pairs that may be: a warp's work."""
+"""With how many classes a program, one warp, compares its own at a time, and how many pairs that may be."""
 
 
 @triton.jit
@@ -29,7 +29,9 @@ def _decay(y):
     last = 708.0 if double else 87.0
     gone = y > last
     y = tl.minimum(y, last)
-    magic: tl.constexpr = 6755399441056767.0 if double else 12583039.0  # rounds, and leaves n in the place of an exponent
+    magic: tl.constexpr = (
+        6755399441056767.0 if double else 12583039.0
+    )  # rounds, and leaves n in the place of an exponent
     biased = magic - y * 1.4426950408889634
     n = biased - magic
     if double:
@@ -111,10 +113,7 @@ def _kernel(
     m = row % inner
     student += n * s_n + m * s_m
     teacher += n * t_n + m * t_m
-    if weight is None:
-        w = tl.full([], 1.0, tl.float64)
-    else:
-        w = tl.load(weight + row).to(tl.float64)
+    w = tl.full([], 1.0, tl.float64) if weight is None else tl.load(weight + row).to(tl.float64)
     seen = tl.where(w != 0.0, classes, 0)  # a row of weight 0 is not looked at
     steepness = bits.to(tl.int64).to(tl.float64, bitcast=True)
     k = tl.minimum(steepness, 8e307 if wide == tl.float64 else 1e38).to(wide)
@@ -171,7 +170,7 @@ def rkkd(
     height = min(width, PAIRS // width)
     tiles = triton.cdiv(student.shape[1], height)
     parts = values.new_empty((*values.shape, tiles), dtype=torch.float64)
-    with on_device(student):
+    with _triton.on_device(student):
         _kernel[(parts.numel(),)](
             *(student, teacher, weight, parts, asked, student.shape[1]),
             student.shape[2] if student.ndim == 3 else 1,

@@ -1,8 +1,8 @@
-"""Log-sum-exp of every suffix in Triton, and its gradient; csrc/kernels/suffix_logsumexp.cpp has the notation.
+"""Log-sum-exp of every suffix in Triton, and its gradient; csrc/kernels has the notation.
 
-A program walks over its rows a tile at a time, from the end to the beginning and, for the gradient, back. What
-one tile hands on to the next is kept in float64. So a row is the work of one program, however long it is: a few
-long rows leave most of a device idle.
+A program walks over its rows a tile at a time, from the end to the beginning and, for the gradient, back.
+What one tile hands on to the next is kept in float64. So a row is the work of one program, however long it
+is, and a few long rows leave most of a device idle.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ LONGEST = 1024
 
 
 @triton.jit
-def _suffixes(x, x_c, column, classes, exists, nan, inf, carry, e_carry, wide: tl.constexpr):
+def _suffixes(x, x_c, column, classes, exists, last_nan, last_inf, carry, e_carry, wide: tl.constexpr):
     """A tile of x and the sums from its places on.
 
     Args:
-        nan: ``(height,)``, the last place of a NaN behind the tile, -1 for none; and so it is returned.
-        inf: Likewise of +inf.
+        last_nan: ``(height,)``, the last place of a NaN behind the tile, -1 for none; returned with the tile.
+        last_inf: Likewise of +inf.
         carry: The sum behind the tile, a pair of float64; returned is that from the tile on.
     """
     x = load_logits(x, x_c, column, classes, exists, wide)
-    nan = tl.maximum(nan, tl.max(tl.where(x != x, column[None, :], -1), 1))
-    inf = tl.maximum(inf, tl.max(tl.where(x == float("inf"), column[None, :], -1), 1))
+    last_nan = tl.maximum(last_nan, tl.max(tl.where(x != x, column[None, :], -1), 1))
+    last_inf = tl.maximum(last_inf, tl.max(tl.where(x == float("inf"), column[None, :], -1), 1))
     z, e, _, _ = suffixes(x, x < float("inf"))
     total, e_total = add(at(z, 0).to(tl.float64), at(e, 0).to(tl.float64), carry, e_carry)
     z, e = add(z, e, carry.to(wide)[:, None], e_carry.to(wide)[:, None])
-    return x, z, e, nan, inf, total, e_total
+    return x, z, e, last_nan, last_inf, total, e_total
 
 
 @triton.jit
@@ -61,33 +61,33 @@ def _forward(
     x, values, outer, classes, inner, x_n, x_c, x_m, v_n, v_c, v_m,
     height: tl.constexpr, width: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    row, n, m, exists = rows_of(outer, inner, height)
+    _row, n, m, exists = rows_of(outer, inner, height)
     x, values = starts_of(x, n, m, x_n, x_m), starts_of(values, n, m, v_n, v_m)
-    nan = tl.full([height], -1, tl.int32)
-    inf = tl.full([height], -1, tl.int32)
+    last_nan = tl.full([height], -1, tl.int32)
+    last_inf = tl.full([height], -1, tl.int32)
     carry, e_carry = _nothing_yet(height, wide)
     tiles = tl.cdiv(classes, width)
     for back in range(0, tiles):
         column = (tiles - 1 - back) * width + tl.arange(0, width)
-        s, z, e, nan, inf, carry, e_carry = _suffixes(
-            x, x_c, column, classes, exists, nan, inf, carry, e_carry, wide
+        _s, z, e, last_nan, last_inf, carry, e_carry = _suffixes(
+            x, x_c, column, classes, exists, last_nan, last_inf, carry, e_carry, wide
         )
         phi = tl.where(z > 0.0, e + log(tl.where(z > 0.0, z, 1.0)), float("-inf"))
-        phi = tl.where(column[None, :] <= inf[:, None], float("inf"), phi)
-        phi = tl.where(column[None, :] <= nan[:, None], float("nan"), phi)
+        phi = tl.where(column[None, :] <= last_inf[:, None], float("inf"), phi)
+        phi = tl.where(column[None, :] <= last_nan[:, None], float("nan"), phi)
         store_classes(values, v_c, column, classes, exists, phi)
 
 
 @triton.jit
-def _ratios(upstream, u_c, column, classes, exists, z, inf, wide: tl.constexpr):
+def _ratios(upstream, u_c, column, classes, exists, z, last_inf, wide: tl.constexpr):
     """What arrives over Z's mantissa; 0 where a suffix is empty or infinite."""
     g = load_logits(upstream, u_c, column, classes, exists, wide)
-    counts = (z > 0.0) & (column[None, :] > inf[:, None])
+    counts = (z > 0.0) & (column[None, :] > last_inf[:, None])
     return tl.where(counts, g / tl.where(counts, z, 1.0), 0.0)
 
 
 @triton.jit
-def _slopes(x, ratio, e, nan, carry, e_carry, wide: tl.constexpr):
+def _slopes(x, ratio, e, last_nan, carry, e_carry, wide: tl.constexpr):
     """The gradient on a tile, from g/Z on it and before it; and what that is behind the tile."""
     sums, e_sums, _, _ = prefixes(ratio, e)
     last: tl.constexpr = x.shape[1] - 1
@@ -95,7 +95,7 @@ def _slopes(x, ratio, e, nan, carry, e_carry, wide: tl.constexpr):
     sums, e_sums = add(sums, e_sums, carry.to(wide)[:, None], e_carry.to(wide)[:, None])
     finite = tl.abs(x) < float("inf")
     slope = tl.where(finite, exp(tl.where(finite, x + e_sums, 0.0)) * sums, 0.0)
-    slope = tl.where((x == float("inf")) | (nan >= 0)[:, None], float("nan"), slope)
+    slope = tl.where((x == float("inf")) | (last_nan >= 0)[:, None], float("nan"), slope)
     return slope, total, e_total
 
 
@@ -108,27 +108,27 @@ def _backward(
     row, n, m, exists = rows_of(outer, inner, height)
     x, upstream = starts_of(x, n, m, x_n, x_m), starts_of(upstream, n, m, u_n, u_m)
     gradient = starts_of(gradient, n, m, g_n, g_m)
-    nan = tl.full([height], -1, tl.int32)
-    inf = tl.full([height], -1, tl.int32)
+    last_nan = tl.full([height], -1, tl.int32)
+    last_inf = tl.full([height], -1, tl.int32)
     carry, e_carry = _nothing_yet(height, wide)
     before, e_before = _nothing_yet(height, wide)
     if ratios is None:  # one tile is the whole row
         column = tl.arange(0, width)
-        s, z, e, nan, inf, _, _ = _suffixes(
-            x, x_c, column, classes, exists, nan, inf, carry, e_carry, wide
+        s, z, e, last_nan, last_inf, _, _ = _suffixes(
+            x, x_c, column, classes, exists, last_nan, last_inf, carry, e_carry, wide
         )
-        ratio = _ratios(upstream, u_c, column, classes, exists, z, inf, wide)
-        slope, _, _ = _slopes(s, ratio, e, nan, before, e_before, wide)
+        ratio = _ratios(upstream, u_c, column, classes, exists, z, last_inf, wide)
+        slope, _, _ = _slopes(s, ratio, e, last_nan, before, e_before, wide)
         store_classes(gradient, g_c, column, classes, exists, slope)
     else:
         ratios, scales = ratios + row * classes, scales + row * classes
         tiles = tl.cdiv(classes, width)
         for back in range(0, tiles):
             column = (tiles - 1 - back) * width + tl.arange(0, width)
-            s, z, e, nan, inf, carry, e_carry = _suffixes(
-                x, x_c, column, classes, exists, nan, inf, carry, e_carry, wide
+            _s, z, e, last_nan, last_inf, carry, e_carry = _suffixes(
+                x, x_c, column, classes, exists, last_nan, last_inf, carry, e_carry, wide
             )
-            ratio = _ratios(upstream, u_c, column, classes, exists, z, inf, wide)
+            ratio = _ratios(upstream, u_c, column, classes, exists, z, last_inf, wide)
             store_classes(ratios, 1, column, classes, exists, ratio)
             store_classes(scales, 1, column, classes, exists, e)
         # What was stored is read again, by other threads.
@@ -139,7 +139,7 @@ def _backward(
             s = load_logits(x, x_c, column, classes, exists, wide)
             ratio = tl.load(ratios[:, None] + column[None, :], mask=inside, other=0.0)
             e = tl.load(scales[:, None] + column[None, :], mask=inside, other=0.0)
-            slope, before, e_before = _slopes(s, ratio, e, nan, before, e_before, wide)
+            slope, before, e_before = _slopes(s, ratio, e, last_nan, before, e_before, wide)
             store_classes(gradient, g_c, column, classes, exists, slope)
 
 
