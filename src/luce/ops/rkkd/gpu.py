@@ -18,7 +18,7 @@ from .. import _triton
 from .._fused import empty_results
 from .._triton import check_rows, narrowed, strides, wide_type
 
-WIDTH, PAIRS = 128, 256
+WIDTH, PAIRS = 64, 256
 """With how many classes a program, one warp, compares its own at a time, and how many pairs that may be."""
 
 
@@ -29,9 +29,8 @@ def _decay(y):
     last = 708.0 if double else 87.0
     gone = y > last
     y = tl.minimum(y, last)
-    magic: tl.constexpr = (
-        6755399441056767.0 if double else 12583039.0
-    )  # rounds, and leaves n in the place of an exponent
+    # What is added to it is rounded, and lies where exponents lie.
+    magic: tl.constexpr = 6755399441056767.0 if double else 12583039.0
     biased = magic - y * 1.4426950408889634
     n = biased - magic
     if double:
@@ -65,7 +64,7 @@ def _with_sign(x, like):
 @triton.jit
 def _pair(d_s, d_t, k, form: tl.constexpr):
     """What a pair costs, and what the student's difference gains over 4k (clipped: over k)."""
-    opposed = d_s * d_t < 0.0
+    opposed = (d_s < 0.0) != (d_t < 0.0)
     if form == 0:
         e_s, _ = _decay(tl.abs(d_s) * (2.0 * k))
         e_t, rest = _decay(tl.abs(d_t) * (2.0 * k))
@@ -146,9 +145,9 @@ def _kernel(
     scale = tl.where(tl.sum(spoilt, 0) > 0, float("nan"), scale)
     tl.store(parts + program, tl.sum(tl.where(there, costs, 0.0), 0) * scale)
     if gradient is not None:
-        scale *= steepness * (-2.0 if form == 3 else -8.0)
+        slope = tl.where(there, gains, 0.0) * scale * (-2.0 if form == 3 else -8.0) * steepness
         places = gradient + (n * g_n + m * g_m) + i.to(tl.int64) * g_c
-        tl.store(places, narrowed(tl.where(there, gains, 0.0) * scale, places), mask=i < classes)
+        tl.store(places, narrowed(slope, places), mask=i < classes)
 
 
 def rkkd(
@@ -169,7 +168,7 @@ def rkkd(
     width = min(WIDTH, triton.next_power_of_2(student.shape[1]))
     height = min(width, PAIRS // width)
     tiles = triton.cdiv(student.shape[1], height)
-    parts = values.new_empty((*values.shape, tiles), dtype=torch.float64)
+    parts = values.new_empty((*values.shape, tiles))
     with _triton.on_device(student):
         _kernel[(parts.numel(),)](
             *(student, teacher, weight, parts, asked, student.shape[1]),
@@ -184,4 +183,4 @@ def rkkd(
             num_warps=1,
             wide=wide_type(student, teacher),
         )
-    return parts.sum(-1).to(values.dtype), gradient
+    return parts.sum(-1, dtype=torch.float64).to(values.dtype), gradient
