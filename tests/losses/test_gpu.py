@@ -34,7 +34,7 @@ def test_a_wrong_label_spoils_its_row_and_stalls_nothing():
         assert loss.isnan().tolist() == [False, True, False]
 
 
-LOSSES = [luce.kd_loss, luce.reverse_kl_loss, luce.jsd_loss, luce.dkd_loss, luce.pld_loss]
+LOSSES = [luce.kd_loss, luce.reverse_kl_loss, luce.jsd_loss, luce.dkd_loss, luce.pld_loss, luce.rkkd_loss]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)

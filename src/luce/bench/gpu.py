@@ -28,6 +28,7 @@ from torch import Tensor
 import luce
 
 from ..ops._library import why_no_triton
+from ..ops.suffix_logsumexp import suffix_logsumexp
 from ..source import commit
 from .contestants import TEMPERATURE, eager_kl_div, lean_pld
 
@@ -105,6 +106,8 @@ BASELINES: dict[str, Loss] = {
     "eager CE": _eager_cross_entropy,
     "reference DKD": lambda s, t, y: luce.dkd_loss(s, t, y, temperature=TEMPERATURE, backend="reference"),
     "reference JSD": lambda s, t, y: luce.jsd_loss(s, t, temperature=TEMPERATURE, backend="reference"),
+    "reference RKKD": lambda s, t, y: luce.rkkd_loss(s, t, backend="reference"),
+    "flipped logcumsumexp": lambda s, t, y: s.flip(-1).logcumsumexp(-1).flip(-1).sum(),
     "Liger KD": _liger_kd,
     "Liger CE": _liger_cross_entropy,
     "TRL JSD": _trl_jsd,
@@ -119,6 +122,8 @@ OURS: dict[str, Callable[..., Tensor]] = {
     "DKD": lambda s, t, y, b: luce.dkd_loss(s, t, y, temperature=TEMPERATURE, backend=b),
     "PLD": lambda s, t, y, b: luce.pld_loss(s, t, y, tolerance=0, backend=b),
     "PLD top-128": lambda s, t, y, b: luce.pld_loss(s, t, y, top_k=128, backend=b),
+    "RKKD": lambda s, t, y, b: luce.rkkd_loss(s, t, backend=b),
+    "suffixes": lambda s, t, y, b: suffix_logsumexp(s, backend=b).sum(),
 }
 ERRORS = {
     "KD": 1e-5,
@@ -128,6 +133,8 @@ ERRORS = {
     "DKD": 1e-5,
     "PLD": 1e-5,
     "PLD top-128": 1e-5,
+    "RKKD": 1e-5,
+    "suffixes": 1e-5,
 }
 """What a value in float32 may differ from float64, and a gradient over the largest entry in its row."""
 BFLOAT16 = 2 * 2.0**-8
@@ -155,6 +162,8 @@ CASES = (
     Case("JSD", (8192, 1000), "float32", ("reference JSD", "TRL JSD")),
     Case("DKD", (8192, 1000), "float32", ("reference DKD",)),
     Case("PLD", (512, 32000), "bfloat16", ("eager PLD", "eager KD")),
+    Case("RKKD", (4096, 1000), "float32", ("reference RKKD",)),
+    Case("suffixes", (8192, 1000), "float32", ("flipped logcumsumexp",)),
 )
 HEAD = (8192, 4096, 128256)
 """Rows, width of the hidden states, and classes of the losses from hidden states and a head."""
@@ -227,7 +236,7 @@ def measure(case: Case, device: torch.device, backend: str, bench: Bench, copy_r
         except Exception as error:  # whatever a baseline dies of is its own affair, and is reported
             found["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if "ours" in found["milliseconds"]:
-        moved = (2 if case.loss == "CE" else 3) * inputs[0].numel() * inputs[0].element_size()
+        moved = (2 if case.loss in ("CE", "suffixes") else 3) * inputs[0].numel() * inputs[0].element_size()
         found["copy_share"] = moved / copy_rate / (found["milliseconds"]["ours"] * 1e-3)
         found["errors"] = errors_of(case, device, backend)
     return found

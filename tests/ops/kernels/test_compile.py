@@ -18,6 +18,7 @@ import torch
 
 from luce.ops import _library
 from luce.ops.kd.plain import KINDS
+from luce.ops.rkkd.cpu import NATIVE_FORMS
 
 _TRITON = importlib.util.find_spec("triton")
 TOOLS = Path(_TRITON.origin).parent / "backends/nvidia/bin" if _TRITON and _TRITON.origin else Path()
@@ -69,6 +70,19 @@ def pld(batch, gradient, label=True, ordered=False, top_k=2**31):
     )
 
 
+def rkkd(batch, gradient, form):
+    from luce.ops.rkkd import gpu
+
+    gpu.rkkd(batch.student, batch.teacher, batch.weight, NATIVE_FORMS.index(form), 1.5, gradient)
+
+
+def suffix_logsumexp(batch, gradient):
+    from luce.ops.suffix_logsumexp import gpu
+
+    gpu.suffix_logsumexp(batch.student)
+    gpu.suffix_logsumexp_backward(batch.teacher, batch.student)
+
+
 def multiply_rows(batch, gradient):
     from luce.ops._triton import multiply_rows
 
@@ -102,6 +116,13 @@ CASES = [
     (pld, (64, 128256), bf16, {}),
     (pld, (64, 100), f32, {"ordered": True, "label": False, "gradient": False}),
     (pld, (64, 10), f64, {}),
+    *((rkkd, (64, 1000), f32, {"form": form}) for form in NATIVE_FORMS),
+    (rkkd, (64, 128256), bf16, {"form": "tanh"}),
+    (rkkd, (2, 19, 50), f16, {"form": "tanh", "weight": True}),
+    (rkkd, (64, 100), f64, {"form": "tanh", "gradient": False}),
+    (suffix_logsumexp, (64, 1000), f32, {}),
+    (suffix_logsumexp, (64, 128256), bf16, {}),
+    (suffix_logsumexp, (64, 100), f64, {"teacher": f32}),
     (multiply_rows, (64, 128256), bf16, {}),
     (multiply_rows, (2, 19, 50), f16, {}),
     (multiply_rows, (64, 1000), f64, {}),
@@ -113,6 +134,8 @@ ELSEWHERE = [
     (dkd, (64, 1000), bf16, {}),
     (pld, (64, 100), bf16, {}),
     (pld, (64, 30), bf16, {"ordered": True}),
+    (rkkd, (64, 100), bf16, {"form": "tanh"}),
+    (suffix_logsumexp, (64, 5000), bf16, {}),
     (multiply_rows, (64, 1000), f32, {}),
 ]
 """The cases for devices other than Hopper's."""
@@ -172,7 +195,7 @@ def compiled(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", only_compile)
-    monkeypatch.setattr(_triton, "_device", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(_triton, "on_device", lambda tensor: contextlib.nullcontext())
     before = dict(vars(driver))
     yield compile_for
     vars(driver).update(before)

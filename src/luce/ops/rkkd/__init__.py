@@ -39,8 +39,8 @@ def rkkd(
     =============  ==========================================================
 
     Every pair is looked at, with memory for one row at a time; but for ``clip``, of which the native engine
-    sorts rows of many classes and counts, in C log C steps. At a steepness beyond all differences ``clip`` is
-    one minus Kendall's tau itself (tau-a, in which a tie counts 0).
+    on the CPU sorts rows of many classes and counts, in C log C steps. At a steepness beyond all differences
+    ``clip`` is one minus Kendall's tau itself (tau-a, in which a tie counts 0).
 
     A class at ``-inf`` in both networks does not exist: its pairs count neither in the sum nor in *P*. At
     ``-inf`` in one network a class is infinitely far below the others there and tied with those that are
@@ -54,7 +54,7 @@ def rkkd(
             value is to Kendall's tau and the fewer pairs have a gradient: those within a few *1/k*.
         weight: ``(N,)`` or ``(N, M)``: what each row's value is multiplied by; rows of weight 0 are not
             looked at.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"reference"``.
     Returns:
         ``(N,)`` or ``(N, M)``, from 0 to 2 times the weight, float32 or, if either network is, float64. NaN
         for rows that hold NaN or ``+inf``.
@@ -76,7 +76,7 @@ def rkkd(
     """
     _check(student, teacher, weight, form, steepness)
     weight = None if weight is None else weight.detach().to(wide_dtype(student, teacher)).contiguous()
-    if choose(backend, student, teacher) == "cpu":
+    if choose(backend, student, teacher, no_kernel=None) != "reference":
         return cpu.rkkd(student, teacher, weight, form, steepness)
     return rkkd_rows(student, teacher, weight, form, steepness)
 

@@ -1,4 +1,4 @@
-"""The native engine; csrc/kernels/rkkd.cpp holds the mathematics."""
+"""RKKD as one operator; csrc/kernels/rkkd.cpp and, for CUDA, gpu.py hold the mathematics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._fused import fused, register_gradient
-from .._library import LIBRARY
+from .._library import LIBRARY, run_by_triton
 from .._rows import wide_dtype
 from .plain import rkkd_rows
 
@@ -16,6 +16,7 @@ LIBRARY.define(
     "rkkd(Tensor student, Tensor teacher, Tensor? weight, int form, float steepness, bool needs_gradient) "
     "-> (Tensor values, Tensor gradient)"
 )
+run_by_triton("rkkd", "luce.ops.rkkd.gpu")
 
 
 def rkkd(student: Tensor, teacher: Tensor, weight: Tensor | None, form: str, steepness: float) -> Tensor:

@@ -20,7 +20,7 @@ def suffix_logsumexp(x: Tensor, backend: str = "auto") -> Tensor:
 
     Args:
         x: Shape ``(..., L)`` of any strides, float16, bfloat16, float32 or float64.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"reference"``.
     Returns:
         Shape ``(..., L)``, dtype of `x`.
     Raises:
@@ -37,6 +37,6 @@ def suffix_logsumexp(x: Tensor, backend: str = "auto") -> Tensor:
     """
     if not x.is_floating_point():
         raise TypeError(f"expected `x` of a floating-point dtype, got {x.dtype}; convert it first")
-    if choose(backend, x) == "reference" or x.numel() == 0:
+    if choose(backend, x, no_kernel=None) == "reference" or x.numel() == 0:
         return suffix_rows(x)
     return cpu.suffix_logsumexp(x.reshape(-1, x.shape[-1] if x.ndim else 1)).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""The native engine; csrc/kernels/suffix_logsumexp.cpp holds the mathematics."""
+"""As one operator; csrc/kernels/suffix_logsumexp.cpp and, for CUDA, gpu.py hold the mathematics."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import LIBRARY
+from .._library import LIBRARY, run_by_triton
 from .plain import suffix_rows
 
 LIBRARY.define("suffix_logsumexp(Tensor x) -> Tensor")
 LIBRARY.define("suffix_logsumexp_backward(Tensor upstream, Tensor x) -> Tensor")
+for _name in ("suffix_logsumexp", "suffix_logsumexp_backward"):
+    run_by_triton(_name, "luce.ops.suffix_logsumexp.gpu")
 
 
 def suffix_logsumexp(x: Tensor) -> Tensor:
