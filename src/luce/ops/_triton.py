@@ -11,6 +11,7 @@ so these here are polynomials, the same as csrc/kernels/vec.h has.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def strides(block: Tensor) -> tuple[int, int, int]:
 
 def split_number(x: float) -> tuple[float, float]:
     """A number as two of float32, which is all that a kernel's arguments hold."""
-    high = torch.tensor(x, dtype=torch.float32).item()
+    high = ctypes.c_float(x).value
     return high, x - high if abs(x) < 1e38 else 0.0
 
 
@@ -349,7 +350,7 @@ def add_exponentials(top, total, x, softness):
 # The gradient, once more
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _multiply_rows(
     gradient,
     factor,

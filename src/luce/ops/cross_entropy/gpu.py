@@ -27,7 +27,7 @@ from .._triton import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _kernel(
     student, target, weight, values, gradient, outer, classes, inner,
     s_n, s_c, s_m, g_n, g_c, g_m, smoothing_high, smoothing_low,

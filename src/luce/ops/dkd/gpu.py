@@ -59,7 +59,7 @@ def _odds(teacher, student, apart, wide: tl.constexpr):
     return value, tl.where(near, p * row_expm1(-d), far)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _kernel(
     teacher, student, target, weight, values, gradient, outer, classes, inner,
     t_n, t_c, t_m, s_n, s_c, s_m, g_n, g_c, g_m,

@@ -51,7 +51,7 @@ def _mixture(p, q, h, share):
     return tl.where(counts, m * (share * of_teacher + other * of_student), 0.0), logarithm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _kernel(
     first, second, weight, values, gradient, outer, classes, inner,
     f_n, f_c, f_m, s_n, s_c, s_m, g_n, g_c, g_m, temperature_high, temperature_low, share_high, share_low,
@@ -137,7 +137,7 @@ def _kernel(
                 store_classes(gradient, g_c, column, classes, exists, slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _limit(
     student, teacher, weight, values, gradient, outer, classes, inner,
     s_n, s_c, s_m, t_n, t_c, t_m, g_n, g_c, g_m,
