@@ -103,30 +103,46 @@ def _backward(ctx: Any, plain: Plain, upstream: Tensor | None) -> tuple[Tensor |
         return (None, *nothing)
     gradient, *tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
-        arguments = list(ctx.arguments)
-        for place, tensor in zip(ctx.places, tensors, strict=True):
-            arguments[place] = tensor
-        (twice,) = torch.autograd.grad(plain(*arguments), tensors[0], upstream, create_graph=True)
-        return (twice, *nothing)
+        # What `torch.func.vjp` returns is called when its transform is over, and its tensors but wrappers.
+        gradient, *tensors = (torch._C._functorch.unwrap_if_dead(x) for x in (gradient, *tensors))
+        if tensors[0].requires_grad:
+            arguments = list(ctx.arguments)
+            for place, tensor in zip(ctx.places, tensors, strict=True):
+                arguments[place] = tensor
+            (twice,) = torch.autograd.grad(plain(*arguments), tensors[0], upstream, create_graph=True)
+            return (twice, *nothing)
     return (_scaled(gradient, upstream), *nothing)
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    # Only a plain tensor can be asked for its values: under a compiler, everything here is traced.
-    if type(upstream) is Tensor:
+    if _is_plain(upstream) and _is_plain(gradient) and not torch.is_grad_enabled():
         if gradient.device.type == "cpu":
             if _is_one(upstream):
                 return gradient
-        elif not (
-            torch._C._are_functorch_transforms_active()
-            or torch._C._autograd._get_current_graph_task_keep_graph()
-        ):
+        elif not _is_kept():
             # Asking would stall the device. Nobody needs the gradient as it is after this: it is multiplied
             # in its place, by a kernel that has nothing to do where the factors are 1.
             from ._triton import multiply_rows
 
             return multiply_rows(gradient, upstream)
     return (gradient * upstream.unsqueeze(1)).to(gradient.dtype)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it holds numbers and nobody is watching: not traced, not batched, of no subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and torch._C._has_storage(tensor)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _is_kept() -> bool:
+    """Whether the graph that is walked back may be walked again, with what it has saved."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
 
 
 def _is_one(upstream: Tensor) -> bool:

@@ -5,12 +5,13 @@ of them, and goes through their classes `width` at a time. What belongs to a who
 is one number where the classes are thousands.
 
 Triton's own `exp` and `log` of float32 are the hardware's, fast and short of digits far from 0 and near 1;
-so these here are polynomials, the same as csrc/kernels/vec.h has.
+so what these here take from it is but a power of 2 between -1/2 and 1/2, and the rest is arithmetic.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def strides(block: Tensor) -> tuple[int, int, int]:
 
 def split_number(x: float) -> tuple[float, float]:
     """A number as two of float32, which is all that a kernel's arguments hold."""
-    high = torch.tensor(x, dtype=torch.float32).item()
+    high = ctypes.c_float(x).value
     return high, x - high if abs(x) < 1e38 else 0.0
 
 
@@ -93,7 +94,7 @@ def launch(
     after: Sequence[Any] = (),
     whole_rows: bool = False,
     most: int = TILE,
-    per_warp: int = 256,
+    per_warp: int = 512,
     **options: Any,
 ) -> None:
     """Run a kernel on all rows: on `tensors`, N, C and M (None without it), and what is `after`."""
@@ -113,7 +114,7 @@ def launch(
             *after,
             height=height,
             width=width,
-            num_warps=max(1, min(2048 // per_warp, height * width // per_warp)),
+            num_warps=max(1, min(TILE // per_warp, height * width // per_warp)),
             **options,
         )
 
@@ -163,15 +164,24 @@ def starts_of(logits, n, m, outer_stride, inner_stride):
 
 
 @triton.jit
-def load_logits(starts, class_stride, column, classes, look, wide: tl.constexpr):
-    """Logits ``(height, width)``; -inf behind the last class, and some number in rows not to look at."""
-    there = (column < classes)[None, :]
+def load_possible(starts, class_stride, column, classes, look, wide: tl.constexpr):
+    """Logits ``(height, width)``; -inf behind the last class, and in rows not to look at."""
     places = starts[:, None] + (column.to(tl.int64) * class_stride)[None, :]
-    x = tl.load(places, mask=look[:, None] & there, other=0.0)
+    x = tl.load(places, mask=look[:, None] & (column < classes)[None, :], other=float("-inf"))
     if x.dtype.primitive_bitwidth == 16:
         x = x.to(tl.float32)
-    x = x.to(wide)
-    return tl.where(there, x, float("-inf"))
+    return x.to(wide)
+
+
+@triton.jit
+def load_logits(starts, class_stride, column, classes, look, wide: tl.constexpr):
+    """The same for whoever is after the largest of them.
+
+    Triton 3.7 fails at a loop of ``top = tl.maximum(top, tl.max(x, 1))`` where x comes from memory as it is
+    and `top` is needed twice behind it.
+    """
+    x = load_possible(starts, class_stride, column, classes, look, wide)
+    return tl.where((column < classes)[None, :], x, float("-inf"))
 
 
 @triton.jit
@@ -207,21 +217,35 @@ def number(high, low):
 
 
 @triton.jit
+def whole_part(t):
+    """t >= -127 as n + f, |f| <= 1/2: n, and 2^n, which is 0 for n = -127."""
+    shifted = t + 12582912.0  # 1.5 * 2^23: what is behind the point is rounded away
+    scale = (shifted.to(tl.int32, bitcast=True) << 23) + (127 << 23)
+    return shifted - 12582912.0, scale.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def exp(x):
-    """Within 2 ULP for x <= 80; 0 where it would not be a normal number. Infinity gives NaN."""
+    """To 3 ULP for x <= 88; 0 where it would not be a normal number. Infinity gives NaN."""
     if x.dtype == tl.float64:
         e = tl.exp(x)
     else:
-        n = tl.floor(x * 1.4426950408889634 + 0.5)
-        t = (x - n * 0.693145751953125) - n * 1.428606765330187e-06
-        p = t * 0.008289290592074394 + 0.04189782217144966
-        p = p * t + 0.16667652130126953
-        p = p * t + 0.4999915063381195
-        p = p * t + 0.9999997019767761
-        p = p * t + 1.0
-        tiny = x < -87.0
-        scale = ((tl.where(tiny, 0.0, n).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-        e = tl.where(tiny, 0.0, p * scale)
+        t = tl.maximum(x * 1.4426950408889634, -127.0, propagate_nan=tl.PropagateNan.ALL)
+        n, scale = whole_part(t)
+        # The hardware's own power of 2 is exact to 2 ULP where its argument is.
+        f = tl.fma(x, 1.925963033500e-8, tl.fma(x, 1.4426950216293335, -n))
+        e = tl.exp2(f) * scale
+    return e
+
+
+@triton.jit
+def power(x, k):
+    """2^(x k), likewise, but that k is taken for what float32 holds of it."""
+    if x.dtype == tl.float64:
+        e = tl.exp2(x * k)
+    else:
+        n, scale = whole_part(tl.maximum(x * k, -127.0, propagate_nan=tl.PropagateNan.ALL))
+        e = tl.exp2(tl.fma(x, k, -n)) * scale
     return e
 
 
@@ -342,14 +366,14 @@ def add_exponentials(top, total, x, softness):
     """The largest of all logits so far, and their sum of exponentials relative to it."""
     new = tl.maximum(top, tl.max(x, 1))
     base = finite_top(new)
-    fewer = total * tl.exp(((top - base) * softness).to(tl.float64))
+    fewer = total * exp((top - base) * softness).to(tl.float64)
     return new, fewer + tl.sum(exp((x - base[:, None]) * softness), 1).to(tl.float64)
 
 
 # The gradient, once more
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _multiply_rows(
     gradient,
     factor,

@@ -1,24 +1,31 @@
 """Two distributions over the same classes, in Triton; as csrc/kernels/pair.h, which explains the formulas.
 
-p is the softmax of the first logits over the temperature T, q that of the second ones. Logits come a quarter
-of their size, and `softness` is 4/T: the difference of any two of them is then a number of float32 as well.
+p is the softmax of the first logits over the temperature T, q that of the second ones. Logits are taken a
+quarter of their size, and `softness` is 4/T: the difference of any two of them is then a number of float32 as
+well. `doublings` is `softness` over log 2.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ._triton import add_exponentials, exp, finite_top, load_logits, row_log1p
+from ._triton import finite_top, load_possible, power, row_log1p, whole_part
+
+
+def are_short(student: Tensor, teacher: Tensor) -> bool:
+    """Whether all logits are of 16 bits: the difference of two that are near each other then fits into 32."""
+    return student.dtype.itemsize == teacher.dtype.itemsize == 2
 
 
 @triton.jit
 def load_pair(
     first, f_c, second, s_c, column, classes, look, label, wide: tl.constexpr
 ):  # fmt: skip
-    """A quarter of both networks' logits, with `label`, if there is one, taken out."""
-    a = 0.25 * load_logits(first, f_c, column, classes, look, wide)
-    b = 0.25 * load_logits(second, s_c, column, classes, look, wide)
+    """Both networks' logits, with `label`, if there is one, taken out."""
+    a = load_possible(first, f_c, column, classes, look, wide)
+    b = load_possible(second, s_c, column, classes, look, wide)
     if label is not None:
         is_label = column[None, :] == label[:, None]
         a = tl.where(is_label, float("-inf"), a)
@@ -35,12 +42,13 @@ def normalise(
     classes,
     look,
     label,
-    softness,
+    doublings,
     height: tl.constexpr,
     width: tl.constexpr,
     wide: tl.constexpr,
 ):
-    """Each network's largest logit and the sum of exponentials over its own: 0 or NaN for none."""
+    """A quarter of each network's largest logit; the sum of exponentials over its own, 0 or NaN for none."""
+    doublings = 0.25 * doublings
     top_a = tl.full([height], float("-inf"), wide)
     top_b = tl.full([height], float("-inf"), wide)
     z_a = tl.zeros([height], tl.float64)
@@ -48,26 +56,35 @@ def normalise(
     for start in range(0, classes, width):
         column = start + tl.arange(0, width)
         a, b = load_pair(first, f_c, second, s_c, column, classes, look, label, wide)
-        top_a, z_a = add_exponentials(top_a, z_a, a, softness)
-        top_b, z_b = add_exponentials(top_b, z_b, b, softness)
-    return finite_top(top_a), z_a, finite_top(top_b), z_b
+        top_a, z_a = _add_powers(top_a, z_a, a, doublings)
+        top_b, z_b = _add_powers(top_b, z_b, b, doublings)
+    return 0.25 * finite_top(top_a), z_a, 0.25 * finite_top(top_b), z_b
+
+
+@triton.jit
+def _add_powers(top, total, x, doublings):
+    """The largest of all logits so far, and their sum of exponentials relative to it.
+
+    The hardware's power of 2 will do: it loses digits far below 0, where there is little to add.
+    """
+    new = tl.maximum(top, tl.max(x, 1))
+    base = finite_top(new)
+    fewer = total * power(top - base, doublings).to(tl.float64)
+    return new, fewer + tl.sum(tl.exp2((x - base[:, None]) * doublings), 1).to(tl.float64)
 
 
 @triton.jit
 def excess(d):
-    """d + exp(-d) - 1 for |d| <= 1: its series."""
-    if d.dtype == tl.float64:
-        total = 1.0 / 6402373705728000 - d * 0.0
-        total = 1.0 / 355687428096000 - d * total
-        total = 1.0 / 20922789888000 - d * total
-        total = 1.0 / 1307674368000 - d * total
-        total = 1.0 / 87178291200 - d * total
-        total = 1.0 / 6227020800 - d * total
-        total = 1.0 / 479001600 - d * total
-        total = 1.0 / 39916800 - d * total
-        total = 1.0 / 3628800 - d * total
-    else:
-        total = 1.0 / 3628800 - d * 0.0
+    """d + exp(-d) - 1 for |d| <= 1 in float64: its series."""
+    total = 1.0 / 6402373705728000 - d * 0.0
+    total = 1.0 / 355687428096000 - d * total
+    total = 1.0 / 20922789888000 - d * total
+    total = 1.0 / 1307674368000 - d * total
+    total = 1.0 / 87178291200 - d * total
+    total = 1.0 / 6227020800 - d * total
+    total = 1.0 / 479001600 - d * total
+    total = 1.0 / 39916800 - d * total
+    total = 1.0 / 3628800 - d * total
     total = 1.0 / 362880 - d * total
     total = 1.0 / 40320 - d * total
     total = 1.0 / 5040 - d * total
@@ -80,46 +97,80 @@ def excess(d):
 
 
 @triton.jit
-def difference(a, b, tops, rest, softness):
-    """log p - log q to the last digit: differences are held in two numbers.
+def fall(u):
+    """For 0 <= u <= 88: exp(-u) - 1, and whether u plus this cancels; its value then, to the last digit."""
+    if u.dtype == tl.float64:
+        near = u <= 1.0
+        both = excess(tl.where(near, u, 0.0))
+        m = tl.where(near, both - u, tl.exp(-u) - 1.0)
+    else:
+        n, scale = whole_part(u * -1.4426950408889634)
+        near = n == 0.0
+        r = tl.fma(n, -1.428606765330187e-06, tl.fma(n, -0.693145751953125, -u))
+        # exp(r) - 1 - r, to 1.3e-7 of it.
+        both = r * 0.0013901351485401392 + 0.008363300003111362
+        both = both * r + 0.04166685417294502
+        both = both * r + 0.16666576266288757
+        both = (both * r + 0.5) * (r * r)
+        m = (r + both) * scale + (scale - 1.0)
+    return m, near, both
+
+
+@triton.jit
+def difference(a, b, tops, rest):
+    """(log p - log q) T/4 to the last digit: differences are held in two numbers.
 
     Args:
         tops: ``(height,)`` float64, by how much the first network's largest logit is larger.
         rest: Likewise of what else the normalisers differ by.
     """
     if a.dtype == tl.float64:
-        d = ((a - b) - tops[:, None] - rest[:, None]) * softness
+        d = (a - b) - tops[:, None] - rest[:, None]
     else:
         high = a - b
         back = high - a
         low = (a - (high - back)) - (b + back)
         tops_high = tops.to(tl.float32)
         rest_high = rest.to(tl.float32)
-        tops_low = (tops - tops_high.to(tl.float64)).to(tl.float32)
-        rest_low = (rest - rest_high.to(tl.float64)).to(tl.float32)
-        high = (high - tops_high[:, None]) - rest_high[:, None]
-        low = (low - tops_low[:, None]) - rest_low[:, None]
-        d = (high + low) * softness
+        lost = ((tops - tops_high.to(tl.float64)) + (rest - rest_high.to(tl.float64))).to(tl.float32)
+        d = ((high - tops_high[:, None]) - rest_high[:, None]) + (low - lost[:, None])
     return d
 
 
 @triton.jit
-def classes_of(a, b, top_a, top_b, over_a, over_b, tops, rest, softness):
+def classes_of(
+    a, b, top_a, top_b, over_a, over_b, tops, rest, softness, doublings, short: tl.constexpr
+):  # fmt: skip
     """p, q, d = log p - log q, h = q - p, and the terms p (d + exp(-d) - 1) of the divergence of q from p.
+
+    The larger of p and q is an exponential of its logit, the smaller one exp(-|d|) times that.
 
     Args:
         over_a: ``(height,)``, what the first exponentials are multiplied by to be probabilities.
         over_b: Likewise.
+        short: `are_short`.
     """
-    p = exp((a - top_a[:, None]) * softness) * over_a[:, None]
-    q = exp((b - top_b[:, None]) * softness) * over_b[:, None]
     lowest = -4e307 if a.dtype == tl.float64 else -8.5e37
+    possible = b > float("-inf")
     # -inf - -inf is no number.
-    d = difference(tl.maximum(a, lowest), tl.maximum(b, lowest), tops, rest, softness)
-    close = tl.abs(d) <= 1.0
-    series = excess(tl.where(close, d, 0.0))
-    h = tl.where(close, p * (series - d), q - p)
-    term = tl.where(close, p * series, tl.where(p > 0.0, p * d, 0.0) + h)
+    a, b = tl.maximum(0.25 * a, lowest), tl.maximum(0.25 * b, lowest)
+    x, y = a - top_a[:, None], b - top_b[:, None]
+    d = (x - y) - rest.to(a.dtype)[:, None] if short else difference(a, b, tops, rest)
+    d = d * softness
+    of_a = d >= 0.0
+    larger = power(tl.where(of_a, x, y), doublings)
+    larger = larger * tl.where(of_a, over_a[:, None], over_b[:, None])
+    u = tl.abs(d)
+    bounded = tl.minimum(u, 88.0)
+    m, near, both = fall(bounded)
+    smaller = larger + larger * m
+    p, q = tl.where(of_a, larger, smaller), tl.where(of_a, smaller, larger)
+    change = larger * m
+    h = tl.where(of_a, change, -change)
+    # Where p is the larger one, q may be 0, and then the term is infinite unless p is 0 as well.
+    u = tl.where(of_a, tl.where(possible, u, float("inf")), bounded)
+    both = tl.where(near, both, u + m)
+    term = tl.where(larger > 0.0, larger * tl.where(of_a, both, -(both + m * u)), 0.0)
     return p, q, d, h, term
 
 

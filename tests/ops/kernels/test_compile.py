@@ -111,7 +111,7 @@ CASES = [
     (dkd, (2, 19, 50), f16, {}),
     (dkd, (64, 100), f64, {}),
     (dkd, (64, 100), f32, {"gradient": False}),
-    (pld, (64, 1000), f32, {"stack": 80}),
+    (pld, (64, 1000), f32, {"stack": 256}),
     (pld, (2, 19, 50), f16, {"weight": True}),
     (pld, (64, 128256), bf16, {}),
     (pld, (64, 100), f32, {"ordered": True, "label": False, "gradient": False}),

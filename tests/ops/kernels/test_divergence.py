@@ -57,7 +57,7 @@ def agree(op, student, teacher, temperature=1.0, *, rtol=3e-6, weight=None, upst
     assert_close(values.double(), truth, rtol=rtol, atol=1e-12, equal_nan=True)
     allowed = (rtol + ROUNDING.get(gradient.dtype, 0)) * slope.abs().amax(1, keepdim=True) + 1e-12
     if op in (reverse_kl, OPS["jsd"]):  # differences from a mean that is as large as the value
-        allowed = allowed + 1e-7 * truth.unsqueeze(1)
+        allowed = allowed + 2e-7 * (truth if upstream is None else truth * upstream.abs()).unsqueeze(1)
     error = (gradient.double() - slope).abs()
     assert ((error <= allowed) | slope.isnan()).all(), (error / allowed).max()
     assert torch.equal(gradient.isnan(), slope.isnan())

@@ -14,7 +14,7 @@ from .._triton import (
     finite_top,
     launch,
     load_label,
-    load_logits,
+    load_possible,
     number,
     row_log1p,
     rows_of,
@@ -27,7 +27,7 @@ from .._triton import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _kernel(
     student, target, weight, values, gradient, outer, classes, inner,
     s_n, s_c, s_m, g_n, g_c, g_m, smoothing_high, smoothing_low,
@@ -85,8 +85,9 @@ def _kernel(
         even_wide = (even * w).to(wide)
         at_label = tl.where(has_label, smoothing * e_label / z - even, 0.0) - (1.0 - smoothing) * (z_rest / z)
         at_label = (at_label * w).to(wide)
-        for start in range(0, classes, width):
-            column = start + tl.arange(0, width)
+        tiles = tl.cdiv(classes, width)
+        for back in range(0, tiles):  # what was read last may still be near
+            column = (tiles - 1 - back) * width + tl.arange(0, width)
             s = _rest(student, s_c, column, classes, look, label, wide)
             slope = exp(s - top[:, None]) * scale[:, None]
             if smooth:
@@ -98,7 +99,7 @@ def _kernel(
 
 @triton.jit
 def _rest(student, s_c, column, classes, look, label, wide: tl.constexpr):
-    s = load_logits(student, s_c, column, classes, look, wide)
+    s = load_possible(student, s_c, column, classes, look, wide)
     return tl.where(column[None, :] == label[:, None], float("-inf"), s)
 
 

@@ -22,7 +22,7 @@ from .._triton import (
     weights_of,
     wide_type,
 )
-from .._triton_pair import better_rest, classes_of, excess, load_pair, normalise
+from .._triton_pair import are_short, better_rest, classes_of, excess, load_pair, normalise
 
 
 @triton.jit
@@ -59,12 +59,12 @@ def _odds(teacher, student, apart, wide: tl.constexpr):
     return value, tl.where(near, p * row_expm1(-d), far)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _kernel(
     teacher, student, target, weight, values, gradient, outer, classes, inner,
     t_n, t_c, t_m, s_n, s_c, s_m, g_n, g_c, g_m,
     temperature_high, temperature_low, alpha_high, alpha_low, beta_high, beta_low,
-    height: tl.constexpr, width: tl.constexpr, wide: tl.constexpr,
+    height: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, short: tl.constexpr,
 ):  # fmt: skip
     row, n, m, exists = rows_of(outer, inner, height)
     w = weights_of(weight, row, exists)
@@ -75,6 +75,7 @@ def _kernel(
         gradient = starts_of(gradient, n, m, g_n, g_m)
     temperature = 0.25 * number(temperature_high, temperature_low)
     softness = (1.0 / temperature).to(wide)
+    doublings = (1.4426950408889634 / temperature).to(wide)
     alpha, beta = number(alpha_high, alpha_low), number(beta_high, beta_low)
     epsilon = 2.3e-16 if wide == tl.float64 else 1.2e-7
 
@@ -87,7 +88,7 @@ def _kernel(
 
     # The rest: the row without its label.
     top_t, z_t, top_s, z_s = normalise(
-        teacher, t_c, student, s_c, classes, look, label, softness, height, width, wide
+        teacher, t_c, student, s_c, classes, look, label, doublings, height, width, wide
     )
     # A network without any rest says nothing about it; it lends the other's, and its odds are infinite.
     no_t, no_s = z_t == 0.0, z_s == 0.0
@@ -106,7 +107,7 @@ def _kernel(
 
     among = tl.zeros([height], tl.float64)
     between = tl.zeros([height], tl.float64)
-    infinite = tl.zeros([height], tl.int32)
+    tiles = tl.cdiv(classes, width)
     wrong = tl.full([height], 1, tl.int32)
     for attempt in range(2):  # a second one where the normalisers turn out not to be known well enough
         if tl.max(wrong, 0) > 0:
@@ -119,26 +120,27 @@ def _kernel(
             among = tl.zeros([height], tl.float64)
             surplus = tl.zeros([height], tl.float64)
             size = tl.zeros([height], tl.float64)
-            for start in range(0, classes, width):
-                column = start + tl.arange(0, width)
+            for back in range(0, tiles):  # what was read last may still be near
+                column = (tiles - 1 - back) * width + tl.arange(0, width)
                 a, b = load_pair(teacher, t_c, student, s_c, column, classes, look, label, wide)
                 a, b = tl.where(no_t[:, None], b, a), tl.where(no_s[:, None], a, b)
-                p, q, _, h, term = classes_of(a, b, top_t, top_s, over_t, over_s, tops, rest, softness)
+                _p, q, _d, h, term = classes_of(
+                    a, b, top_t, top_s, over_t, over_s, tops, rest, softness, doublings, short
+                )
                 surplus += tl.sum(h, 1).to(tl.float64)
                 size += tl.sum(tl.abs(h), 1).to(tl.float64)
                 among += tl.sum(term, 1).to(tl.float64)
-                impossible = (b == float("-inf")) & (p > 0.0)
-                infinite = tl.maximum(infinite, tl.max(impossible.to(tl.int32), 1))
                 if gradient is not None:
                     slope = h * of_rest[:, None] - q * of_label[:, None]
                     slope = tl.where(column[None, :] == label[:, None], of_label[:, None], slope)
-                    slope = tl.where(look[:, None], slope, 0.0)
+                    if weight is not None:
+                        slope = tl.where(look[:, None], slope, 0.0)
                     store_classes(gradient, g_c, column, classes, exists, slope)
             better = better_rest(rest, surplus, size, temperature, epsilon)
-            wrong = ((attempt == 0) & (better != rest)).to(tl.int32)
+            wrong = (look & (attempt == 0) & (better != rest)).to(tl.int32)
             rest = tl.where(wrong > 0, better, rest)
 
-    among = tl.where(no_s | (infinite > 0), float("inf"), among)
+    among = tl.where(no_s, float("inf"), among)
     # A part that is switched off may be infinite, and is left out.
     value = tl.where(alpha != 0.0, alpha * between, 0.0) + tl.where(beta != 0.0, beta * among, 0.0)
     value = tl.where(alone, 0.0, value)
@@ -166,5 +168,6 @@ def dkd(
     ]
     numbers += [half for x in (temperature, alpha, beta) for half in split_number(x)]
     tensors = (teacher, student, target, weight, values, asked)
-    launch(_kernel, student, *tensors, after=numbers, wide=wide_type(student, teacher))
+    options = {"wide": wide_type(student, teacher), "short": are_short(student, teacher)}
+    launch(_kernel, student, *tensors, after=numbers, **options)
     return values, gradient

@@ -24,7 +24,7 @@ from .._triton import (
     weights_of,
     wide_type,
 )
-from .._triton_pair import better_rest, classes_of, load_pair, normalise
+from .._triton_pair import are_short, better_rest, classes_of, load_pair, normalise
 from .plain import KINDS
 
 
@@ -51,11 +51,11 @@ def _mixture(p, q, h, share):
     return tl.where(counts, m * (share * of_teacher + other * of_student), 0.0), logarithm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _kernel(
     first, second, weight, values, gradient, outer, classes, inner,
     f_n, f_c, f_m, s_n, s_c, s_m, g_n, g_c, g_m, temperature_high, temperature_low, share_high, share_low,
-    kind: tl.constexpr, height: tl.constexpr, width: tl.constexpr, wide: tl.constexpr,
+    kind: tl.constexpr, height: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, short: tl.constexpr,
 ):  # fmt: skip
     # The first network is p: the teacher, but the student in the reverse KL.
     row, n, m, exists = rows_of(outer, inner, height)
@@ -67,11 +67,12 @@ def _kernel(
         gradient = starts_of(gradient, n, m, g_n, g_m)
     temperature = 0.25 * number(temperature_high, temperature_low)
     softness = (1.0 / temperature).to(wide)
+    doublings = (1.4426950408889634 / temperature).to(wide)
     share = number(share_high, share_low).to(wide)
     epsilon = 2.3e-16 if wide == tl.float64 else 1.2e-7
 
     top_a, z_a, top_b, z_b = normalise(
-        first, f_c, second, s_c, classes, look, None, softness, height, width, wide
+        first, f_c, second, s_c, classes, look, None, doublings, height, width, wide
     )
     defined = (z_a > 0.0) & (z_b > 0.0)
     over_a, over_b = (1.0 / z_a).to(wide), (1.0 / z_b).to(wide)
@@ -81,54 +82,59 @@ def _kernel(
 
     value = tl.zeros([height], tl.float64)
     mean = tl.zeros([height], tl.float64)
-    infinite = tl.zeros([height], tl.int32)
+    mass = tl.zeros([height], tl.float64)
+    tiles = tl.cdiv(classes, width)
     wrong = tl.full([height], 1, tl.int32)
     for attempt in range(2):  # a second one where the normalisers turn out not to be known well enough
         if tl.max(wrong, 0) > 0:
             value = tl.zeros([height], tl.float64)
             mean = tl.zeros([height], tl.float64)
+            mass = tl.zeros([height], tl.float64)
             surplus = tl.zeros([height], tl.float64)
             size = tl.zeros([height], tl.float64)
-            for start in range(0, classes, width):
-                column = start + tl.arange(0, width)
+            for back in range(0, tiles):  # what was read last may still be near
+                column = (tiles - 1 - back) * width + tl.arange(0, width)
                 a, b = load_pair(first, f_c, second, s_c, column, classes, look, None, wide)
-                p, q, d, h, term = classes_of(a, b, top_a, top_b, over_a, over_b, tops, rest, softness)
+                p, q, d, h, term = classes_of(
+                    a, b, top_a, top_b, over_a, over_b, tops, rest, softness, doublings, short
+                )
                 surplus += tl.sum(h, 1).to(tl.float64)
                 size += tl.sum(tl.abs(h), 1).to(tl.float64)
                 if kind == "jsd":
                     term, logarithm = _mixture(p, q, h, share)
                     mean += sum_exactly(q * logarithm)
-                else:
-                    impossible = (b == float("-inf")) & (p > 0.0)
-                    infinite = tl.maximum(infinite, tl.max(impossible.to(tl.int32), 1))
-                    if kind == "reverse_kl":
-                        mean += sum_exactly(p * d)
-                    elif gradient is not None:
-                        slope = tl.where(look[:, None], h * scale[:, None], 0.0)
-                        store_classes(gradient, g_c, column, classes, exists, slope)
+                    mass += tl.sum(q, 1).to(tl.float64)
+                elif kind == "reverse_kl":
+                    mean += sum_exactly(p * d)
+                    mass += tl.sum(p, 1).to(tl.float64)
+                elif gradient is not None:
+                    slope = h * scale[:, None]
+                    if weight is not None:
+                        slope = tl.where(look[:, None], slope, 0.0)
+                    store_classes(gradient, g_c, column, classes, exists, slope)
                 value += tl.sum(term, 1).to(tl.float64)
             better = better_rest(rest, surplus, size, temperature, epsilon)
-            wrong = ((attempt == 0) & (better != rest)).to(tl.int32)
+            wrong = (look & (attempt == 0) & (better != rest)).to(tl.int32)
             rest = tl.where(wrong > 0, better, rest)
 
-    value = tl.where(infinite > 0, float("inf"), value)
     value = tl.where(defined, value, float("nan"))
     tl.store(values + row, tl.where(look, value * w, 0.0), mask=exists)
 
     if kind != "forward_kl":  # noqa: SIM102 (decided when the kernel is compiled)
         if gradient is not None:
+            mean = mean / mass
             if kind == "reverse_kl":
-                mean = mean / (z_a * over_a.to(tl.float64))
-                scale = tl.where(infinite > 0, float("nan"), scale)
+                scale = tl.where(value == float("inf"), float("nan"), scale)
             else:
-                mean = mean / (z_b * over_b.to(tl.float64))
                 scale = (1.0 - share) * scale
             high = mean.to(wide)
             low = (mean - high.to(tl.float64)).to(wide)
             for start in range(0, classes, width):
                 column = start + tl.arange(0, width)
                 a, b = load_pair(first, f_c, second, s_c, column, classes, look, None, wide)
-                p, q, d, h, term = classes_of(a, b, top_a, top_b, over_a, over_b, tops, rest, softness)
+                p, q, d, h, term = classes_of(
+                    a, b, top_a, top_b, over_a, over_b, tops, rest, softness, doublings, short
+                )
                 if kind == "jsd":
                     _, d = _mixture(p, q, h, share)
                     p = q
@@ -137,7 +143,7 @@ def _kernel(
                 store_classes(gradient, g_c, column, classes, exists, slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _limit(
     student, teacher, weight, values, gradient, outer, classes, inner,
     s_n, s_c, s_m, t_n, t_c, t_m, g_n, g_c, g_m,
@@ -173,8 +179,9 @@ def _limit(
     if gradient is not None:
         gradient = starts_of(gradient, n, m, g_n, g_m)
     squares = tl.zeros([height], tl.float64)
-    for start in range(0, classes, width):
-        column = start + tl.arange(0, width)
+    tiles = tl.cdiv(classes, width)
+    for back in range(0, tiles):  # what was read last may still be near
+        column = (tiles - 1 - back) * width + tl.arange(0, width)
         s = load_logits(student, s_c, column, classes, look, wide)
         t = load_logits(teacher, t_c, column, classes, look, wide)
         shared, high, low = _apart(s, t)
@@ -225,5 +232,6 @@ def divergence(
         launch(_limit, student, *pair, weight, values, asked, after=numbers, wide=wide)
     else:
         numbers += [*split_number(temperature), *split_number(beta)]
-        launch(_kernel, student, *pair, weight, values, asked, after=numbers, kind=KINDS[kind], wide=wide)
+        options = {"kind": KINDS[kind], "wide": wide, "short": are_short(*pair)}
+        launch(_kernel, student, *pair, weight, values, asked, after=numbers, **options)
     return values, gradient
