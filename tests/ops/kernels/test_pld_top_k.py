@@ -20,12 +20,12 @@ ROUNDING = {torch.bfloat16: 8e-3 if _library.INTERPRETED else 4e-3, torch.float1
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Rows of 100 classes are long, tiles hold 64 of them and lists 16; whatever is asked goes this way."""
+    """Tiles hold 64 classes, 256 of rows that are aligned, and lists 16; every row counts as long."""
     from luce.ops import _triton
     from luce.ops.pld import gpu, gpu_top_k
 
     monkeypatch.setattr(gpu, "LONGEST", 0)
-    monkeypatch.setattr(_triton, "TILE", 64)
+    monkeypatch.setattr(_triton, "TILE", 256)
     monkeypatch.setattr(gpu_top_k, "CAPACITY", 16)
     calls = []
     first_k = gpu_top_k.first_k
@@ -71,17 +71,17 @@ def batch(rows, classes, places, dtype=torch.float32, spread=1.0, device="cpu"):
 def test_against_float64(dtype, device):
     student, teacher, target = batch(3, 100, 6, dtype, 2.0, device)
     agree(student, teacher, target, top_k=6)
-    agree(student.float(), teacher, target, top_k=5, teacher_temperature=4.0)
+    agree(student[:1].float(), teacher[:1], target[:1], top_k=5, teacher_temperature=4.0)
 
 
-@pytest.mark.parametrize(("classes", "places"), [(16, 1), (33, 1), (33, 2), (257, 16)])
+@pytest.mark.parametrize(("classes", "places"), [(16, 1), (33, 2), (528, 16)])
 def test_any_number_of_places(classes, places, device):
     agree(*batch(3, classes, places, device=device), top_k=places)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 50.0, 1e4])
 def test_every_spread(spread, device):
-    agree(*batch(3, 80, 4, spread=spread, device=device), top_k=4)
+    agree(*batch(3, 64, 4, spread=spread, device=device), top_k=4)
 
 
 def hard_teachers(classes):
@@ -113,10 +113,10 @@ def test_hard_teachers(dtype, label, device):
 @pytest.mark.parametrize("gap", [30, 1000])
 def test_what_is_left_is_never_a_difference(gap, device):
     """Far below the head, and above it."""
-    student, teacher, target = batch(6, 80, 5, device=device)
-    head = teacher.topk(5).indices
-    student[:3] += torch.zeros_like(student).scatter_(1, head, float(gap))[:3]
-    student[3:] -= torch.zeros_like(student).scatter_(1, head, float(gap))[3:]
+    student, teacher, target = batch(4, 80, 5, device=device)
+    head = torch.zeros_like(student).scatter_(1, teacher.topk(5).indices, float(gap))
+    student[:2] += head[:2]
+    student[2:] -= head[2:]
     agree(student, teacher, target, top_k=5)
 
 
@@ -174,7 +174,7 @@ def test_a_vocabulary(monkeypatch, device):
 
     monkeypatch.setattr(_triton, "TILE", 4096)
     monkeypatch.setattr(gpu_top_k, "CAPACITY", 256)
-    rows, classes, places = (1, 6001, 9) if _library.INTERPRETED else (64, 128256, 128)
+    rows, classes, places = (1, 8208, 9) if _library.INTERPRETED else (64, 128256, 128)
     student, teacher, target = batch(rows, classes, places, torch.bfloat16, 2.0, device)
     first = agree(student, teacher, target, top_k=places)
     assert_close(run(student, teacher, target, top_k=places)[:2], first, rtol=0, atol=0)

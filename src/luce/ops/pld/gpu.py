@@ -314,7 +314,7 @@ def pld(
     asked = gradient if needs_gradient else None
     of_gradient = strides(asked) if asked is not None else (0, 0, 0)
     classes, wide = student.shape[1], wide_type(student, teacher)
-    if order is None and LONGEST < classes and top_k < classes and wide == tl.float32:
+    if order is None and classes > LONGEST and top_k < classes and wide == tl.float32:
         from . import gpu_top_k
 
         if gpu_top_k.fits(student, top_k):

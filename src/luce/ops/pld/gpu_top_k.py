@@ -1,17 +1,18 @@
-"""PLD with `top_k` for rows of any length in Triton, without sorting them.
+"""PLD with `top_k` for long rows in Triton, without sorting them.
 
-A program has a row, and reads the teacher once, the student twice:
+A program has a row. It reads the teacher once and the student twice:
 
-1. The teacher: its normaliser, and the largest logit of every block of classes. As many classes as there are
-   blocks reach any of these maxima: the K-th largest of them is a bound from below for the K-th largest logit.
-   The few blocks that reach it are read again, and what reaches it in them are the candidates.
-2. The K-th best candidate is found by halving the range of its key, the first K are sorted.
-3. The student: the sum of exponentials of all other classes. Nothing is subtracted: the blocks that might have a
-   class of the head are left out, and read afterwards without it.
-4. The suffix sums of the K places and the loss; then the gradient, from behind, since what was read last is in
-   the cache still. The head's entries are written over.
+1. The teacher: its normaliser, and the largest logit of every block of classes. The K-th largest of these is
+   a bound from below for the K-th largest logit of all: only classes in the few blocks that reach it can be
+   among the first K. These blocks are read again, and what reaches the bound in them is gathered and ranked.
+2. The student without these K: the other blocks as they are, and then these few without their classes of the
+   head. So what is left is a sum, never a difference.
+3. Suffix sums and loss of the K places, from what is left on.
+4. The student once more for the gradient, from behind: what was read last may be in the cache still. The
+   head's entries are written over.
 
-Sums that threads keep for themselves have a scale for each of a tile's blocks, and are put together in float64.
+Where so many classes reach the bound that there is no room for them, as in a sorted vocabulary, the K-th
+largest is found by halving the range of its bits, reading these blocks every time.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from .gpu import (
 )
 
 MOST_PLACES = 512
+MOST_BLOCKS = 4096
 CAPACITY = 256
 """Room for candidates: this, or four times the places if that is more."""
-MOST_BLOCKS = 4096
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def _collect(
     teacher, t_c, listed, count, classes, label, least, wanted, rivals, capacity,
     height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Gather what lies above a logit, and the first `wanted` classes that have it, in rising order; how many."""
+    """Gather what lies above a logit and the first `wanted` that have it, lower classes first; how many."""
     above = tl.full([], 0, tl.int32)
     equal = tl.full([], 0, tl.int32)
     for first in range(0, count, height):
@@ -232,7 +233,7 @@ def _first_k(
     tl.debug_barrier()
 
     # The best of these classes.
-    few: tl.constexpr = max(1, height // 4)  # else registers run out
+    few: tl.constexpr = max(1, height // 4)  # fewer registers than four times as many
     group: tl.constexpr = min(capacity, 256)
     found = _collect(
         teacher, t_c, listed, count, classes, only, least_peak, others, rivals, capacity,
@@ -312,11 +313,8 @@ def _first_k(
             column = (tiles - 1 - back) * size + spot
             pointers = gradient + column.to(tl.int64) * g_c
             x = _load(student, s_c, column, (column < classes) & look) + e_shared
-            if precise:
-                slope = exp(x) * shared
-            else:
-                slope = tl.exp2(x * 1.4426950408889634) * shared
-            tl.store(pointers, narrowed(slope, pointers), mask=column < classes)
+            power = exp(x) if precise else tl.exp2(x * 1.4426950408889634)
+            tl.store(pointers, narrowed(power * shared, pointers), mask=column < classes)
         tl.debug_barrier()
         slope = _slope(s, inside, seen, e_seen, of_rest) * factor
         pointers = gradient + member.to(tl.int64) * g_c
@@ -324,15 +322,15 @@ def _first_k(
 
 
 def fits(student: Tensor, places: int) -> bool:
-    """Whether this is worth it: a long row, of which few places count."""
+    """Whether rows are long enough for so few places; ``(N, C, M)`` is left to the sort."""
     classes = student.shape[1]
-    block = _block(classes, places)
-    return student.ndim == 2 and places <= min(MOST_PLACES, classes // 16) and block <= _triton.TILE
+    few = places <= min(MOST_PLACES, classes // 16)
+    return student.ndim == 2 and few and _block(classes, places) <= _triton.TILE // 4
 
 
 def _block(classes: int, places: int) -> int:
-    """Classes in a block: so many that twice as many blocks as places come about."""
-    block = min(64, 2 ** max(0, (classes // (2 * places)).bit_length() - 1))
+    """Classes in a block: so many that there are twice as many blocks as places, or more."""
+    block = min(64, 2 ** ((classes // (2 * places)).bit_length() - 1))
     return max(block, triton.next_power_of_2(triton.cdiv(classes, MOST_BLOCKS)))
 
 
@@ -351,26 +349,30 @@ def first_k(
     rows, classes = student.shape
     if not rows:
         return
+    # Rows that begin anywhere are read a class at a time, and then registers are short.
+    aligned = classes % 16 == 0 and all(
+        x.stride(1) == 1 and x.stride(0) % 16 == 0 for x in (student, teacher)
+    )
     width = _block(classes, places)
     blocks = triton.next_power_of_2(triton.cdiv(classes, width))
     capacity = triton.next_power_of_2(max(CAPACITY, 4 * places))
     head = triton.next_power_of_2(places)
     indices = torch.empty(rows * (blocks + capacity + head), dtype=torch.int32, device=student.device)
-    bits = {torch.bfloat16: 16, torch.float16: 19}.get(teacher.dtype, 32)  # of a float32, where they are not 0
     with _triton._device(student):
         _first_k[(rows,)](
-            *(student, teacher, target, weight, values, bound, gradient, indices),
-            *(torch.empty_like(indices, dtype=torch.float32), classes),
+            *(student, teacher, target, weight, values, bound, gradient),
+            *(indices, torch.empty_like(indices, dtype=torch.float32), classes),
             *strides(student)[:2],
             *strides(teacher)[:2],
             *(strides(gradient)[:2] if gradient is not None else (0, 0)),
             *(places, *split_number(1 / teacher_temperature)),
-            height=max(1, _triton.TILE // width),
+            height=(_triton.TILE if aligned else _triton.TILE // 4) // width,
             width=width,
             blocks=blocks,
             capacity=capacity,
             head=head,
-            bits=bits,
+            # Those of a float32 that a narrower number does not leave 0.
+            bits={torch.bfloat16: 16, torch.float16: 19}.get(teacher.dtype, 32),
             num_warps=4,
             maxnreg=128,
         )
