@@ -87,8 +87,7 @@ def _turned(pattern, bits: tl.constexpr):
 
 @triton.jit
 def _key(t, bits: tl.constexpr):
-    pattern = tl.where(t == 0.0, 0.0, t).to(tl.int32, bitcast=True)  # zeros of both signs are equal
-    return _turned(pattern >> (32 - bits), bits)
+    return _turned(t.to(tl.int32, bitcast=True) >> (32 - bits), bits)
 
 
 @triton.jit
@@ -116,7 +115,7 @@ def _kth_listed(
     teacher, t_c, listed, count, classes, label, wanted,
     height: tl.constexpr, width: tl.constexpr, bits: tl.constexpr,
 ):  # fmt: skip
-    """The `wanted`-th largest logit of all classes but the label in the blocks of a list."""
+    """The `wanted`-th largest logit of all classes but the label in the blocks of a list; not -inf."""
     least = _lowest(bits)
     step = -least
     for _ in range(bits):
