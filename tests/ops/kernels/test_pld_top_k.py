@@ -74,14 +74,14 @@ def test_against_float64(dtype, device):
     agree(student[:1].float(), teacher[:1], target[:1], top_k=5, teacher_temperature=4.0)
 
 
-@pytest.mark.parametrize(("classes", "places"), [(16, 1), (33, 2), (528, 16)])
+@pytest.mark.parametrize(("classes", "places"), [(16, 1), (33, 2), (528, 5)])
 def test_any_number_of_places(classes, places, device):
     agree(*batch(3, classes, places, device=device), top_k=places)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 50.0, 1e4])
 def test_every_spread(spread, device):
-    agree(*batch(3, 64, 4, spread=spread, device=device), top_k=4)
+    agree(*batch(2, 64, 4, spread=spread, device=device), top_k=4)
 
 
 def hard_teachers(classes):

@@ -323,7 +323,7 @@ def _first_k(
 def fits(student: Tensor, places: int) -> bool:
     """Whether rows are long enough for so few places; ``(N, C, M)`` is left to the sort."""
     classes = student.shape[1]
-    few = places <= min(MOST_PLACES, classes // 16)
+    few = 0 < places <= min(MOST_PLACES, classes // 16)
     return student.ndim == 2 and few and _block(classes, places) <= _triton.TILE // 4
 
 
