@@ -314,6 +314,13 @@ def pld(
     asked = gradient if needs_gradient else None
     of_gradient = strides(asked) if asked is not None else (0, 0, 0)
     classes, wide = student.shape[1], wide_type(student, teacher)
+    if order is None and classes > LONGEST and top_k < classes and wide == tl.float32:
+        from . import gpu_top_k
+
+        if gpu_top_k.fits(student, top_k):
+            some = (student, teacher, target, weight, values, bound, asked)
+            gpu_top_k.first_k(*some, top_k, teacher_temperature)
+            return values, bound, gradient
     numbers = [min(top_k, classes), *split_number(1 / teacher_temperature)]
     if order is None and classes <= LONGEST and wide == tl.float32:
         launch(
