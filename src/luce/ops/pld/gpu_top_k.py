@@ -24,18 +24,8 @@ from torch import Tensor
 
 from .. import _triton
 from .._triton import exp, finite_top, load_label, narrowed, number, split_number, strides, weights_of
-from .gpu import (
-    _add,
-    _at,
-    _choice,
-    _described,
-    _label_of,
-    _nothing,
-    _prefixes,
-    _slope,
-    _store_row,
-    _suffixes,
-)
+from .._triton_scan import add, at, nothing, prefixes, suffixes
+from .gpu import _choice, _described, _label_of, _slope, _store_row
 
 MOST_PLACES = 512
 MOST_BLOCKS = 4096
@@ -147,10 +137,10 @@ def _collect(
         of_block = tl.sum(each, 1)
         before = tl.cumsum(each, 1) - each + (tl.cumsum(of_block, 0) - of_block)[:, None]
         same = equal + (before >> 16)
-        at = above + (before & 0xFFFF) + tl.minimum(same, wanted)
+        spot = above + (before & 0xFFFF) + tl.minimum(same, wanted)
         keep = (each == 1) | ((each > 1) & (same < wanted))
-        keep = keep & (at < capacity)
-        tl.store(rivals + at, column, mask=keep)
+        keep = keep & (spot < capacity)
+        tl.store(rivals + spot, column, mask=keep)
         of_tile = tl.sum(of_block, 0)
         above += of_tile & 0xFFFF
         equal += of_tile >> 16
@@ -292,10 +282,10 @@ def _first_k(
     defined = _described(top_s, top_t, spoilt, label, label_s, label_t, classes)
     top_t = tl.where(tl.abs(top_t) < float("inf"), top_t, 0.0)
     alpha = tl.where(inside, exp((t - top_t) * softness.to(tl.float32)), 0.0)
-    e_rest = tl.where(top_rest == float("-inf"), _nothing(top_rest), top_rest)
-    z, e, behind, e_behind = _suffixes(s, inside)
-    z, e = _add(z, e, rest.to(tl.float32), e_rest)
-    behind, e_behind = _add(behind, e_behind, rest.to(tl.float32), e_rest)
+    e_rest = tl.where(top_rest == float("-inf"), nothing(top_rest), top_rest)
+    z, e, behind, e_behind = suffixes(s, inside)
+    z, e = add(z, e, rest.to(tl.float32), e_rest)
+    behind, e_behind = add(behind, e_behind, rest.to(tl.float32), e_rest)
     part, ratio, of_rest = _choice(s, alpha, z, e, behind, e_behind)
     loss = tl.sum(tl.sum(part, 1), 0).to(tl.float64) / alphas
     _store_row(values, bound, row, row >= 0, look, defined, loss, w)
@@ -303,9 +293,9 @@ def _first_k(
     if gradient is not None:
         gradient += row * g_n
         factor = (tl.where(defined, w, float("nan")) / alphas).to(tl.float32)
-        sums, e_sums, seen, e_seen = _prefixes(ratio, e)
-        shared = tl.where(look, tl.sum(_at(sums, head - 1), 0) * factor, 0.0)
-        e_shared = tl.sum(_at(e_sums, head - 1), 0)
+        sums, e_sums, seen, e_seen = prefixes(ratio, e)
+        shared = tl.where(look, tl.sum(at(sums, head - 1), 0) * factor, 0.0)
+        e_shared = tl.sum(at(e_sums, head - 1), 0)
         size: tl.constexpr = height * width
         tiles = tl.cdiv(classes, size)
         for back in range(0, tiles):
@@ -357,7 +347,7 @@ def first_k(
     capacity = triton.next_power_of_2(max(CAPACITY, 4 * places))
     head = triton.next_power_of_2(places)
     indices = torch.empty(rows * (blocks + capacity + head), dtype=torch.int32, device=student.device)
-    with _triton._device(student):
+    with _triton.on_device(student):
         _first_k[(rows,)](
             *(student, teacher, target, weight, values, bound, gradient),
             *(indices, torch.empty_like(indices, dtype=torch.float32), classes),
