@@ -65,14 +65,15 @@ def agree(op, student, teacher, temperature=1.0, *, rtol=3e-6, weight=None, upst
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("classes", [1, 2, 7, 19])
+@pytest.mark.parametrize("classes", [1, 19])
 def test_against_float64(op, classes, dtype, device):
     student, teacher = logits(3, classes, dtype=dtype, device=device)
     agree(op, student, teacher, 2.5, rtol=1e-12 if dtype == torch.float64 else 3e-6)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 30.0, 1e6])
-@pytest.mark.parametrize("spread", [1.0, 50.0, 1e4])
+@pytest.mark.parametrize(
+    ("spread", "temperature"), [(1.0, 1.0), (1.0, 1e6), (50.0, 1.0), (50.0, 30.0), (1e4, 30.0), (1e4, 1e6)]
+)
 def test_every_temperature_and_spread(op, temperature, spread, device):
     student, teacher = logits(4, 9, spread=spread, dtype=torch.float32, device=device)
     agree(op, student, teacher, temperature)
@@ -81,7 +82,7 @@ def test_every_temperature_and_spread(op, temperature, spread, device):
 @pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-6])
 def test_close_networks(op, noise, device):
     """Then two softmaxes taken apart leave no digits for what lies between them."""
-    student = 5 * torch.randn(4, 20)
+    student = 5 * torch.randn(2, 20)
     teacher = (student + noise * torch.randn_like(student)).to(device)
     student = student.to(device)
     for temperature in (1.0, 100.0):
@@ -93,7 +94,6 @@ def test_long_rows_take_several_steps(op, narrow, device):
     student[1] *= 40
     teacher[0, :20] = -inf  # a first step without any class
     student[0, :20] = -inf
-    agree(op, student, teacher)
     agree(op, student, teacher, 1e5)
 
 
@@ -113,9 +113,9 @@ def layouts(x):
     yield x[:1].expand(x.shape)
 
 
-@pytest.mark.parametrize("shape", [(3, 11), (2, 7, 5), (0, 5), (2, 5, 0)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_of_any_strides(op, shape, dtype, device):
+@pytest.mark.parametrize("shape", [(3, 11), (2, 7, 3), (0, 5), (2, 5, 0)], ids=str)
+def test_blocks_of_any_strides(op, shape, device):
+    dtype = torch.float32 if len(shape) == 2 else torch.bfloat16
     student, teacher = logits(*shape, dtype=dtype, device=device)
     for s, t in zip(layouts(student), layouts(teacher), strict=True):
         values, _ = agree(op, s, t)
@@ -207,8 +207,8 @@ def test_derivatives(op, device):
     def run(s):
         return op(s, teacher, 3.0, weight=weight, backend="gpu")
 
-    torch.autograd.gradcheck(run, student)
-    torch.autograd.gradgradcheck(run, student)
+    torch.autograd.gradcheck(run, student, fast_mode=True)
+    torch.autograd.gradgradcheck(run, student, fast_mode=True)
 
 
 def test_rows_share_a_program_only_as_they_do_alone(op, device):

@@ -14,19 +14,19 @@ from luce.ops import _library
 
 HERE = Path(__file__).parent
 OTHERS = (Path(__file__).name, "test_compile.py")
-FILES = sorted(path.name for path in HERE.glob("test_*.py") if path.name not in OTHERS)
+FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path.name not in OTHERS)
 
 
 @pytest.mark.skipif(_library.INTERPRETED, reason="this is the interpreter")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (pip install triton)")
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted(file):
+def test_interpreted():
+    """All files in one process: to start it takes longer than the tests of a short one."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / file)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *FILES],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout

@@ -1,0 +1,71 @@
+"""How the fused operators are differentiated, beyond a walk back: by `torch.func`, and in batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from luce.ops import _library
+from luce.ops.kd import forward_kl
+
+pytestmark = pytest.mark.skipif(_library.WHY_NOT is not None, reason=f"no native library: {_library.WHY_NOT}")
+
+
+@pytest.fixture
+def pair():
+    """An operator in the native library and in plain PyTorch, as functions of the student alone."""
+    student, teacher = torch.randn(2, 3, 5)
+    return student, [lambda s, b=b: forward_kl(s, teacher, 2.0, backend=b) for b in ("cpu", "reference")]
+
+
+def both(pair, result):
+    student, ops = pair
+    native, plain = (result(op, student.clone().requires_grad_()) for op in ops)
+    assert_close(native, plain)
+
+
+def test_gradients_in_batches(pair):
+    directions = torch.randn(4, 3)
+    both(pair, lambda op, s: torch.autograd.grad(op(s), s, directions, is_grads_batched=True)[0])
+    both(pair, lambda op, s: torch.autograd.functional.jacobian(op, s, vectorize=True))
+
+
+def test_torch_func(pair):
+    upstream = torch.tensor([1.0, -2.0, 0.5])
+    both(pair, lambda op, s: torch.func.grad(lambda x: op(x).sum())(s.detach()))
+    both(pair, lambda op, s: torch.func.vjp(op, s.detach())[1](upstream)[0])
+    both(pair, lambda op, s: torch.func.jacrev(op)(s.detach()))
+    both(pair, lambda op, s: torch.func.jacrev(torch.func.grad(lambda x: op(x).sum()))(s.detach()))
+
+
+def test_what_torch_func_returns_can_be_differentiated(pair):
+    upstream = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+
+    def by_student(op, s):
+        (torch.func.jacrev(op)(s) ** 2).sum().backward()
+        (torch.func.vjp(op, s)[1](upstream)[0] ** 2).sum().backward()
+        return s.grad
+
+    def by_upstream(op, s):
+        product = torch.func.vjp(op, s.detach())[1](upstream)[0]
+        return torch.autograd.grad(product.square().sum(), upstream)[0]
+
+    both(pair, by_student)
+    both(pair, by_upstream)
+
+
+def test_what_watches_operators_sees_the_product(pair):
+    """A graph that is traced from numbers must hold for others."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    student, (native, plain) = pair
+
+    def gradient(s, factor):
+        s = s.detach().requires_grad_()
+        return torch.autograd.grad((factor * native(s)).sum(), s)[0]
+
+    traced = make_fx(gradient)(student, torch.ones(()))
+    s = student.clone().requires_grad_()
+    expected = torch.autograd.grad((3 * plain(s)).sum(), s)[0]
+    assert_close(traced(student, torch.tensor(3.0)), expected)
