@@ -74,7 +74,7 @@ def _pair(d_s, d_t, k, form: tl.constexpr):
     elif form == 1:
         e, _ = _decay(tl.abs(d_s) * (2.0 * k))
         half = 1.0 / (1.0 + e)
-        cost = tl.where(d_t == 0.0, 1.0, 2.0 * half * tl.where(opposed, 1.0, e))
+        cost = 2.0 * half * tl.where(opposed, 1.0, e)  # a tie costs 2 from both sides together
         slope = _with_sign(e * half * half, d_t)
     elif form == 2:
         x = d_s * d_t
@@ -141,11 +141,11 @@ def _kernel(
 
     there = (s_i > float("-inf")) | (t_i > float("-inf"))
     count = tl.sum(present, 0).to(tl.float64)
-    scale = tl.where(count < 2.0, 0.0, w / tl.maximum(count * (count - 1.0), 1.0))
+    scale = w / tl.maximum(count * (count - 1.0), 1.0)
     scale = tl.where(tl.sum(spoilt, 0) > 0, float("nan"), scale)
     tl.store(parts + program, tl.sum(tl.where(there, costs, 0.0), 0) * scale)
     if gradient is not None:
-        slope = tl.where(there, gains, 0.0) * scale * (-2.0 if form == 3 else -8.0) * steepness
+        slope = gains * scale * (-2.0 if form == 3 else -8.0) * steepness
         places = gradient + (n * g_n + m * g_m) + i.to(tl.int64) * g_c
         tl.store(places, narrowed(slope, places), mask=i < classes)
 
@@ -169,7 +169,7 @@ def rkkd(
     height = min(width, PAIRS // width)
     tiles = triton.cdiv(student.shape[1], height)
     parts = values.new_empty((*values.shape, tiles))
-    with _triton.on_device(student):
+    with _triton._device(student):
         _kernel[(parts.numel(),)](
             *(student, teacher, weight, parts, asked, student.shape[1]),
             student.shape[2] if student.ndim == 3 else 1,

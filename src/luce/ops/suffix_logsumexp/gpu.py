@@ -152,6 +152,7 @@ def suffix_logsumexp(x: Tensor) -> Tensor:
         *(x, values),
         after=[*strides(x), *strides(values)],
         most=LONGEST,
+        per_warp=256,
         wide=wide_type(x),
     )
     return values
@@ -170,6 +171,7 @@ def suffix_logsumexp_backward(upstream: Tensor, x: Tensor) -> Tensor:
         *(x, upstream, gradient, *scratch),
         after=[*strides(x), *strides(upstream), *strides(gradient)],
         most=LONGEST,
+        per_warp=256,
         wide=wide_type(x, upstream),
     )
     return gradient
