@@ -105,7 +105,7 @@ def launch(
     programs = (
         student.shape[0] * triton.cdiv(inner, height) if inner else triton.cdiv(student.shape[0], height)
     )
-    with _device(student):
+    with on_device(student):
         kernel[(programs,)](
             *tensors,
             student.shape[0],
@@ -123,7 +123,7 @@ def wide_type(student: Tensor, teacher: Tensor | None = None) -> Any:
     return tl.float64 if wide_dtype(student, teacher) == torch.float64 else tl.float32
 
 
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if INTERPRETED else torch.cuda.device(tensor.device)
 
 

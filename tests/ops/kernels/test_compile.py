@@ -198,7 +198,7 @@ def compiled(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", only_compile)
-    monkeypatch.setattr(_triton, "_device", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(_triton, "on_device", lambda tensor: contextlib.nullcontext())
     before = dict(vars(driver))
     yield compile_for
     vars(driver).update(before)

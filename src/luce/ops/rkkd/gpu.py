@@ -169,7 +169,7 @@ def rkkd(
     height = min(width, PAIRS // width)
     tiles = triton.cdiv(student.shape[1], height)
     parts = values.new_empty((*values.shape, tiles))
-    with _triton._device(student):
+    with _triton.on_device(student):
         _kernel[(parts.numel(),)](
             *(student, teacher, weight, parts, asked, student.shape[1]),
             student.shape[2] if student.ndim == 3 else 1,
