@@ -82,14 +82,12 @@ def _kernel(
 
     value = tl.zeros([height], tl.float64)
     mean = tl.zeros([height], tl.float64)
-    mass = tl.zeros([height], tl.float64)
     tiles = tl.cdiv(classes, width)
     wrong = tl.full([height], 1, tl.int32)
     for attempt in range(2):  # a second one where the normalisers turn out not to be known well enough
         if tl.max(wrong, 0) > 0:
             value = tl.zeros([height], tl.float64)
             mean = tl.zeros([height], tl.float64)
-            mass = tl.zeros([height], tl.float64)
             surplus = tl.zeros([height], tl.float64)
             size = tl.zeros([height], tl.float64)
             for back in range(0, tiles):  # what was read last may still be near
@@ -103,10 +101,8 @@ def _kernel(
                 if kind == "jsd":
                     term, logarithm = _mixture(p, q, h, share)
                     mean += sum_exactly(q * logarithm)
-                    mass += tl.sum(q, 1).to(tl.float64)
                 elif kind == "reverse_kl":
                     mean += sum_exactly(p * d)
-                    mass += tl.sum(p, 1).to(tl.float64)
                 elif gradient is not None:
                     slope = h * scale[:, None]
                     if weight is not None:
@@ -122,10 +118,11 @@ def _kernel(
 
     if kind != "forward_kl":  # noqa: SIM102 (decided when the kernel is compiled)
         if gradient is not None:
-            mean = mean / mass
             if kind == "reverse_kl":
+                mean = mean / (z_a * over_a.to(tl.float64))
                 scale = tl.where(value == float("inf"), float("nan"), scale)
             else:
+                mean = mean / (z_b * over_b.to(tl.float64))
                 scale = (1.0 - share) * scale
             high = mean.to(wide)
             low = (mean - high.to(tl.float64)).to(wide)
