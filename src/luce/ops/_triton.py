@@ -82,7 +82,9 @@ def tile(block: Tensor, whole_rows: bool = False, most: int = 2**20) -> tuple[in
         return 1, width
     width = min(width, most)
     if block.ndim == 2:
-        return max(1, min(64, most) // width), width  # short rows alone would leave threads idle
+        # Short rows alone would leave threads idle.
+        height = min(32, most // width) if whole_rows else min(64, most) // width
+        return max(1, height), width
     height = min(32, most // width if whole_rows else most, triton.next_power_of_2(block.shape[2]))
     return height, max(1, min(width, most // height))
 
@@ -312,14 +314,6 @@ def log1p(x):
     e, f = split(1.0 + x)
     f = tl.where(x < 0.25, x, f)
     return times_ln2(e, f + log1p_rest(f))
-
-
-@triton.jit
-def minus_log(p, c):
-    """-log(p) where c = 1 - p is known better than p tells it."""
-    e, f = split(p)
-    f = tl.where(e == 0.0, -c, f)
-    return -times_ln2(e, f + log1p_rest(f))
 
 
 @triton.jit

@@ -15,14 +15,16 @@ from luce.ops import _library
 HERE = Path(__file__).parent
 OTHERS = (Path(__file__).name, "test_compile.py")
 FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path.name not in OTHERS)
+SHARES = [FILES[first::3] for first in range(3)]
+"""Run side by side. To start takes longer than the tests of a short file."""
 
 
 @pytest.mark.skipif(_library.INTERPRETED, reason="this is the interpreter")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (pip install triton)")
-def test_interpreted():
-    """All files in one process: to start it takes longer than the tests of a short one."""
+@pytest.mark.parametrize("files", SHARES, ids=["1", "2", "3"])
+def test_interpreted(files):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *FILES],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

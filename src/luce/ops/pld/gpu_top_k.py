@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import _triton
 from .._triton import exp, finite_top, load_label, narrowed, number, split_number, strides, weights_of
 from .._triton_scan import add, at, nothing, prefixes, suffixes
-from .gpu import _choice, _described, _label_of, _slope, _store_row
+from .gpu import _choice, _described, _label_of, _store_row
 
 MOST_PLACES = 512
 MOST_BLOCKS = 4096
@@ -286,7 +286,7 @@ def _first_k(
     z, e, behind, e_behind = suffixes(s, inside)
     z, e = add(z, e, rest.to(tl.float32), e_rest)
     behind, e_behind = add(behind, e_behind, rest.to(tl.float32), e_rest)
-    part, ratio, of_rest = _choice(s, alpha, z, e, behind, e_behind)
+    part, ratio, of_rest = _choice(s, alpha, exp(s - e), behind * exp(e_behind - e), e)
     loss = tl.sum(tl.sum(part, 1), 0).to(tl.float64) / alphas
     _store_row(values, bound, row, row >= 0, look, defined, loss, w)
 
@@ -305,7 +305,8 @@ def _first_k(
             power = exp(x) if precise else tl.exp2(x * 1.4426950408889634)
             tl.store(pointers, narrowed(power * shared, pointers), mask=column < classes)
         tl.debug_barrier()
-        slope = _slope(s, inside, seen, e_seen, of_rest) * factor
+        seen = tl.where((s > float("-inf")) & (seen > 0.0), seen * exp(s + e_seen), 0.0)
+        slope = (seen - of_rest) * factor
         pointers = gradient + member.to(tl.int64) * g_c
         tl.store(pointers, narrowed(slope, pointers), mask=inside & look)
 
