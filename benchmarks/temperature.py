@@ -143,11 +143,12 @@ def draw(found: Sequence[Curve], file: Path) -> None:
     from luce.reports.canvas import BLUE, GREY, OTHERS, STYLE
 
     colours = dict(zip(dict.fromkeys(curve.data for curve in found), (BLUE, *OTHERS), strict=False))
+    dashes = {"few-labels": "--", "300-classes": "--", "100-classes": ":"}
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
         for curve in found:
             gain = curve.means - curve.accuracy(1.0)
-            style = {"color": colours[curve.data], "ls": "--" if curve.setting == "few-labels" else "-"}
+            style = {"color": colours[curve.data], "ls": dashes.get(curve.setting, "-")}
             label = f"{curve.data.removeprefix('sklearn:')}, {curve.setting}"
             left.plot(curve.taus, gain, "o", ms=3, label=label, **style)
             places = np.interp(np.log(curve.taus), np.log(FINE), curve.statistics["first place"])
