@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -28,7 +30,7 @@ def test_the_reference_runs_everywhere():
 
 
 def test_triton_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(_library, "_HAS_TRITON", True)
+    monkeypatch.setattr(_library, "NO_TRITON", None)
     assert choose("auto", ELSEWHERE, no_kernel=None) == "reference"
     with pytest.raises(
         RuntimeError, match="backend='gpu' cannot run here: expected tensors on a CUDA device"
@@ -36,9 +38,30 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
         choose("gpu", HERE, no_kernel=None)
     with pytest.raises(RuntimeError, match="backend='gpu' has no gradient for the teacher"):
         choose("gpu", HERE, torch.zeros(1, requires_grad=True), no_kernel=None)
-    monkeypatch.setattr(_library, "_HAS_TRITON", False)
+    monkeypatch.setattr(_library, "NO_TRITON", "Triton is not installed (pip install triton)")
     with pytest.raises(RuntimeError, match=r"Triton is not installed \(pip install triton\)"):
         choose("gpu", HERE, no_kernel=None)
+
+
+def test_what_triton_there_is(monkeypatch):
+    found = {"triton": "3.10.1"}
+
+    def version(name):
+        if name not in found:
+            raise importlib.metadata.PackageNotFoundError
+        return found[name]
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert _library._look_for_triton() is None
+    found["triton"] = "3.5.1"
+    assert "Triton 3.5.1 is older than 3.6" in _library._look_for_triton()
+    found = {"pytorch-triton": "3.5.0+git1234"}
+    assert "is older than 3.6" in _library._look_for_triton()
+    found = {}  # built from source: nobody knows
+    assert _library._look_for_triton() is None
+    found = None
+    assert "not installed" in _library._look_for_triton()
 
 
 class _Cuda:
@@ -49,17 +72,17 @@ class _Cuda:
 
 
 @pytest.mark.parametrize(
-    ("capability", "has_triton", "no_kernel", "engine"),
+    ("capability", "no_triton", "no_kernel", "engine"),
     [
-        ((9, 0), True, None, "gpu"),
-        ((8, 0), True, None, "gpu"),
-        ((7, 5), True, None, "reference"),
-        ((9, 0), False, None, "reference"),
-        ((9, 0), True, "no such kernel", "reference"),
+        ((9, 0), None, None, "gpu"),
+        ((8, 0), None, None, "gpu"),
+        ((7, 5), None, None, "reference"),
+        ((9, 0), "no such Triton", None, "reference"),
+        ((9, 0), None, "no such kernel", "reference"),
     ],
 )
-def test_triton_is_chosen_where_it_can_run(capability, has_triton, no_kernel, engine, monkeypatch):
-    monkeypatch.setattr(_library, "_HAS_TRITON", has_triton)
+def test_triton_is_chosen_where_it_can_run(capability, no_triton, no_kernel, engine, monkeypatch):
+    monkeypatch.setattr(_library, "NO_TRITON", no_triton)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
@@ -67,7 +90,7 @@ def test_triton_is_chosen_where_it_can_run(capability, has_triton, no_kernel, en
     if engine == "gpu":
         assert choose("gpu", _Cuda, no_kernel=no_kernel) == "gpu"
     else:
-        why = no_kernel or ("older than compute capability 8.0" if has_triton else "not installed")
+        why = no_kernel or no_triton or "older than compute capability 8.0"
         with pytest.raises(RuntimeError, match=why):
             choose("gpu", _Cuda, no_kernel=no_kernel)
 

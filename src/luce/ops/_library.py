@@ -6,7 +6,9 @@ the implementations for tensors on the CPU, Triton (``gpu.py`` beside an operato
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 Backend = Literal["auto", "cpu", "gpu", "reference"]
 BACKENDS = ("auto", "cpu", "gpu", "reference")
@@ -24,7 +27,25 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 LIBRARY = torch.library.Library("luce", "DEF")
 LIBRARY.define("instruction_set() -> str")
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST = (8, 0)
+"""The compute capability (Ampere) from which on the Triton kernels are used."""
+OLDEST_TRITON = "3.6"
+"""Older ones do not compile all kernels. This one comes with PyTorch 2.10."""
+
+
+def _look_for_triton() -> str | None:
+    """Why there is no Triton to use; it is not imported yet."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    for name in ("triton", "pytorch-triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            if TorchVersion(version) < OLDEST_TRITON:
+                return f"Triton {version} is older than {OLDEST_TRITON}: a newer PyTorch brings one"
+    return None
+
+
+NO_TRITON: str | None = _look_for_triton()
 NO_KERNEL = "there is no Triton kernel for this operation"
 
 _FOLDER = Path(__file__).parent / "lib"
@@ -64,14 +85,10 @@ def run_by_triton(op: str, module: str) -> None:
     LIBRARY.impl(op, run, "CPU" if INTERPRETED else "CUDA")
 
 
-OLDEST = (8, 0)
-"""The compute capability (Ampere) from which on the Triton kernels are used."""
-
-
 def why_no_triton(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on a device; None if they can."""
-    if not _HAS_TRITON:
-        return "Triton is not installed (pip install triton)"
+    if NO_TRITON is not None:
+        return NO_TRITON
     if INTERPRETED:
         return None if device.type == "cpu" else f"TRITON_INTERPRET=1 is for tensors on the CPU, not {device}"
     if device.type != "cuda":
