@@ -386,10 +386,11 @@ def _ranked(
         wrong = (s != s) | (t != t) | (s == float("inf")) | (t == float("inf"))
         wrong = wrong | (given < 0) | (given >= classes)
         spoilt = tl.maximum(spoilt, _of_row(wrong.to(tl.int32), True))
-        here = tl.where(there & (given == label[None, :, None]), column.to(tl.int64), -1)
+        column = column.to(tl.int64)
+        here = tl.where(there & (given == label[None, :, None]), column, -1)
         place_of_label = tl.maximum(place_of_label, _of_row(here, True))
-        total += _of_row(tl.where(there, given - column, 0), False)
-    # Classes that stand in the order twice leave another sum, or a label that stands nowhere.
+        total += _of_row(tl.where(there, given * given * given - column * column * column, 0), False)
+    # Classes that stand in the order twice leave another sum of cubes, or a label that stands nowhere.
     spoilt = tl.where((total != 0) & look, 1, spoilt)
     spoilt = tl.where(named & (place_of_label < 0), 1, spoilt)
     label_s, label_t = load_label(student, s_c, label, named), load_label(teacher, t_c, label, named)
