@@ -155,13 +155,15 @@ def test_a_given_order(index, device):
             assert_close(gradient.double(), slope, rtol=GRADIENT, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [9, -1, 0], ids=["beyond", "negative", "twice"])
+@pytest.mark.parametrize(
+    "wrong", [[9], [-1], [0], [5, 5, 6, 6]], ids=["beyond", "negative", "twice", "twice, the sum being right"]
+)
 def test_an_order_that_is_none_spoils_its_row(wrong, device):
     """Asking would stall the device."""
     student, teacher, _ = batch(3, 9, device=device)
     order = teacher_order(teacher)
     order[1] = torch.arange(9, device=device)
-    order[1, 4] = wrong
+    order[1, 4 : 4 + len(wrong)] = torch.tensor(wrong, device=device)
     values, gradient, _ = run(student, teacher, order=order)
     assert values.isnan().tolist() == [False, True, False]
     assert gradient.isnan().all(-1).tolist() == [False, True, False]

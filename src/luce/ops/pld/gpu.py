@@ -35,6 +35,7 @@ from .._triton import (
     split_number,
     starts_of,
     strides,
+    tile,
     times_ln2,
     weights_of,
     wide_type,
@@ -172,16 +173,28 @@ def _label_of(target, row, look):
 
 
 @triton.jit
-def _pointers(starts, class_stride, place):
-    pointers = starts[None, :, None] + place.to(tl.int64) * class_stride
+def _in_line(x, like):
+    """A tile as one dimension, lanes side by side: what is in memory goes to threads in no other order."""
+    return tl.reshape(tl.broadcast_to(x, like.shape), (like.numel,))
+
+
+@triton.jit
+def _pointers(starts, class_stride, place, there):
+    pointers = _in_line(starts[None, :, None] + place.to(tl.int64) * class_stride, there)
     # No vectors: for them, places would move to other threads than the scans want them in.
-    return tl.max_contiguous(pointers, [1, 1, 1])
+    return tl.max_contiguous(pointers, [1])
 
 
 @triton.jit
 def _load_at(starts, class_stride, place, there):
-    pointers = _pointers(starts, class_stride, place)
-    return tl.load(pointers, mask=there, other=0.0)
+    pointers = _pointers(starts, class_stride, place, there)
+    return tl.reshape(tl.load(pointers, mask=_in_line(there, there), other=0.0), there.shape)
+
+
+@triton.jit
+def _store_at(starts, class_stride, place, x, there):
+    pointers = _pointers(starts, class_stride, place, there)
+    tl.store(pointers, narrowed(_in_line(x, there), pointers), mask=_in_line(there, there))
 
 
 @triton.jit
@@ -326,8 +339,7 @@ def _sorted(
         factor = (tl.where(defined, w, float("nan")) * normaliser).to(wide)
         slope = (own * before - of_rest) * factor[None, :, None]
         slope = tl.where(look[None, :, None], slope, 0.0)
-        pointers = _pointers(gradient, g_c, place)
-        tl.store(pointers, narrowed(slope, pointers), mask=exists[None, :, None] & (place < classes))
+        _store_at(gradient, g_c, place, slope, exists[None, :, None] & (place < classes))
 
 
 @triton.jit
@@ -374,10 +386,11 @@ def _ranked(
         wrong = (s != s) | (t != t) | (s == float("inf")) | (t == float("inf"))
         wrong = wrong | (given < 0) | (given >= classes)
         spoilt = tl.maximum(spoilt, _of_row(wrong.to(tl.int32), True))
-        here = tl.where(there & (given == label[None, :, None]), column.to(tl.int64), -1)
+        column = column.to(tl.int64)
+        here = tl.where(there & (given == label[None, :, None]), column, -1)
         place_of_label = tl.maximum(place_of_label, _of_row(here, True))
-        total += _of_row(tl.where(there, given - column, 0), False)
-    # Classes that stand in the order twice leave another sum, or a label that stands nowhere.
+        total += _of_row(tl.where(there, given * given * given - column * column * column, 0), False)
+    # Classes that stand in the order twice leave another sum of cubes, or a label that stands nowhere.
     spoilt = tl.where((total != 0) & look, 1, spoilt)
     spoilt = tl.where(named & (place_of_label < 0), 1, spoilt)
     label_s, label_t = load_label(student, s_c, label, named), load_label(teacher, t_c, label, named)
@@ -386,14 +399,13 @@ def _ranked(
     label = tl.where(named, label, -1)
 
     # From the last place to the first: sums of what is behind, and the loss.
+    tiles = tl.cdiv(classes, width)
     if gradient is not None:
-        sums = (sums + row * classes)[None, :, None]
-        scales = (scales + row * classes)[None, :, None]
+        sums, scales = sums + row * (tiles * width), scales + row * (tiles * width)
     loss = tl.zeros([height], tl.float64)
     alphas = tl.zeros([height], tl.float64)
     carry = tl.zeros([height], wide)
     e_carry = nothing(carry)
-    tiles = tl.cdiv(classes, width)
     for back in range(0, tiles):
         place = (tiles - 1 - back) * width + _places(each, width)
         found, there = _class_at(order, o_c, place, label, place_of_label, classes, look)
@@ -408,9 +420,11 @@ def _ranked(
         part, _, _ = _choice(s, alpha, own, behind, e)
         loss += _of_row(part, False).to(tl.float64)
         if gradient is not None:
-            inside = exists[None, :, None] & (place < classes)
-            tl.store(sums + place, behind, mask=inside)
-            tl.store(scales + place, e, mask=inside)
+            # Side by side in memory is what the lanes hold, not the places.
+            column = (tiles - 1 - back) * width + _columns(each, width)
+            inside = exists[None, :, None] & (column >= 0)
+            _store_at(sums, 1, column, behind, inside)
+            _store_at(scales, 1, column, e, inside)
     normaliser = 1.0 / alphas
     _store_row(values, bound, row, exists, look, defined, loss * normaliser, w)
 
@@ -428,10 +442,9 @@ def _ranked(
             t = _widened(_load_at(teacher, t_c, found, there), there, wide)
             alpha = exp((t - top_t[None, :, None]) * softness)
             alpha = tl.where(place < places, alpha, 0.0)
-            inside = exists[None, :, None] & (place < classes)
-            behind = tl.load(sums + place, mask=inside, other=0.0)
-            e = tl.load(scales + place, mask=inside, other=0.0)
-            e = tl.where(inside, e, nothing(e))
+            column = start + _columns(each, width)
+            inside = exists[None, :, None] & (column >= 0)
+            behind, e = _load_at(sums, 1, column, inside), _load_at(scales, 1, column, inside)
             own = exp(s - e)
             _, ratio, of_rest = _choice(s, alpha, own, behind, e)
             before, carry, e_carry = _scan(ratio, e, carry, e_carry, False)
@@ -440,8 +453,8 @@ def _ranked(
             whole = (look & defined)[None, :, None]
             slope = tl.where(whole, slope, tl.where(look[None, :, None], float("nan"), 0.0))
             column = tl.where(whole, found, place.to(tl.int64))
-            pointers = _pointers(gradient, g_c, column)
-            tl.store(pointers, narrowed(slope, pointers), mask=inside & (column >= 0) & (column < classes))
+            inside = exists[None, :, None] & (place < classes) & (column >= 0) & (column < classes)
+            _store_at(gradient, g_c, column, slope, inside)
 
 
 def pld(
@@ -494,7 +507,9 @@ def pld(
         some, theirs = student[part], teacher[part]
         given = theirs.sort(dim=1, descending=True, stable=True).indices if order is None else order[part]
         labels, weights = [None if x is None else x[rows] for x in row_tensors]
-        sums = [values.new_empty(some.numel()) if needs_gradient else None for _ in range(2)]
+        width = tile(some, most=128 * each)[1]
+        scratch = (*some.shape[::2], triton.cdiv(classes, width) * width)
+        sums = [values.new_empty(scratch) if needs_gradient else None for _ in range(2)]
         launch(
             _ranked,
             some,

@@ -222,8 +222,8 @@ def _first_k(
     tl.debug_barrier()
 
     # The best of these classes.
-    few: tl.constexpr = max(1, height // 4)  # fewer registers than four times as many
-    group: tl.constexpr = min(capacity, 256)
+    few: tl.constexpr = height // 4 if height > 4 else 1  # fewer registers than four times as many
+    group: tl.constexpr = capacity if capacity < 256 else 256
     found = _collect(
         teacher, t_c, listed, count, classes, only, least_peak, others, rivals, capacity,
         few, width,
@@ -241,7 +241,7 @@ def _first_k(
         rival = tl.load(rivals + i, mask=i < found, other=0)
         tl.store(rival_logits + i, _load(teacher, t_c, rival, i < found), mask=i < found)
     tl.debug_barrier()
-    _rank(rivals, rival_logits, found, others, ranked, ranked_logits, group, min(capacity, 32))
+    _rank(rivals, rival_logits, found, others, ranked, ranked_logits, group, group // 8)
     tl.debug_barrier()
     taken = tl.minimum(found, others)
     last = tl.load(ranked + taken - 1, mask=taken > 0, other=-1)
