@@ -55,6 +55,16 @@ def test_what_torch_func_returns_can_be_differentiated(pair):
     both(pair, by_upstream)
 
 
+def test_a_gradient_may_be_changed_though_the_graph_is_kept(pair):
+    student, (native, _) = pair
+    student.requires_grad_()
+    value = native(student).sum()
+    (first,) = torch.autograd.grad(value, student, retain_graph=True)
+    expected = first.clone()
+    first.zero_()
+    assert_close(torch.autograd.grad(value, student)[0], expected, rtol=0, atol=0)
+
+
 def test_what_watches_operators_sees_the_product(pair):
     """A graph that is traced from numbers must hold for others."""
     from torch.fx.experimental.proxy_tensor import make_fx

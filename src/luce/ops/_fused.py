@@ -115,13 +115,14 @@ def _backward(ctx: Any, plain: Plain, upstream: Tensor | None) -> tuple[Tensor |
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    if _is_plain(upstream) and _is_plain(gradient) and not torch.is_grad_enabled():
+    # Unless the graph is kept, nobody needs the gradient after this, and whoever gets it may change it.
+    if _is_plain(upstream) and _is_plain(gradient) and not torch.is_grad_enabled() and not _is_kept():
         if gradient.device.type == "cpu":
             if _is_one(upstream):
                 return gradient
-        elif not _is_kept():
-            # Asking would stall the device. Nobody needs the gradient as it is after this: it is multiplied
-            # in its place, by a kernel that has nothing to do where the factors are 1.
+        else:
+            # Asking would stall the device. So it is multiplied in its place, by a kernel that has nothing to
+            # do where the factors are 1.
             from ._triton import multiply_rows
 
             return multiply_rows(gradient, upstream)

@@ -166,6 +166,23 @@ def test_a_class_that_one_network_excludes(op, who, device):
         assert gradient[1].isnan().all()  # there is none where q log(q / 0) is infinite
 
 
+def test_a_class_that_the_teacher_excludes_and_the_student_all_but_excludes(op, device):
+    """At a low temperature the difference of their logits is infinite, and the probability of both is 0."""
+    for dtype in (torch.float32, torch.bfloat16):
+        student = torch.tensor([[1.0, 2.0, -1e4]], dtype=dtype, device=device)
+        teacher = torch.tensor([[0.0, 1.5, -inf]], dtype=dtype, device=device)
+        if op is not OPS["limit"]:
+            agree(op, student, teacher, 0.5)
+
+
+def test_two_sure_networks_in_float64(device):
+    """What lies between them is far below the smallest number of float32."""
+    student, teacher = torch.tensor([[[0.0, 60.0]], [[0.0, 60.1]]], dtype=torch.float64, device=device)
+    value, gradient = value_and_gradient(OPS["jsd"], student, teacher, 0.5, backend="gpu")
+    truth, slope = value_and_gradient(OPS["jsd"], student, teacher, 0.5, backend="reference")
+    assert_close((value, gradient), (truth, slope), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("junk", [nan, inf])
 def test_nan_and_infinity_spoil_their_row_and_no_other(op, junk, device):
     student, teacher = logits(3, 5, dtype=torch.float32, device=device)

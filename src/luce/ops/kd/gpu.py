@@ -44,7 +44,7 @@ def _mixture(p, q, h, share):
     """A class's part in the Jensen-Shannon divergence, and log(q/m), where m is the mixture."""
     other = 1.0 - share
     m = share * p + other * q
-    counts = m >= 1.2e-38
+    counts = m >= (2.3e-308 if m.dtype == tl.float64 else 1.2e-38)
     over_m = 1.0 / tl.where(counts, m, 1.0)
     of_teacher, _ = _entropy_term(tl.where(counts, p * over_m, 1.0), -other * h * over_m)
     of_student, logarithm = _entropy_term(tl.where(counts, q * over_m, 1.0), share * h * over_m)
@@ -102,7 +102,7 @@ def _kernel(
                     term, logarithm = _mixture(p, q, h, share)
                     mean += sum_exactly(q * logarithm)
                 elif kind == "reverse_kl":
-                    mean += sum_exactly(p * d)
+                    mean += sum_exactly(tl.where(p > 0.0, p * d, 0.0))  # d may be infinite
                 elif gradient is not None:
                     slope = h * scale[:, None]
                     if weight is not None:
@@ -135,7 +135,8 @@ def _kernel(
                 if kind == "jsd":
                     _, d = _mixture(p, q, h, share)
                     p = q
-                slope = p * ((d - high[:, None]) - low[:, None]) * scale[:, None]
+                slope = p * ((d - high[:, None]) - low[:, None])
+                slope = tl.where(p == 0.0, 0.0, slope) * scale[:, None]
                 slope = tl.where(look[:, None], slope, 0.0)
                 store_classes(gradient, g_c, column, classes, exists, slope)
 

@@ -185,6 +185,7 @@ class Job:
                     of_hidden[group] = _product(slope, head.weight)
                 if of_weight is not None:
                     _add_product(of_weight[:classes], slope.T, head.inputs(group))
+                del slope, slopes  # as large as the logits of the group that comes
         if scale is not None:
             for result in (values, *gradients):
                 if result is not None:
