@@ -26,6 +26,9 @@ from ._rows import wide_dtype
 TILE = 4096
 """Classes, of all rows together, that a program looks at at a time."""
 
+MOST_CLASSES = 2**31 - TILE
+"""Kernels count a row's classes in 32 bits; rows, and places in memory, in 64."""
+
 LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -45,6 +48,8 @@ def check_rows(student: Tensor, teacher: Tensor | None, **per_row: Tensor | None
             raise RuntimeError(f"expected `{name}` of a floating dtype, got {logits.dtype}")
         if logits.shape[1] == 0:
             raise RuntimeError(f"expected at least one class in `{name}`")
+        if logits.shape[1] > MOST_CLASSES:
+            raise RuntimeError(f"expected at most {MOST_CLASSES} classes in `{name}`, got {logits.shape[1]}")
         if logits.shape != student.shape:
             raise RuntimeError(f"expected `{name}` of the same shape as the student's logits")
         if logits.device != student.device:

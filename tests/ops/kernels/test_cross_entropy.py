@@ -153,3 +153,11 @@ def test_the_loss_takes_the_kernel(device):
         (3 * value).backward()
         found.append((value.detach(), x.grad))
     assert_close(found[0], found[1])
+
+
+def test_more_classes_than_32_bits_can_count_are_refused(device):
+    logits, target = torch.zeros((), device=device).expand(1, 2**31), torch.zeros(1, dtype=int, device=device)
+    with pytest.raises(
+        RuntimeError, match="expected at most 2147479552 classes in `student`, got 2147483648"
+    ):
+        luce.cross_entropy_loss(logits, target, backend="gpu")
