@@ -7,9 +7,10 @@ from memory, where a sort of PyTorch's may have left it, and walks over the plac
 A sum of exponentials is a mantissa times e^scale. The scale is the largest logit from a place on: a suffix
 keeps its digits, however far it lies below the row's top.
 
-Tiles are ``(each, height, lanes)``: a thread (a lane) holds `each` neighbouring places of a row. That is how
-Triton lays out the last dimension over threads and the first over registers, as long as it does not load
-vectors. Scans and most steps of the sort then stay within a thread. Any other layout is right, but slower.
+Tiles are ``(each, height, lanes)``: a thread (a lane) holds `each` neighbouring places of a row. Triton lays
+out a single dimension over threads first and then over registers, as long as it does not load vectors; so a
+tile is loaded and stored as one. Of three dimensions, versions before 3.7 may choose another order. Scans and
+most steps of the sort then stay within a thread. Any other layout is right, but slower.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _label_of(target, row, look):
 
 @triton.jit
 def _in_line(x, like):
-    """A tile as one dimension, lanes side by side: what is in memory goes to threads in no other order."""
+    """A tile as one dimension, lanes side by side."""
     return tl.reshape(tl.broadcast_to(x, like.shape), (like.numel,))
 
 
