@@ -81,6 +81,49 @@ def test_a_kernel_that_fails_is_a_goal_missed():
     assert verdicts(CASES[0], found) == [(False, "KD 8192x1000 float32: RuntimeError: out of resources")]
 
 
+def test_a_device_that_is_lost_leaves_what_was_measured(monkeypatch):
+    inputs_of = gpu.inputs_of
+
+    def lost(case, device):
+        if case.loss != "KD":
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+        return inputs_of(case, device)
+
+    monkeypatch.setattr(gpu, "inputs_of", lost)
+    monkeypatch.setattr(gpu, "measure_heads", lambda device, *a: lost(TINY[3], device))
+    cases = (TINY[0], *TINY[2:])
+    found = check(torch.device("cpu"), timed, cases, "reference", elements=64, side=8)
+    assert [bool(case["milliseconds"]) for case in found["cases"]] == [True, False, False]
+    words = page(found)
+    assert "linear_kd, linear_pld: AcceleratorError: an illegal memory access was encountered" in words
+    assert "MISSED   CE 4x7 float32: AcceleratorError: an illegal memory access was encountered" in words
+
+
+def test_a_step_leaves_no_gradient():
+    """`peak_memory` counts what a step takes on top of what was there before."""
+    inputs = gpu.inputs_of(TINY[0], torch.device("cpu"))
+    seen = []
+
+    def loss(s, t, y):
+        seen.append(s)
+        return BASELINES["eager KD"](s, t, y)
+
+    gpu.step(loss, inputs)()
+    assert seen[0].grad is None
+
+
+@pytest.mark.parametrize(
+    ("tests", "status"), [("passed: 3", 0), ("not run: --skip-tests", 0), ("FAILED: 1", 1), ("not finished", 1)]
+)
+def test_red_tests_are_an_error(tests, status, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: tests)
+    monkeypatch.setattr(gpu, "check", lambda *a, **more: {})
+    monkeypatch.setattr(gpu, "page", lambda found: "")
+    assert gpu.main(["--out", str(tmp_path / "results.json")]) == status
+
+
 def test_time_runs_out():
     found = check(torch.device("cpu"), timed, TINY, "reference", seconds=-1, elements=64, side=8)
     assert found["cases"] == []
