@@ -15,7 +15,7 @@ from ._triton import finite_top, load_possible, power, row_log1p, whole_part
 
 
 def are_short(student: Tensor, teacher: Tensor) -> bool:
-    """Whether all logits are of 16 bits: float32 holds most differences of two."""
+    """Whether all logits are of 16 bits: float32 then holds differences of all but the most unlike of them."""
     return student.dtype.itemsize == teacher.dtype.itemsize == 2
 
 
