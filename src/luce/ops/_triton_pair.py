@@ -15,7 +15,7 @@ from ._triton import finite_top, load_possible, power, row_log1p, whole_part
 
 
 def are_short(student: Tensor, teacher: Tensor) -> bool:
-    """Whether all logits are of 16 bits: float32 then holds differences of all but the most unlike of them."""
+    """Whether all logits are of 16 bits: the difference of two that are near each other then fits into 32."""
     return student.dtype.itemsize == teacher.dtype.itemsize == 2
 
 
@@ -155,10 +155,7 @@ def classes_of(
     # -inf - -inf is no number.
     a, b = tl.maximum(0.25 * a, lowest), tl.maximum(0.25 * b, lowest)
     x, y = a - top_a[:, None], b - top_b[:, None]
-    if short:  # not x - y: where both are small beside the tops, these have lost digits already
-        d = ((a - b) - tops.to(a.dtype)[:, None]) - rest.to(a.dtype)[:, None]
-    else:
-        d = difference(a, b, tops, rest)
+    d = (x - y) - rest.to(a.dtype)[:, None] if short else difference(a, b, tops, rest)
     d = d * softness
     of_a = d >= 0.0
     larger = power(tl.where(of_a, x, y), doublings)

@@ -89,18 +89,6 @@ def test_close_networks(op, noise, device):
         agree(op, student, teacher, temperature, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_close_networks_of_sixteen_bits(dtype, device):
-    """That differ only where their logits are small beside the largest one, or by a constant as well."""
-    student = 1e-3 * torch.randn(2, 20, dtype=torch.float64)
-    teacher = student * (1 + 1e-2 * torch.randn_like(student))
-    student[:, 0], teacher[:, 0] = 12, 12
-    teacher[1] += 3
-    student, teacher = student.to(dtype).to(device), teacher.to(dtype).to(device)
-    large = torch.full((2,), 2.0**20, device=device)  # float16 has no gradients as small as these
-    agree(forward_kl, student, teacher, 4.0, rtol=1e-4, weight=large)
-
-
 def test_long_rows_take_several_steps(op, narrow, device):
     student, teacher = logits(2, 39, dtype=torch.float32, device=device)
     student[1] *= 40
