@@ -113,7 +113,8 @@ def test_a_step_leaves_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("tests", "status"), [("passed: 3", 0), ("not run: --skip-tests", 0), ("FAILED: 1", 1), ("not finished", 1)]
+    ("tests", "status"),
+    [("passed: 3", 0), ("not run: --skip-tests", 0), ("FAILED: 1", 1), ("not finished", 1)],
 )
 def test_red_tests_are_an_error(tests, status, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

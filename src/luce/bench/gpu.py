@@ -443,7 +443,12 @@ def check(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         except Exception as error:  # the device's memory is full, or the device lost: what there is, is told
-            measured = {"case": case.name, "milliseconds": {}, "memory": {}, "failed": {"ours": _reason(error)}}
+            measured = {
+                "case": case.name,
+                "milliseconds": {},
+                "memory": {},
+                "failed": {"ours": _reason(error)},
+            }
         found["cases"].append(measured)
         said += verdicts(case, measured)
     if time.monotonic() - begin > seconds:
