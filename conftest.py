@@ -4,4 +4,4 @@ import importlib.util
 
 collect_ignore_glob = []
 if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob = ["src/luce/ops/_triton*.py", "src/luce/ops/*/gpu.py"]
+    collect_ignore_glob = ["src/luce/ops/_triton*.py", "src/luce/ops/*/gpu*.py"]

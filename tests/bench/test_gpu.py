@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from luce.bench import gpu
-from luce.bench.gpu import BASELINES, CASES, COMPILED, ERRORS, HELD, OURS, Case, check, page, verdicts
+from luce.bench.gpu import BASELINES, CASES, COMPILED, ERRORS, HELD, OURS, Case, check, verdicts
+from luce.bench.gpu_report import page
 from luce.cli.bench import main as command
 from luce.errors import UserError
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import _triton
 from .._triton import exp, finite_top, load_label, narrowed, number, split_number, strides, weights_of
 from .._triton_scan import add, at, nothing, prefixes, suffixes
-from .gpu import _choice, _described, _label_of, _store_row
+from .gpu_row import choice, described, label_of, store_row
 
 MOST_PLACES = 512
 MOST_BLOCKS = 4096
@@ -177,7 +177,7 @@ def _first_k(
     student += row * s_n
     teacher += row * t_n
     softness = number(softness_high, softness_low)
-    label = _label_of(target, row, look)
+    label = label_of(target, row, look)
     named = look & (label >= 0) & (label < classes)
     label_s, label_t = load_label(student, s_c, label, named), load_label(teacher, t_c, label, named)
     only = tl.where(named, label, -1).to(tl.int32)  # the label, or no class
@@ -279,16 +279,16 @@ def _first_k(
     top_s = tl.maximum(top_rest, tl.max(tl.max(s, 1), 0))
     spoilt = tl.max(tl.max((s != s).to(tl.int32), 1), 0)
     spoilt = tl.where((alphas != alphas) | (rest != rest), 1, spoilt)
-    defined = _described(top_s, top_t, spoilt, label, label_s, label_t, classes)
+    defined = described(top_s, top_t, spoilt, label, label_s, label_t, classes)
     top_t = tl.where(tl.abs(top_t) < float("inf"), top_t, 0.0)
     alpha = tl.where(inside, exp((t - top_t) * softness.to(tl.float32)), 0.0)
     e_rest = tl.where(top_rest == float("-inf"), nothing(top_rest), top_rest)
     z, e, behind, e_behind = suffixes(s, inside)
     z, e = add(z, e, rest.to(tl.float32), e_rest)
     behind, e_behind = add(behind, e_behind, rest.to(tl.float32), e_rest)
-    part, ratio, of_rest = _choice(s, alpha, exp(s - e), behind * exp(e_behind - e), e)
+    part, ratio, of_rest = choice(s, alpha, exp(s - e), behind * exp(e_behind - e), e)
     loss = tl.sum(tl.sum(part, 1), 0).to(tl.float64) / alphas
-    _store_row(values, bound, row, row >= 0, look, defined, loss, w)
+    store_row(values, bound, row, row >= 0, look, defined, loss, w)
 
     if gradient is not None:
         gradient += row * g_n
