@@ -356,7 +356,7 @@ def run_tests(seconds: float) -> str:
         return "not run: pytest is not installed"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *sorted(names)]
     if importlib.util.find_spec("xdist") is not None:  # kernels compile side by side
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
+        command += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 1)))]
     path = os.pathsep.join(filter(None, [str(root / "src"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     try:
