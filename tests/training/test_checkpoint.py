@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,38 @@ def test_folders_without_an_exported_student(description: str, tmp_path: Path) -
         checkpoint.load_student(tmp_path)
     with pytest.raises(UserError, match=r"expected .* to be a finished run"):
         checkpoint.load_student(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_gets_its_name_when_every_process_has_written_its_part(tmp_path: Path) -> None:
+    barrier = threading.Barrier(2)
+
+    class Process:
+        def __init__(self, number: int) -> None:
+            self.number, self.is_main_process = number, number == 0
+            self.failure: Exception | None = None
+
+        def wait_for_everyone(self) -> None:
+            barrier.wait(timeout=60)
+
+        def save_state(self, folder: str) -> None:
+            Path(folder).mkdir(exist_ok=True)
+            if not self.is_main_process:
+                time.sleep(0.1)  # the main process has long written its own
+            (Path(folder) / f"random_states_{self.number}.pkl").write_bytes(b"")
+
+        def save(self) -> None:
+            try:
+                checkpoint.save(tmp_path, self, 1, {})  # type: ignore[arg-type]
+            except Exception as error:
+                self.failure = error
+                barrier.abort()
+
+    processes = [Process(number) for number in range(2)]
+    threads = [threading.Thread(target=process.save) for process in processes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [process.failure for process in processes] == [None, None]
+    names = sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir())
+    assert names == ["luce.pt", "random_states_0.pkl", "random_states_1.pkl"]

@@ -39,6 +39,7 @@ def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> No
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(aside))
+        accelerator.wait_for_everyone()  # each process writes its random state
         if accelerator.is_main_process:
             torch.save(extra, aside / "luce.pt")
             older = _checkpoints(folder)
