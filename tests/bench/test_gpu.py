@@ -156,3 +156,27 @@ def test_the_command_says_so_too(capsys):
     assert "there is no CUDA device" in capsys.readouterr().err
     with pytest.raises(UserError, match="all its cases in one run"):
         command(["--suite", "gpu", "pld"])
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """As if there were one."""
+    pytest.importorskip("triton", reason="needs Triton (pip install triton)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "why_no_triton", lambda device: None)
+
+
+def test_what_was_found_is_kept(device, found, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "check", lambda *arguments, **options: found)
+    out = tmp_path / "new" / "results.json"
+    assert gpu.main(["--out", str(out), "--skip-tests"]) == 0
+    assert sorted(path.name for path in out.parent.iterdir()) == ["results.json", "results.txt"]
+    assert json.loads(out.read_text())["verdicts"] == found["verdicts"]
+    assert out.with_suffix(".txt").read_text() == page(found) + "\n"
+    assert page(found) in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(device, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert gpu.main(["--out", str(tmp_path / "file" / "results.json")]) == 1
+    assert "cannot write to" in capsys.readouterr().err

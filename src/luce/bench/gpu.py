@@ -447,19 +447,29 @@ def main(words: Sequence[str] | None = None) -> int:
     if why is not None:
         print(f"luce bench --suite gpu: nothing was measured, {why}", file=sys.stderr)
         return 1
+    try:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # before the minutes, not after them
+        print(f"luce bench --suite gpu: cannot write to {request.out}: {error.strerror}", file=sys.stderr)
+        return 1
     from triton.testing import do_bench
 
     begin = time.monotonic()
-    tests = "not run: --skip-tests" if request.skip_tests else run_tests(SECONDS / 2)
+    tests = "not run: --skip-tests"
+    if not request.skip_tests:
+        print(f"testing, for at most {SECONDS / 2:.0f} seconds", file=sys.stderr)
+        tests = run_tests(SECONDS / 2)
     bench = functools.partial(do_bench, warmup=25, rep=200, return_mode="median")
     left = SECONDS - (time.monotonic() - begin)
     found = check(torch.device("cuda"), bench, seconds=left, tests=tests)
     text = page(found)
     print(text)
-    request.out.parent.mkdir(parents=True, exist_ok=True)
-    request.out.write_text(json.dumps({**found, "goals": [asdict(case) for case in CASES]}, indent=1) + "\n")
+    record = json.dumps({**found, "goals": [asdict(case) for case in CASES]}, indent=1)
     beside = request.out.with_suffix(".txt")
-    beside.write_text(text + "\n")
+    for path, content in ((request.out, record), (beside, text)):
+        aside = path.with_name(f".{path.name}.part")
+        aside.write_text(content + "\n")
+        aside.replace(path)
     print(f"results: {request.out}, {beside}")
     return 0 if tests.startswith(("passed", "not run")) else 1
 

@@ -14,6 +14,8 @@ from luce.ops import _library
 
 @pytest.fixture
 def device() -> torch.device:
+    if _library.NO_TRITON is not None:
+        pytest.skip(_library.NO_TRITON)
     return torch.device("cpu" if _library.INTERPRETED else "cuda")
 
 

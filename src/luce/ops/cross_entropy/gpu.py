@@ -45,9 +45,8 @@ def _kernel(
     of_label = load_label(student, s_c, label, look & named)
     top = of_label.to(wide)
     z_rest = tl.zeros([height], tl.float64)
-    below = tl.zeros(
-        [height], tl.float64
-    )  # the sum over the classes that exist of what they lie below the top
+    # Of the classes that exist: by how much they lie below the top, all together, and how many they are.
+    below = tl.zeros([height], tl.float64)
     count = tl.zeros([height], tl.float64)
     for start in range(0, classes, width):
         column = start + tl.arange(0, width)
