@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Tests that run side by side; each uses one thread.
 WORKERS ?= 2
 
-.PHONY: setup native sanitize demo demo-short test check format vision-test bench-fashion bench gpu-check clean
+.PHONY: setup native sanitize demo demo-short test test-slow test-all check format vision-test bench-fashion bench gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,12 @@ demo-short: setup
 	$(BIN)/luce compare recipes/demo.yaml --out runs/demo-short --seeds '[0, 1]' --training.epochs 5 --teacher_training.epochs 5
 
 test: setup
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+test-all: setup
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: setup

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from luce.signals import RemoteTeacher
+from luce.remote import RemoteTeacher
 from luce.training import checkpoint
 from luce.training.environment import environment
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import luce
-from luce.signals import BlackBox, RememberedTeacher
+from luce.signals import BlackBox, CachedTeacher
 from luce.signals.blackbox import FLOOR
-from luce.signals.sources import Batch
+from luce.signals.teachers import Batch
 
 LENGTH, PADDING = 1024, 256
 """Of each file so many bytes are seen; a shorter one is filled up with what is no byte."""
@@ -93,7 +93,7 @@ def main() -> None:
     folders = [Path(word) for word in sys.argv[1:]] or [Path(sysconfig.get_path("stdlib"))]
     rows, teacher = read(folders), MagikaTeacher()
     held_out = len(rows) // 5
-    answers = RememberedTeacher.of(
+    answers = CachedTeacher.of(
         teacher,
         ({"input": rows[some], "index": some} for some in torch.arange(len(rows)).split(256)),
         rows=len(rows),

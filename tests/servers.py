@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luce.serving import Offer, build_app, new_server
-from luce.signals import wire
+from luce.remote import wire
+from luce.remote.server import ServiceOptions, build_app, new_server
 
 TOKEN = "correct-horse"
 CLASSES = ["a", "b", "c", "d"]
@@ -45,7 +45,7 @@ def serving(
     **offer: Any,
 ) -> Iterator[str]:
     """The address of ``luce serve``'s application, in a thread."""
-    app = build_app(network or Network(), description, Offer(**offer), token=TOKEN)
+    app = build_app(network or Network(), description, ServiceOptions(**offer), token=TOKEN)
     door = socket.socket()
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     door.bind(("127.0.0.1", port))

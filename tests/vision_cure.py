@@ -5,7 +5,7 @@ the import of torchvision, and with it of timm, fails over `torchvision::nms doe
 operators that torchvision looks up at import is enough for its models and transforms. Load this as a pytest
 plugin, before anything imports torchvision::
 
-    python -m pytest -p tests.vision_cure tests/models/test_vision_doors.py
+    python -m pytest -p tests.vision_cure tests/models/test_vision_loaders.py
 
 It is not for an environment whose torchvision works: there the operators would be declared twice.
 """

@@ -182,7 +182,7 @@ def test_with_equal_means_the_limit_is_logit_matching() -> None:
     assert found.chosen.cosine_matching == pytest.approx(1, abs=1e-9)
 
 
-def descend(loss, steps: int = 200) -> Tensor:
+def train_step(loss, steps: int = 200) -> Tensor:
     z = Z.clone()
     for _ in range(steps):
         z -= gradient(loss, z)
@@ -190,11 +190,11 @@ def descend(loss, steps: int = 200) -> Tensor:
 
 
 def test_descent_ends_at_the_teacher_but_for_the_means() -> None:
-    matching = descend(lambda z: 0.5 * luce.logit_matching_loss(z, UNEQUAL))
-    kd = descend(lambda z: luce.kd_loss(z, UNEQUAL, temperature=1e4))
+    matching = train_step(lambda z: 0.5 * luce.logit_matching_loss(z, UNEQUAL))
+    kd = train_step(lambda z: luce.kd_loss(z, UNEQUAL, temperature=1e4))
     torch.testing.assert_close(matching, UNEQUAL, atol=1e-9, rtol=0)
     torch.testing.assert_close(kd, UNEQUAL - 0.75, atol=1e-9, rtol=0)
-    shifted = descend(lambda z: 0.5 * luce.logit_matching_loss(z, UNEQUAL - 0.75))
+    shifted = train_step(lambda z: 0.5 * luce.logit_matching_loss(z, UNEQUAL - 0.75))
     torch.testing.assert_close(kd, shifted, atol=1e-9, rtol=0)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from luce.signals import RemoteTeacher
+from luce.remote import RemoteTeacher
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 TOKEN = "correct-horse"
@@ -60,7 +60,7 @@ def recipe(url: str, **changes: Any) -> dict[str, Any]:
         "teacher": {
             "url": url,
             "token_env": "LUCE_TOKEN",
-            "remember": True,
+            "cache_outputs": True,
             "batch_size": 4,
             "concurrency": 1,
         },
@@ -165,7 +165,7 @@ def test_killed_on_either_side_nothing_is_paid_for_twice(
     assert 0 < some <= 90
 
     # No server: a clear message, and what was paid for is still there.
-    monkeypatch.setattr("luce.signals.transport.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("luce.remote.transport.FIRST_WAIT", 0.001)
     reason = refuses(*words)
     assert f"http://127.0.0.1:{port}/v1/info: no connection" in reason
     assert paid(cache) == some

@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from luce.config import parse
 from luce.errors import UserError
 from luce.training import Recipe, checkpoint
 from luce.training import run as train
 from luce.training.export import read_packed
-from luce.training.options import parse
 
 
 @pytest.fixture(scope="module")

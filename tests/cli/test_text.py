@@ -15,10 +15,10 @@ import yaml
 from torch.utils.data import TensorDataset
 
 from luce import data, models
+from luce.config import parse
 from luce.methods import LogitMethod
-from luce.models.doors import FreshWeights
+from luce.models.loaders import FreshWeights
 from luce.training import Recipe, checkpoint, distill, prepare, run
-from luce.training.options import parse
 from luce.training.recipe import merge
 
 datasets = pytest.importorskip("datasets", reason="needs the extra [text]")
@@ -45,7 +45,7 @@ def content(place: Path, bert_folder: Path) -> dict[str, Any]:
     return {
         "data": {"name": "hf:news", "root": "cache", "options": tokens, "validation": 0.2},
         "student": {"name": f"hf:{bert_folder}", "options": {"num_hidden_layers": 1}},
-        "teacher": {"name": f"hf:{bert_folder}", "remember": True},
+        "teacher": {"name": f"hf:{bert_folder}", "cache_outputs": True},
         "loss": {"pld": {"loss": "PLDLoss"}},
         "training": {"epochs": 4, "batch_size": 16, "lr": 1e-3},
     }
@@ -148,7 +148,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(
 )
 def test_what_lies_inside(loss: dict[str, Any], make: Callable[..., Recipe], tmp_path: Path) -> None:
     task = {"task": {"loss": "CrossEntropyLoss"}}
-    recipe = make(teacher={"remember": False}, training={"epochs": 2})
+    recipe = make(teacher={"cache_outputs": False}, training={"epochs": 2})
     recipe.loss = {**loss, **task}
     result = run(recipe, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -203,7 +203,7 @@ def test_distilling_in_one_call(bert_folder: Path) -> None:
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore::luce.models.doors.FreshWeights")
+@pytest.mark.filterwarnings("ignore::luce.models.loaders.FreshWeights")
 def test_what_does_not_fit_is_refused_before_training(
     changes: dict[str, Any], message: str, content: dict[str, Any], luce: Callable[..., Any]
 ) -> None:

@@ -40,7 +40,7 @@ class Case:
     def ready(self, loss: luce.FeatureLoss) -> luce.FeatureLoss:
         """Built, and prepared if it must be."""
         loss.build(self.student, self.teacher)
-        if loss.wants_preparation:
+        if loss.needs_preparation:
             _, teacher = self.batch(8, torch.float32)
             loss.prepare(lambda batch_size, epochs=1, shuffle=False: [teacher] * epochs)
         return loss

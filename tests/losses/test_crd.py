@@ -20,7 +20,7 @@ TARGET = torch.tensor([2, 0, 2, 0, 0, 3, UNLABELLED])  # class 1 has no row
 def built(**options) -> CRDLoss:
     torch.manual_seed(1)
     loss = CRDLoss(**{"width": 4, "negatives": 3, **options})
-    loss.know_rows(INDEX, TARGET)
+    loss.register_rows(INDEX, TARGET)
     loss.build([(5,)], [(6,)])
     return loss.double()
 
@@ -45,7 +45,7 @@ def embedded(layer: nn.Linear, feature: Tensor) -> Tensor:
 def test_the_numbers_of_two_rows() -> None:
     """Two classes with a row each: the positive is the row itself, the only negative the other one."""
     loss = CRDLoss(width=2, negatives=5, temperature=0.5)
-    loss.know_rows(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    loss.register_rows(torch.tensor([0, 1]), torch.tensor([0, 1]))
     loss.build([(2,)], [(2,)])
     loss.double()
     for layer in (loss.student_embedding, loss.teacher_embedding):
@@ -140,7 +140,7 @@ def test_training_brings_the_two_networks_together() -> None:
     target = torch.arange(rows) % classes
     teacher = torch.randn(rows, 6)
     loss = CRDLoss(width=8, negatives=10, temperature=0.2)
-    loss.know_rows(torch.arange(rows), target)
+    loss.register_rows(torch.arange(rows), target)
     loss.build([(5,)], [(6,)])
     student = torch.randn(rows, 5, requires_grad=True)
     optimizer = torch.optim.Adam([student, *loss.parameters()], lr=0.02)
@@ -252,7 +252,7 @@ def test_what_it_remembers_is_what_it_goes_on_with() -> None:
 
 def test_banks_start_as_in_the_authors_code() -> None:
     loss = CRDLoss(width=48, negatives=5)
-    loss.know_rows(torch.arange(2000), torch.arange(2000) % 2)
+    loss.register_rows(torch.arange(2000), torch.arange(2000) % 2)
     loss.build([(3,)], [(3,)])
     for bank in (loss.student_bank, loss.teacher_bank):
         assert bank.shape == (2000, 48)
@@ -304,25 +304,25 @@ def test_options_that_are_refused(options, message: str) -> None:
 
 def test_banks_are_of_the_rows_that_they_were_built_for() -> None:
     loss = CRDLoss(width=4, negatives=2)
-    loss.know_rows(INDEX, TARGET)
+    loss.register_rows(INDEX, TARGET)
     loss.build([(3,)], [(5,)])
     bank = loss.student_bank.clone()
-    loss.know_rows(INDEX, TARGET)
+    loss.register_rows(INDEX, TARGET)
     assert torch.equal(loss.student_bank, bank)
     more = torch.arange(300)
     for index, target in ((more, more % 3), (INDEX, 1 - TARGET.clamp(max=1))):
         with pytest.raises(ValueError, match="expected the rows that this CRDLoss was built for"):
-            loss.know_rows(index, target)
+            loss.register_rows(index, target)
 
 
 def test_rows_and_shapes_that_are_refused() -> None:
-    with pytest.raises(ValueError, match="`know_rows` to be called before `build`"):
+    with pytest.raises(ValueError, match="`register_rows` to be called before `build`"):
         CRDLoss().build([(3,)], [(3,)])
     for target in ([1, 1, 1], [2, UNLABELLED, 2], [UNLABELLED] * 3):
         with pytest.raises(ValueError, match="labelled rows of at least two classes"):
-            CRDLoss().know_rows(torch.arange(3), torch.tensor(target))
+            CRDLoss().register_rows(torch.arange(3), torch.tensor(target))
     loss = CRDLoss()
-    loss.know_rows(INDEX, TARGET)
+    loss.register_rows(INDEX, TARGET)
     with pytest.raises(ValueError, match="pool the map or flatten it"):
         loss.build([(3, 4, 4)], [(3,)])
     with pytest.raises(RuntimeError, match=r"CRDLoss\.build"):

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import luce
-from luce.ops import _library
+from luce.ops import engines
 
 pytestmark = pytest.mark.gpu
-kernels = pytest.mark.skipif(_library.NO_TRITON is not None, reason=str(_library.NO_TRITON))
+kernels = pytest.mark.skipif(engines.NO_TRITON is not None, reason=str(engines.NO_TRITON))
 
 
 def test_a_gpu_agrees_with_the_cpu(case):

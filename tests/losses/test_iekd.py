@@ -494,8 +494,8 @@ def test_training_without_preparation_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"IEKDLoss\.build"):
         IEKDLoss().prepare(TeacherFeatures(structured(4)))
     online = built(autoencoder="online")
-    assert not online.wants_preparation
-    assert loss.wants_preparation
+    assert not online.needs_preparation
+    assert loss.needs_preparation
     assert online.prepare(TeacherFeatures(structured(4))) == {}
     assert online(*batch())["loss"].requires_grad
 

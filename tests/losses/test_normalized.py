@@ -422,7 +422,7 @@ def test_standardized_16_bit_logits(case, dtype):
 
 def test_a_standardized_loss_is_asked_what_its_loss_is_asked():
     class Asked(LogitLoss):
-        wants_preparation = True
+        needs_preparation = True
         function = staticmethod(luce.kd_loss)
 
         def prepare(self, teacher_logits, target):
@@ -438,7 +438,7 @@ def test_a_standardized_loss_is_asked_what_its_loss_is_asked():
     assert loss.options() == inner.options()
     for wrapped in (loss, WeightedSum({"kd": (1.0, loss)}), LogitMethod(WeightedSum({"kd": (1.0, loss)}))):
         inner.prepared, inner.epoch = None, None
-        assert wrapped.wants_preparation
+        assert wrapped.needs_preparation
         _, teacher, target = batch(5)
         if isinstance(wrapped, LogitMethod):  # which asks the teacher itself
             parts = zip(teacher.split(2), target.split(2), strict=True)
@@ -457,7 +457,7 @@ def test_a_standardized_loss_is_asked_what_its_loss_is_asked():
 def test_the_temperature_that_pld_takes_from_its_teacher_is_that_of_the_standardized_teacher():
     student, teacher, target = batch(50)
     loss = Standardized(PLDLoss(teacher_temperature="auto"))
-    assert loss.wants_preparation
+    assert loss.needs_preparation
     temperature = luce.suggest_temperature(by_hand(teacher))
     assert loss.prepare(teacher, target) == pytest.approx({"teacher_temperature": temperature})
     expected = luce.pld_loss(by_hand(student), by_hand(teacher), target, teacher_temperature=temperature)
@@ -467,7 +467,7 @@ def test_the_temperature_that_pld_takes_from_its_teacher_is_that_of_the_standard
 def test_what_a_standardized_loss_needs():
     for inner in (KDLoss(), luce.DKDLoss(), CrossEntropyLoss(), luce.TfKDLoss()):
         loss = Standardized(inner)
-        for name in ("takes_teacher", "uses_unlabelled", "wants_preparation"):
+        for name in ("takes_teacher", "uses_unlabelled", "needs_preparation"):
             assert getattr(loss, name) is getattr(inner, name), name
         method = LogitMethod(WeightedSum({"term": (1.0, loss)}))
         assert method.needs_teacher is inner.takes_teacher

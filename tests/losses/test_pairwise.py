@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import luce
 from luce.ops import _pairs
-from luce.ops._library import WHY_NOT
+from luce.ops.engines import WHY_NOT
 from luce.ops.rkkd import FORMS
 
 from .catalogue import batch

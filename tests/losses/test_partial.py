@@ -475,7 +475,7 @@ def test_a_module_learns_the_class_means():
     student, teacher, target = batch(30)
     for keep in ("class_mean", "true_prob+class_mean"):
         loss = luce.PartialKDLoss(keep=keep, temperature=2.0, ignore_index=4, unlabelled_index=-7)
-        assert loss.wants_preparation
+        assert loss.needs_preparation
         assert not loss.state_dict()
         with pytest.raises(RuntimeError, match=rf"`prepare\(teacher_logits, target\)`.*{keep[-10:]}"):
             loss(student, teacher, target)
@@ -502,13 +502,13 @@ def test_a_module_uses_the_weight_of_the_teacher_s_last_layer():
     weight = torch.randn(5, 7, dtype=torch.float64)
     for keep in ("weight_sim", "true_prob+weight_sim"):
         loss = luce.PartialKDLoss(keep=keep)
-        assert loss.wants_preparation
+        assert loss.needs_preparation
         with pytest.raises(RuntimeError, match=r"`use_weight\(weight\)` before the first batch"):
             loss(student, teacher, target)
         with pytest.raises(UserError, match=r"`use_weight\(weight\)` before training .* use `class_mean`"):
             loss.prepare(teacher, target)
         loss.use_weight(weight, alpha=2.0)
-        assert not loss.wants_preparation
+        assert not loss.needs_preparation
         loss.prepare(teacher, target)  # says nothing about it
         expected = luce.partial_kd_loss(
             student, teacher, target, keep=keep, relation=luce.weight_similarity(weight, 2.0)
@@ -521,7 +521,7 @@ def test_a_module_uses_the_weight_of_the_teacher_s_last_layer():
 def test_what_needs_no_relation_wants_no_preparation():
     for options in ({}, {"keep": "uniform"}, {"keep": "topk", "top_k": 3}):
         loss = luce.PartialKDLoss(**options)
-        assert not loss.wants_preparation
+        assert not loss.needs_preparation
         assert loss.prepare(torch.zeros(2, 5), torch.zeros(2).long()) == {}
         assert loss.relation is None
 
@@ -550,7 +550,7 @@ def test_a_sum_prepares_its_terms():
     loss = luce.WeightedSum(
         {"kd": (1.0, luce.PartialKDLoss(keep="class_mean")), "task": (1.0, luce.KDLoss())}
     )
-    assert loss.wants_preparation
+    assert loss.needs_preparation
     loss.prepare(teacher, target)
     assert loss(student, teacher, target)["kd"].isfinite()
 

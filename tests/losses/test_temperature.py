@@ -73,7 +73,7 @@ def test_logits_that_say_nothing(bad):
 def test_pld_takes_the_suggestion():
     student, teacher, target = batch(16, classes=7, scale=20.0)
     loss = PLDLoss(teacher_temperature="auto")
-    assert loss.wants_preparation
+    assert loss.needs_preparation
     with pytest.raises(RuntimeError, match="prepare"):
         loss(student, teacher, target)
     found = loss.prepare(teacher, target)
@@ -99,7 +99,7 @@ def test_the_suggestion_is_saved_with_the_module_and_nothing_else_is():
 
 def test_a_given_temperature_needs_no_preparation():
     loss = PLDLoss(teacher_temperature=2.0)
-    assert not loss.wants_preparation
+    assert not loss.needs_preparation
     assert loss.prepare(torch.zeros(1, 2), torch.zeros(1)) == {}
     with pytest.raises(ValueError, match="teacher_temperature"):
         PLDLoss(teacher_temperature="hot")
@@ -109,7 +109,7 @@ def test_a_sum_prepares_its_terms():
     student, teacher, target = batch(16, classes=7, scale=20.0)
     target[0] = UNLABELLED
     both = WeightedSum({"a": (1.0, PLDLoss(teacher_temperature="auto")), "b": (0.5, luce.KDLoss())})
-    assert both.wants_preparation
+    assert both.needs_preparation
     assert both.prepare(teacher, target) == {"a.teacher_temperature": suggest_temperature(teacher)}
     assert both(student, teacher, target)["loss"].isfinite()
-    assert not WeightedSum({"b": (0.5, luce.KDLoss())}).wants_preparation
+    assert not WeightedSum({"b": (0.5, luce.KDLoss())}).needs_preparation

@@ -139,7 +139,7 @@ def test_a_term_of_weight_zero_is_watched_and_not_felt(both):
 def test_only_a_term_that_counts_is_prepared(weight):
     one, other = (luce.RKKDLoss(), PLDLoss(teacher_temperature="auto"))
     loss = WeightedSum({"one": (1.0, one), "other": (weight, other)})
-    assert loss.wants_preparation == bool(weight)
+    assert loss.needs_preparation == bool(weight)
     found = loss.prepare(batch(4)[1], batch(4)[2])
     assert list(found) == (["other.teacher_temperature"] if weight else [])
     assert loss(*batch(4))["other"].isfinite()

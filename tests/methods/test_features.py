@@ -19,8 +19,8 @@ from luce.losses.modules import FeatureLoss
 from luce.losses.modules.features import TeacherFeatures
 from luce.methods import FeatureMethod, FeatureTerm
 from luce.models import Classifier
-from luce.signals import LiveTeacher, RememberedTeacher
-from luce.training.rows import KnownRows
+from luce.signals import CachedTeacher, LiveTeacher
+from luce.training.rows import TrainingBatches
 
 SHAPE = (1, 8, 8)
 CE_AND_KD = {"task": (0.5, CrossEntropyLoss()), "kd": (2.0, KDLoss(temperature=3.0))}
@@ -70,7 +70,7 @@ def test_a_step_is_one_forward_pass_and_all_terms() -> None:
     method.build(student, teacher, rows, rows)
     calls = []
     student.register_forward_hook(lambda *_: calls.append(1))
-    with method.attached(student, teacher):
+    with method.hooks(student, teacher):
         found = method.step(student.eval(), rows, teacher.signal(rows))
     assert len(calls) == 1
     assert list(found) == ["task", "kd", "first", "crossed", "loss"]
@@ -104,7 +104,7 @@ def test_the_features_are_those_of_this_very_pass() -> None:
 
     method, rows = FeatureMethod(loss, {"spy": (1.0, Spy(), ["1"], ["pool"])}), batch()
     method.build(student, teacher, rows, rows)
-    with method.attached(student, teacher):
+    with method.hooks(student, teacher):
         terms = method.step(student.train(), rows, teacher.signal(rows))
     assert terms.keys() == {"logits", "spy", "loss"}
     assert (seen["feature"] == 0).float().mean() > 0.3
@@ -115,7 +115,7 @@ def test_features_alone() -> None:
     (student, teacher), rows = networks(), batch()
     method = FeatureMethod(None, {"hint": (2.0, FitNetLoss(), ["stages.1"], ["stages.1"])})
     method.build(student, teacher, rows, rows)
-    with method.attached(student, teacher):
+    with method.hooks(student, teacher):
         terms = method.step(student, rows, teacher.signal(rows))
     assert terms.keys() == {"hint", "loss"}
     terms["loss"].backward()
@@ -131,7 +131,7 @@ def test_a_weight_grows_over_its_warm_up() -> None:
     )
     method.build(student, teacher, rows, rows)
     values = {}
-    with method.attached(student, teacher):
+    with method.hooks(student, teacher):
         for epoch in (1, 2, 4, 9):
             method.set_epoch(epoch)
             values[epoch] = method.step(student.eval(), rows, teacher.signal(rows))
@@ -150,7 +150,7 @@ def test_a_term_of_weight_0_is_0_even_where_it_is_infinite() -> None:
     (student, teacher), rows = networks(), batch()
     method = FeatureMethod(CrossEntropyLoss(), {"off": (0.0, Infinite(), ["stem"], ["stem"])})
     method.build(student, teacher, rows, rows)
-    with method.attached(student, teacher):
+    with method.hooks(student, teacher):
         terms = method.step(student, rows, teacher.signal(rows))
     assert terms["off"].item() == 0
     assert torch.equal(terms["loss"], terms["logits"])
@@ -169,7 +169,7 @@ def test_labels_and_row_numbers_go_to_the_losses_that_want_them() -> None:
     (student, teacher), rows = networks(), batch()
     method = FeatureMethod(None, {"wants": (1.0, Wants(), ["stem"], ["stem"])})
     method.build(student, teacher, rows, rows)
-    with method.attached(student, teacher):
+    with method.hooks(student, teacher):
         method.step(student, rows, teacher.signal(rows))
     assert seen["target"] is rows["target"]
     assert seen["index"] is rows["index"]
@@ -186,7 +186,7 @@ def test_a_compiled_student_learns_the_same(backend: str) -> None:
             CrossEntropyLoss(), {"vid": (1.0, VIDLoss(), ["stages.0", "stages.1"], ["stages.0", "stages.1"])}
         )
         method.build(student, teacher, rows, rows)
-        with method.attached(student, teacher):
+        with method.hooks(student, teacher):
             called = torch.compile(student, backend=backend) if compiled else student
             for _ in range(2):
                 method.step(called, rows, teacher.signal(rows))["loss"].backward()
@@ -235,7 +235,7 @@ def test_training_changes_nothing_of_the_teacher() -> None:
     )
     method.build(student, teacher, batch(1), batch())
     optimizer = torch.optim.SGD([*student.parameters(), *method.parameters()], lr=0.1)
-    with method.attached(student, teacher):
+    with method.hooks(student, teacher):
         for _ in range(3):
             rows = batch()
             optimizer.zero_grad()
@@ -256,7 +256,7 @@ def test_no_feature_outlives_its_step() -> None:
         network.stem.register_forward_hook(lambda module, inputs, output: born.append(weakref.ref(output)))
     gc.disable()
     try:
-        with method.attached(student, teacher):
+        with method.hooks(student, teacher):
             for _ in range(4):
                 method.step(student, rows, teacher.signal(rows))["loss"].backward()
                 assert len(born) == 2
@@ -270,7 +270,7 @@ def test_hooks_go_when_a_training_breaks_off() -> None:
     (student, teacher), rows = networks(), batch()
     method = FeatureMethod(None, {"map": (1.0, MSELoss(), ["stem"], ["stem"])})
     method.build(student, teacher, rows, rows)
-    with pytest.raises(ZeroDivisionError), method.attached(student, teacher):
+    with pytest.raises(ZeroDivisionError), method.hooks(student, teacher):
         1 / 0  # noqa: B018
     assert not any(m._forward_hooks for n in (student, teacher.model) for m in n.modules())
     assert teacher.signal(rows).features == {}
@@ -302,18 +302,18 @@ def test_which_rows_can_teach(loss, feature, uses_unlabelled: bool) -> None:
 
 def test_preparation_reaches_the_loss_on_logits() -> None:
     class Prepared(KDLoss):
-        wants_preparation = True
+        needs_preparation = True
 
         def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
             self.heard = teacher_logits, target
             return {"found": 3.0}
 
     loss = Prepared()
-    assert not FeatureMethod(KDLoss(), {"x": (1.0, MSELoss(), ["a"], ["a"])}).wants_preparation
+    assert not FeatureMethod(KDLoss(), {"x": (1.0, MSELoss(), ["a"], ["a"])}).needs_preparation
     method = FeatureMethod(loss, {"x": (1.0, MSELoss(), ["a"], ["a"])})
-    assert method.wants_preparation
+    assert method.needs_preparation
     inputs, targets = torch.rand(300, 4), torch.arange(300) % 2
-    rows = KnownRows(Examples(TensorDataset(inputs, targets), range(300)), torch.device("cpu"))
+    rows = TrainingBatches(Examples(TensorDataset(inputs, targets), range(300)), torch.device("cpu"))
     teacher = LiveTeacher(nn.Linear(4, 2))
     assert method.prepare(teacher, rows) == {"found": 3.0}
     assert_close(loss.heard[0], teacher.model(inputs).detach())
@@ -322,7 +322,7 @@ def test_preparation_reaches_the_loss_on_logits() -> None:
 
 def test_preparation_reaches_the_losses_on_features_that_want_it() -> None:
     class Prepared(MSELoss):
-        wants_preparation = True
+        needs_preparation = True
 
         def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
             self.heard = [
@@ -339,12 +339,12 @@ def test_preparation_reaches_the_losses_on_features_that_want_it() -> None:
     method = FeatureMethod(
         KDLoss(), {"a": (1.0, loss, paths, paths), "b": (1.0, NotPrepared(), paths, paths)}
     )
-    assert method.wants_preparation
+    assert method.needs_preparation
     rows = batch(10)
     examples = Examples(TensorDataset(rows["input"], rows["target"]), range(10))
-    found = method.prepare(teacher, KnownRows(examples, torch.device("cpu")))
+    found = method.prepare(teacher, TrainingBatches(examples, torch.device("cpu")))
     assert found == {"a.found": 2.0}
-    with teacher.watched(paths):
+    with teacher.record_features(paths):
         features = teacher.signal(rows).features
     for path, heard in zip(paths, loss.heard, strict=True):
         assert_close(heard, torch.cat([features[path]] * 2))
@@ -363,7 +363,7 @@ def test_what_a_loss_tells_beside_its_value_is_noted_and_not_descended() -> None
     method = FeatureMethod(None, {"x": (3.0, Telling(), ["stages.0"], ["stages.0"])})
     rows = batch()
     method.build(student, teacher, rows, rows)
-    with method.attached(student, teacher):
+    with method.hooks(student, teacher):
         terms = method.step(student, rows, teacher.signal(rows))
     assert terms.keys() == {"x", "x.twice", "loss"}
     assert_close(terms["x"], 1.5 * terms["x.twice"])
@@ -428,8 +428,8 @@ def test_networks_that_do_not_suit_the_losses(term, message: str) -> None:
 def test_a_teacher_that_has_no_features_to_give() -> None:
     student, _ = networks()
     method = FeatureMethod(None, {"x": (1.0, FitNetLoss(), ["stem"], ["stem"])})
-    with pytest.raises(UserError, match=r"set `teacher\.remember: false`"):
-        method.build(student, RememberedTeacher(torch.zeros(6, 4)), batch(1), batch())
+    with pytest.raises(UserError, match=r"set `teacher\.cache_outputs: false`"):
+        method.build(student, CachedTeacher(torch.zeros(6, 4)), batch(1), batch())
     with pytest.raises(UserError, match="add `teacher` to the recipe"):
         method.build(student, None, batch(1), batch())
 

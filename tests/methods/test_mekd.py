@@ -16,7 +16,7 @@ from luce.errors import UserError
 from luce.methods import MEKD, FeatureMethod, LogitMethod, TwoViewMethod
 from luce.methods._processes import as_first
 from luce.methods.mekd import fooling_loss, information_loss
-from luce.signals import BudgetError, DenseSignal, LiveTeacher, LocalBlackBox, RememberedTeacher, Teacher
+from luce.signals import BudgetError, CachedTeacher, DenseSignal, LiveTeacher, LocalBlackBox, Teacher
 
 C, SHAPE = 4, (1, 8, 8)
 
@@ -477,7 +477,7 @@ def test_two_views_of_images_that_are_not_looked_at() -> None:
     ("teacher", "images", "options", "message"),
     [
         (None, torch.rand(4, *SHAPE), {}, "add `teacher` to the recipe"),
-        (RememberedTeacher(torch.zeros(4, C)), torch.rand(4, *SHAPE), {}, "set `teacher.remember: false`"),
+        (CachedTeacher(torch.zeros(4, C)), torch.rand(4, *SHAPE), {}, "set `teacher.cache_outputs: false`"),
         (LiveTeacher(network()), torch.rand(4, 64), {}, r"expected images .* got inputs of shape \(64,\)"),
         (LiveTeacher(network()), torch.zeros(4, *SHAPE, dtype=torch.long), {}, "floating dtype.*int64"),
         (

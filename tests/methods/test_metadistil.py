@@ -22,7 +22,7 @@ from luce.errors import UserError
 from luce.losses import teacher_gradient
 from luce.methods import FeatureMethod, LogitMethod, MetaDistil, Method
 from luce.methods.lookahead import look_ahead
-from luce.signals import LiveTeacher, RememberedTeacher
+from luce.signals import CachedTeacher, LiveTeacher
 
 CLASSES = 4
 KD = {"task": (0.1, CrossEntropyLoss()), "kd": (0.9, KDLoss(temperature=4.0))}
@@ -211,7 +211,7 @@ def test_the_given_teacher_and_all_statistics_of_the_copy_stay() -> None:
         assert torch.equal(now[name], value)
     for name, value in teacher.model.named_parameters():
         assert not torch.equal(now[name], value), name
-    assert list(method.companions) == list(method.optimizers) == ["teacher"]
+    assert list(method.co_trained) == list(method.optimizers) == ["teacher"]
     held = [p for group in method.optimizers["teacher"].param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in method.teacher.parameters()}
     assert {id(p) for p in method.parameters()} == {id(p) for p in held}  # the original is no part of it
@@ -458,8 +458,8 @@ def test_teachers_that_cannot_be_trained() -> None:
     method = MetaDistil(LogitMethod(KDLoss()))
     with pytest.raises(UserError, match="got none; add `teacher`"):
         method.build(student, None, sample, sample)
-    with pytest.raises(UserError, match=r"set `teacher\.remember: false`"):
-        method.build(student, RememberedTeacher(torch.zeros(8, CLASSES)), sample, sample)
+    with pytest.raises(UserError, match=r"set `teacher\.cache_outputs: false`"):
+        method.build(student, CachedTeacher(torch.zeros(8, CLASSES)), sample, sample)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def train(
     }
     optimizer = sgd([p for p in (*student.parameters(), *method.parameters()) if id(p) not in own])
     found = []
-    with method.attached(student, None):
+    with method.hooks(student, None):
         for seed in range(steps):
             terms = method.step(student, batch(seed), None)
             optimizer.zero_grad()
@@ -123,7 +123,7 @@ def test_no_gradient_crosses() -> None:
     student, peer, rows = network(1), network(2), batch()
     method = MutualLearning(dml(), peer, optimizer=sgd)
     method.build(student, None, rows, rows)
-    with method.attached(student, None):
+    with method.hooks(student, None):
         before = everything_of(peer)
         method.step(student, rows, None)["loss"].backward()
         assert all(parameter.grad is None for parameter in peer.parameters())
@@ -194,7 +194,7 @@ def test_both_directions_hear_of_epochs() -> None:
     method = MutualLearning(LogitMethod(loss), network(2), optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     method.build(student, None, rows, rows)
     found = {}
-    with method.attached(student, None):
+    with method.hooks(student, None):
         for epoch in (1, 4):
             method.set_epoch(epoch)
             found[epoch] = method.step(student, rows, None) | method.after_step(student, rows)
@@ -277,7 +277,7 @@ def test_features_of_the_other_teach() -> None:
         body = copy.deepcopy(network).body
         return body.pool(body.neck(body.stages(body.stem(rows["input"]))))
 
-    with method.attached(student, None):
+    with method.hooks(student, None):
         expected = 2 * RKDLoss()([pooled(student)], [pooled(peer)])
         assert_close(method.step(student, rows, None)["hint"], expected)
         with torch.no_grad():
@@ -314,11 +314,11 @@ def test_a_peer_is_drawn_by_the_seed_but_is_no_twin_of_the_student() -> None:
         student = fresh()
         torch.manual_seed(seed)  # as the engine does before a build
         method = MutualLearning(dml(), fresh, optimizer=sgd)
-        assert method.companions == method.optimizers == {}
+        assert method.co_trained == method.optimizers == {}
         rows = {**batch(), "input": torch.zeros(6, 64)}
         method.build(student, None, rows, rows)
         assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(seed).get_state())
-        return student, method.companions["peer"]
+        return student, method.co_trained["peer"]
 
     student, peer = made(5)
     assert not same(student, peer)
@@ -357,7 +357,7 @@ def test_what_is_kept_is_enough_to_go_on() -> None:
     other.load_state_dict(method.state_dict())
     other.optimizers["peer"].load_state_dict(copy.deepcopy(method.optimizers["peer"].state_dict()))
     for one, its in ((student, method), (again, other)):
-        with its.attached(one, None):
+        with its.hooks(one, None):
             its.after_step(one, batch(7))
     assert same(method, other)
     assert {name.partition(".")[0] for name in method.state_dict()} == {"method", "peer_method", "peer"}
@@ -383,7 +383,7 @@ def train(rank, size):
     inputs = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     rows = {"input": inputs[rank::size], "target": (torch.arange(8) % 3)[rank::size]}
     method.build(student, None, rows, rows)
-    with method.attached(student, None):
+    with method.hooks(student, None):
         for _ in range(3):
             method.after_step(student, rows)
     return peer.state_dict()
@@ -416,7 +416,7 @@ def test_two_processes_train_one_peer(tmp_path: Path) -> None:
 
 
 class Prepared(KDLoss):
-    wants_preparation = True
+    needs_preparation = True
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def test_a_step_outside_of_the_block() -> None:
     student, rows = network(1), batch()
     method = MutualLearning(dml(), network(2), optimizer=sgd)
     method.build(student, None, rows, rows)
-    with pytest.raises(ZeroDivisionError), method.attached(student, None):
+    with pytest.raises(ZeroDivisionError), method.hooks(student, None):
         1 / 0  # noqa: B018
     with pytest.raises(RuntimeError, match=r"within `with method\.attached"):
         method.step(student, rows, None)

@@ -31,7 +31,7 @@ def test_a_step_is_the_mean_square_error_to_the_teacher_s_map() -> None:
     method, rows = new_method(), batch()
     source = LiveTeacher(teacher)
     method.build(student, source, rows, rows)
-    with method.attached(student, source):
+    with method.hooks(student, source):
         terms = method.step(student, rows, source.signal(rows))
     body = student.body
     ours = body.neck(body.stages(body.stem(rows["input"])))
@@ -60,7 +60,7 @@ def test_all_but_the_classifier_learns() -> None:
     method.build(student, teacher, rows, rows)
     before = teacher.model.head.weight.clone()
     optimizer = torch.optim.AdamW([*student.parameters(), *method.parameters()], lr=0.1, weight_decay=0.5)
-    with method.attached(student, teacher):
+    with method.hooks(student, teacher):
         method.step(student, rows, teacher.signal(rows))["loss"].backward()
     optimizer.step()
     learning = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
@@ -94,7 +94,7 @@ def test_maps_of_other_sizes(student: str, teacher: str) -> None:
     network = models.build(f"simkd:{student}", teacher=teacher, **NET)
     method, rows = new_method(), batch()
     method.build(network, source, rows, rows)
-    with method.attached(network, source):
+    with method.hooks(network, source):
         value = method.step(network, rows, source.signal(rows))["loss"]
     value.backward()
     assert value.isfinite()

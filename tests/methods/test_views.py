@@ -17,7 +17,7 @@ from luce.errors import UserError
 from luce.methods import LogitMethod, TrainingRows, TwoViewMethod, strong_view
 from luce.methods.base import Batch
 from luce.signals import DenseSignal, LiveTeacher, Teacher
-from luce.training.rows import KnownRows
+from luce.training.rows import TrainingBatches
 
 EXAMPLES = Examples(TensorDataset(torch.zeros(3, 2), torch.zeros(3).long()), range(3))
 SUM = WeightedSum({"task": (0.5, CrossEntropyLoss()), "mlld": (2.0, MLLDLoss())})
@@ -71,7 +71,7 @@ def test_two_views_without_a_teacher_and_a_loss_of_one_s_own() -> None:
 def test_two_views_need_what_one_needs(loss: nn.Module) -> None:
     one = LogitMethod(loss)
     two = TwoViewMethod(one)
-    for name in ("needs_teacher", "uses_unlabelled", "wants_preparation"):
+    for name in ("needs_teacher", "uses_unlabelled", "needs_preparation"):
         assert getattr(two, name) == getattr(one, name)
     assert (one.two_views, two.two_views) == (False, True)
 
@@ -88,7 +88,7 @@ def test_two_views_prepare_and_hear_of_epochs_once() -> None:
             heard.append(epoch)
 
     method = TwoViewMethod(Spy(nn.Linear(2, 2)))
-    teacher, rows = LiveTeacher(nn.Linear(2, 2)), KnownRows(EXAMPLES, torch.device("cpu"))
+    teacher, rows = LiveTeacher(nn.Linear(2, 2)), TrainingBatches(EXAMPLES, torch.device("cpu"))
     assert method.prepare(teacher, rows) == {"found": 1.0}
     method.set_epoch(5)
     assert heard == [(teacher, rows), 5]
@@ -100,7 +100,7 @@ def test_two_views_leave_nothing_out_that_goes_on_between_steps() -> None:
         batches_per_round, quiz, quiz_batches = 3, 0.25, 2
 
         @property
-        def companions(self) -> Mapping[str, nn.Module]:
+        def co_trained(self) -> Mapping[str, nn.Module]:
             return {"loss": self}
 
         def before_round(self, *arguments: Any) -> dict[str, Tensor]:
@@ -112,14 +112,14 @@ def test_two_views_leave_nothing_out_that_goes_on_between_steps() -> None:
     one, student, rows = Watching(KDLoss()), nn.Linear(3, 4), batch()
     two = TwoViewMethod(one)
     assert (two.batches_per_round, two.quiz, two.quiz_batches) == (3, 0.25, 2)
-    assert two.companions == {"loss": one}
+    assert two.co_trained == {"loss": one}
     assert two.before_round(student, [rows], [], 0.5) == {"before": 0.5}
     assert two.after_step(student, rows) == {"after": rows["target"].sum()}
 
 
 def test_a_method_with_steps_of_its_own_looks_at_one_view() -> None:
     method = LogitMethod(KDLoss())
-    method.own_steps = True
+    method.manual_optimization = True
     with pytest.raises(UserError, match="one view of each batch for LogitMethod"):
         TwoViewMethod(method)
 

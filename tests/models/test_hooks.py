@@ -39,7 +39,7 @@ def test_features_are_what_the_modules_return_and_are_given() -> None:
     second = model.stages[1](first)
     pooled = model.pool(model.stages[2](second))
     paths = ["stem", "stages.0", "stages.1:input", "stages.1", "pool", "head:input"]
-    with Features(model, paths) as features, features.caught() as seen:
+    with Features(model, paths) as features, features.capture() as seen:
         logits = model(x)
     assert list(seen) == paths
     for path, expected in zip(paths, (stem, first, first, second, pooled, pooled), strict=True):
@@ -49,7 +49,7 @@ def test_features_are_what_the_modules_return_and_are_given() -> None:
 
 def test_the_map_before_an_activation() -> None:
     model, x = network(), torch.randn(4, 3, 8, 8)
-    with Features(model, ["stages.2.0.act:input", "stages.2"]) as features, features.caught() as seen:
+    with Features(model, ["stages.2.0.act:input", "stages.2"]) as features, features.capture() as seen:
         model(x)
     before, after = seen.values()
     assert (before < 0).any()
@@ -58,7 +58,7 @@ def test_the_map_before_an_activation() -> None:
 
 def test_a_gradient_goes_back_through_what_was_caught() -> None:
     model = network()
-    with Features(model, ["stages.0"]) as features, features.caught() as seen:
+    with Features(model, ["stages.0"]) as features, features.capture() as seen:
         model(torch.randn(2, 3, 8, 8))
     seen["stages.0"].sum().backward()
     assert model.stages[0][0].residual[0][0].weight.grad.abs().sum() > 0
@@ -99,7 +99,7 @@ class Output(OrderedDict):
 )
 def test_of_several_the_first_tensor(value) -> None:
     model, x = nn.Sequential(Several(value)), torch.randn(3, 2)
-    with Features(model, ["0", "0:input"]) as features, features.caught() as seen:
+    with Features(model, ["0", "0:input"]) as features, features.capture() as seen:
         model(x)
     assert torch.equal(seen["0"], x)
     assert torch.equal(seen["0:input"], x)
@@ -119,7 +119,7 @@ def test_an_input_given_by_keyword() -> None:
             return hidden + 1
 
     model, x = Caller(), torch.randn(2, 2)
-    with Features(model, ["inner:input"]) as features, features.caught() as seen:
+    with Features(model, ["inner:input"]) as features, features.capture() as seen:
         model(x)
     assert torch.equal(seen["inner:input"], x)
 
@@ -131,7 +131,7 @@ def test_a_transformer_of_hugging_face() -> None:
     )
     model = transformers.BertForSequenceClassification(config).eval()
     paths = ["bert", "bert.encoder.layer.0", "bert.encoder.layer.-1", "bert.pooler"]
-    with Features(model, paths) as features, features.caught() as seen:
+    with Features(model, paths) as features, features.capture() as seen:
         answer = model(torch.arange(10).view(2, 5), output_hidden_states=True)
     assert torch.equal(seen["bert"], answer.hidden_states[2])
     assert torch.equal(seen["bert.encoder.layer.0"], answer.hidden_states[1])
@@ -161,7 +161,7 @@ def test_a_network_that_is_compiled_afterwards(backend: str) -> None:
     model.eval()
 
     def one_pass(called: nn.Module, features: Features, x: Tensor):
-        with features.caught() as seen:
+        with features.capture() as seen:
             logits = called(x)
         loss = logits.sum() + sum(value.square().sum() for value in seen.values())
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -191,7 +191,7 @@ def test_activation_checkpointing() -> None:
 
     model, x = Checkpointed(reentrant=False), torch.randn(3, 4, requires_grad=True)
     with Features(model, ["stages.1"]) as features:
-        with features.caught() as seen:
+        with features.capture() as seen:
             output = model(x)
         (found,) = torch.autograd.grad(output.sum() + 2 * seen["stages.1"].sum(), x)
     hidden = model.stages[1](model.stages[0](x))
@@ -201,9 +201,9 @@ def test_activation_checkpointing() -> None:
     model = Checkpointed(reentrant=True)
     refused = pytest.raises(UserError, match=r"`stages\.1` runs without gradients.*`use_reentrant=False`")
     with Features(model, ["stages.1"]) as features:
-        with refused, features.caught():
+        with refused, features.capture():
             model(x)
-        with torch.no_grad(), features.caught() as seen:  # a teacher needs none
+        with torch.no_grad(), features.capture() as seen:  # a teacher needs none
             model(x)
     assert seen["stages.1"].shape == (3, 4)
 
@@ -262,11 +262,11 @@ def test_what_cannot_be_caught(path: str, message: str) -> None:
             with (
                 torch.set_grad_enabled(gradient),
                 pytest.raises(UserError, match=message),
-                features.caught(),
+                features.capture(),
             ):
                 model(x)
         model(x)  # without listening nothing is wrong with it
-    with Features(model, ["inplace"]) as features, features.caught() as seen:
+    with Features(model, ["inplace"]) as features, features.capture() as seen:
         model(x)
     assert (seen["inplace"] >= 0).all()
 
@@ -274,9 +274,9 @@ def test_what_cannot_be_caught(path: str, message: str) -> None:
 def test_an_error_of_the_network_stays_as_it_is() -> None:
     model = network()
     with Features(model, ["pool"]) as features:
-        with pytest.raises(RuntimeError, match="expected input"), features.caught():
+        with pytest.raises(RuntimeError, match="expected input"), features.capture():
             model(torch.randn(2, 5, 8, 8))
-        with features.caught() as seen:
+        with features.capture() as seen:
             model(torch.randn(2, 3, 8, 8))
     assert seen["pool"].shape == (2, 64)
 
@@ -307,7 +307,7 @@ def test_nobody_but_the_caller_keeps_a_feature() -> None:
     gc.disable()
     try:
         with Features(model, ["stages.0"]) as features:
-            with features.caught() as seen:
+            with features.capture() as seen:
                 model(torch.randn(2, 3, 8, 8)).sum().backward()
             watched = weakref.ref(seen["stages.0"])
             model(torch.randn(2, 3, 8, 8))
@@ -325,6 +325,6 @@ def test_a_copy_of_the_network_is_heard_no_more_than_the_network() -> None:
         average, twin = AveragedModel(model), copy.deepcopy(model)
         for other in (model, average, twin):
             other(torch.randn(2, 3, 8, 8))
-        with features.caught() as seen:
+        with features.capture() as seen:
             model(torch.randn(5, 3, 8, 8))
     assert seen["stages.0"].shape[0] == 5

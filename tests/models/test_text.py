@@ -19,8 +19,8 @@ from luce import models
 from luce.data import Tokenizer
 from luce.errors import UserError
 from luce.models import Classifier, mask_padding
-from luce.models.doors import FreshWeights
 from luce.models.hooks import Features
+from luce.models.loaders import FreshWeights
 from luce.models.text import check_tokens
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [text]")
@@ -314,7 +314,7 @@ def test_names_of_weights_and_modules_are_the_networks_own(bert_folder: Path) ->
     assert type(model) is type(plain)
     assert model.state_dict().keys() == plain.state_dict().keys()
     paths = ["bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.-1", "bert.pooler"]
-    with Features(Classifier(model), paths) as features, features.caught() as seen:
+    with Features(Classifier(model), paths) as features, features.capture() as seen:
         model(torch.tensor([[2, 5, 7, 3, 0]]))
     assert [tuple(seen[path].shape) for path in paths] == [(1, 5, 32), (1, 5, 32), (1, 5, 32), (1, 32)]
 

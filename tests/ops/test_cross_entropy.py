@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.cross_entropy import cross_entropy
 
 inf, nan = math.inf, math.nan
 native = pytest.mark.skipif(
-    _library.WHY_NOT is not None, reason=f"needs the native library: {_library.WHY_NOT}"
+    engines.WHY_NOT is not None, reason=f"needs the native library: {engines.WHY_NOT}"
 )
 ENGINES = ["reference", pytest.param("cpu", marks=native)]
 SMOOTHINGS = [0.0, 0.1]

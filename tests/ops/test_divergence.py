@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.dkd import dkd, weighted_dkd
 from luce.ops.kd import forward_kl, jsd, kl_limit, reverse_kl
 from luce.ops.kd.plain import KINDS
 
 inf, nan = math.inf, math.nan
 native = pytest.mark.skipif(
-    _library.WHY_NOT is not None, reason=f"needs the native library: {_library.WHY_NOT}"
+    engines.WHY_NOT is not None, reason=f"needs the native library: {engines.WHY_NOT}"
 )
 ENGINES = ["reference", pytest.param("cpu", marks=native)]
 
@@ -447,7 +447,7 @@ def test_every_temperature(kind, temperature, dtype, backend):
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="not an x86-64 processor")
 @pytest.mark.parametrize("name", ["x86-64-v2", "x86-64-v3"])
 def test_every_instruction_set(name):
-    current = _library.describe()["instruction_set"].split()[0]
+    current = engines.describe()["instruction_set"].split()[0]
     if current <= name:
         pytest.skip(f"this processor offers no more than {current}, which all other tests run on")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.kd import forward_kl
 
-pytestmark = pytest.mark.skipif(_library.WHY_NOT is not None, reason=f"no native library: {_library.WHY_NOT}")
+pytestmark = pytest.mark.skipif(engines.WHY_NOT is not None, reason=f"no native library: {engines.WHY_NOT}")
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ import torch
 from torch.testing import assert_close
 
 import luce
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.pld import PldOptions, pld, pld_with_bound, teacher_order
 
 pytestmark = pytest.mark.skipif(
-    _library.WHY_NOT is not None, reason=f"the native library is not in use: {_library.WHY_NOT}"
+    engines.WHY_NOT is not None, reason=f"the native library is not in use: {engines.WHY_NOT}"
 )
 
 inf, nan = math.inf, math.nan
@@ -1109,7 +1109,7 @@ def battery():
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="not an x86-64 processor")
 @pytest.mark.parametrize("name", ["x86-64-v2", "x86-64-v3"])
 def test_instruction_sets(name, tmp_path):
-    current = _library.describe()["instruction_set"].split()[0]
+    current = engines.describe()["instruction_set"].split()[0]
     if current <= name:
         pytest.skip(f"this processor offers no more than {current}, which all other tests run on")
     found = tmp_path / "found.pt"
@@ -1277,4 +1277,4 @@ def test_compiled(dynamic):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save((_library.describe()["instruction_set"], battery()), sys.argv[1])
+    torch.save((engines.describe()["instruction_set"], battery()), sys.argv[1])

@@ -13,8 +13,8 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from luce.ops._library import WHY_NOT
 from luce.ops._pairs import PAIRS
+from luce.ops.engines import WHY_NOT
 from luce.ops.rkkd import FORMS
 from luce.ops.rkkd import rkkd as public
 from luce.ops.rkkd.plain import rkkd_in_blocks, rkkd_rows

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.softmax import ALGORITHMS, log_softmax, softmax
 
 inf, nan = math.inf, math.nan
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [F32, F64, BF16, F16]
 
-native = pytest.mark.skipif(_library.WHY_NOT is not None, reason=f"no native library: {_library.WHY_NOT}")
+native = pytest.mark.skipif(engines.WHY_NOT is not None, reason=f"no native library: {engines.WHY_NOT}")
 BACKENDS = ["reference", pytest.param("cpu", marks=native)]
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 1000, 1001, 4096, 4097]
 LONG = [70_000, 3 * 65_536 + 5]  # several slices, the last one short

@@ -11,7 +11,7 @@ import scipy.special
 import torch
 from torch.testing import assert_close
 
-from luce.ops._library import WHY_NOT
+from luce.ops.engines import WHY_NOT
 from luce.ops.suffix_logsumexp import suffix_logsumexp as public
 
 needs_native = pytest.mark.skipif(WHY_NOT is not None, reason=f"needs the native library: {WHY_NOT}")

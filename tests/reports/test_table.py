@@ -63,7 +63,7 @@ def test_networks_that_were_trained_along_stand_below_the_student(tmp_path, writ
     folder = write_run(tmp_path / "run", "DML", 0, 0.9)
     assert "peer" not in markdown_table(read_run(folder))
     result = json.loads((folder / "result.json").read_text())
-    result["companions"] = {"peer": {"test": result["best"]["test"] | {"accuracy": 0.875}}}
+    result["co_trained"] = {"peer": {"test": result["best"]["test"] | {"accuracy": 0.875}}}
     (folder / "result.json").write_text(json.dumps(result))
     rows = [line for line in markdown_table(read_run(folder)).splitlines() if "peer" in line]
     assert [cell.strip() for cell in rows[0].strip("|").split("|")] == ["accuracy of the peer %", "87.5", "–"]

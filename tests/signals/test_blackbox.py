@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import luce
 from luce.errors import UserError
 from luce.methods import FeatureMethod, MetaDistil
-from luce.signals import BudgetError, LocalBlackBox, RememberedTeacher, logits_from, tell
+from luce.signals import BudgetError, CachedTeacher, LocalBlackBox, answer, logits_from
 from luce.signals.blackbox import GAP
 
 LOGITS = torch.tensor([[2.0, -0.5, 0.5, 1.0]], dtype=torch.float64)
@@ -30,7 +30,7 @@ def rows(count: int, classes: int = 4) -> dict[str, Tensor]:
 
 
 def test_probabilities_give_the_centred_logits() -> None:
-    found = logits_from(tell(LOGITS, "probs"), "probs", 4)
+    found = logits_from(answer(LOGITS, "probs"), "probs", 4)
     assert found.tolist()[0] == pytest.approx([1.25, -1.25, -0.25, 0.25], abs=1e-12)
 
 
@@ -40,16 +40,16 @@ def test_what_was_told_is_in_the_logits(values: list[float], top_k: int) -> None
     logits = torch.tensor([values], dtype=torch.float64)
     classes, top_k = len(values), min(top_k, len(values))
     torch.testing.assert_close(
-        logits_from(tell(logits, "probs"), "probs", classes), logits - logits.mean(), rtol=0, atol=1e-9
+        logits_from(answer(logits, "probs"), "probs", classes), logits - logits.mean(), rtol=0, atol=1e-9
     )
-    found = logits_from(tell(logits, "topk", top_k), "topk", classes).softmax(-1)
+    found = logits_from(answer(logits, "topk", top_k), "topk", classes).softmax(-1)
     best = logits.softmax(-1).topk(top_k)
     torch.testing.assert_close(found.gather(1, best.indices), best.values, rtol=1e-6, atol=1e-9)
     others = found.scatter(1, best.indices, 0.0)
     assert others.max() <= best.values.min() * (1 + 1e-9)
     left = [value for index, value in enumerate(found[0].tolist()) if index not in best.indices[0]]
     assert max(left, default=0) == pytest.approx(min(left, default=0))
-    label = logits_from(tell(logits, "label"), "label", classes)
+    label = logits_from(answer(logits, "label"), "label", classes)
     assert label.argmax() == logits.argmax()
 
 
@@ -86,7 +86,7 @@ def test_a_floor_of_rounding_makes_no_sure_teacher_of_many_classes_unsure() -> N
 def test_kd_from_a_label_is_cross_entropy_with_it(temperature: float) -> None:
     student = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(6, 4, dtype=torch.float64)
-    told = logits_from(tell(teacher, "label"), "label", 4)
+    told = logits_from(answer(teacher, "label"), "label", 4)
     loss = luce.kd_loss(student, told, temperature=temperature)
     expected = temperature**2 * nn.functional.cross_entropy(student / temperature, teacher.argmax(-1))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -128,7 +128,7 @@ def test_a_signal_says_what_was_told(options: dict[str, Any]) -> None:
     assert signal.kind == options["answers"]
     assert signal.logits.shape == (6, 4)
     assert not signal.logits.requires_grad
-    assert RememberedTeacher.of(teacher, [rows(3)], rows=3).signal(rows(3)).kind == options["answers"]
+    assert CachedTeacher.of(teacher, [rows(3)], rows=3).signal(rows(3)).kind == options["answers"]
 
 
 def test_a_budget_is_looked_at_before_anything_is_asked() -> None:

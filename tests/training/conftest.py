@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from luce import data
+from luce.config import parse
 from luce.training import Recipe
-from luce.training.options import parse
 from luce.training.recipe import merge
 
 CLASSES = 4

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from luce.config import parse
 from luce.errors import UserError
 from luce.methods import LogitMethod
+from luce.remote import RemoteError, transport
 from luce.reports import markdown_table, runs, write_html
-from luce.signals import BudgetError, RemoteError, transport
+from luce.signals import BudgetError
 from luce.training import Recipe, prepare, run
 from luce.training.compare import ComparisonRecipe, compare
-from luce.training.options import parse
 from luce.training.run import evaluate
 
 from ..servers import TOKEN, good, puppet, serving
@@ -84,13 +85,13 @@ def test_a_network_that_tells_less(kind: Any, remember: bool, make_recipe: Make,
     seen: set[str] = set()
     step = LogitMethod.step
 
-    def watched(self: Any, student: Any, batch: Any, signal: Any) -> Any:
+    def spy(self: Any, student: Any, batch: Any, signal: Any) -> Any:
         seen.add(signal.kind)
         return step(self, student, batch, signal)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LogitMethod, "step", watched)
-        result = run(make_recipe(loss=KD, teacher={"remember": remember, **kind}), tmp_path / "box")
+        patch.setattr(LogitMethod, "step", spy)
+        result = run(make_recipe(loss=KD, teacher={"cache_outputs": remember, **kind}), tmp_path / "box")
     plain = run(make_recipe(loss=KD), tmp_path / "plain")
     assert seen == {kind["answers"]}
     teacher = result["teacher"]
@@ -102,9 +103,9 @@ def test_a_network_that_tells_less(kind: Any, remember: bool, make_recipe: Make,
 
 
 def test_a_local_budget(make_recipe: Make, tmp_path: Path) -> None:
-    enough = make_recipe(loss=KD, teacher={"answers": "label", "remember": True, "budget": ROWS})
+    enough = make_recipe(loss=KD, teacher={"answers": "label", "cache_outputs": True, "budget": ROWS})
     assert run(enough, tmp_path / "enough")["teacher"]["budget"] == ROWS
-    small = make_recipe(loss=KD, teacher={"answers": "label", "remember": True, "budget": ROWS - 1})
+    small = make_recipe(loss=KD, teacher={"answers": "label", "cache_outputs": True, "budget": ROWS - 1})
     with pytest.raises(BudgetError, match=f"expected at most {ROWS - 1} rows .* got {ROWS} more after 0"):
         run(small, tmp_path / "small")
     assert not (tmp_path / "small").exists()
@@ -165,7 +166,7 @@ def test_features_of_a_black_box(make_recipe: Make, tmp_path: Path) -> None:
 def test_a_remembered_server_is_asked_once_about_each_row(
     remote: Make, network: Counting, tmp_path: Path, make_recipe: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run(remote({"remember": True, "budget": 100}), tmp_path / "one")
+    result = run(remote({"cache_outputs": True, "budget": 100}), tmp_path / "one")
     assert network.asked == ROWS
     teacher = result["teacher"]
     assert (teacher["queries"], teacher["cached"], teacher["budget"]) == (ROWS, 0, 100)
@@ -179,7 +180,7 @@ def test_a_remembered_server_is_asked_once_about_each_row(
     plain = run(make_recipe(loss=KD, teacher={"mean": [0.0], "std": [1.0]}), tmp_path / "plain")
     assert result["train"]["loss"] == pytest.approx(plain["train"]["loss"], rel=1e-3)
     # Another run pays nothing.
-    again = run(remote({"remember": True, "budget": 100}, training={"seed": 1}), tmp_path / "two")
+    again = run(remote({"cache_outputs": True, "budget": 100}, training={"seed": 1}), tmp_path / "two")
     assert network.asked == ROWS
     assert (again["teacher"]["queries"], again["teacher"]["cached"]) == (ROWS, ROWS)
 
@@ -205,31 +206,33 @@ def test_a_pool_that_exceeds_the_budget_is_refused_before_anything_is_asked(
     remember: bool, remote: Make, network: Counting, tmp_path: Path
 ) -> None:
     with pytest.raises(BudgetError, match=f"got {ROWS} more after 0"):
-        run(remote({"remember": remember, "budget": ROWS - 1}), tmp_path / "run")
+        run(remote({"cache_outputs": remember, "budget": ROWS - 1}), tmp_path / "run")
     assert network.asked == 0
     assert not (tmp_path / "run").exists()
 
 
 def test_a_tested_server_has_an_accuracy(remote: Make, network: Counting, tmp_path: Path) -> None:
-    recipe = remote({"remember": True, "test": True})
+    recipe = remote({"cache_outputs": True, "test": True})
     result = run(recipe, tmp_path / "run")
     assert network.asked == ROWS + 30
     assert 0 <= result["teacher"]["test"]["accuracy"] <= 1
     assert "agreement" in result["last"]["test"]
     assert evaluate(tmp_path / "run", recipe) == result["best"]["test"]
     assert network.asked == ROWS + 30
-    elsewhere = remote({"remember": True, "test": True, "cache": str(tmp_path / "elsewhere"), "budget": 30})
+    elsewhere = remote(
+        {"cache_outputs": True, "test": True, "cache": str(tmp_path / "elsewhere"), "budget": 30}
+    )
     assert evaluate(tmp_path / "run", elsewhere) == result["best"]["test"]
     assert network.asked == ROWS + 30 + 30  # about the test rows alone
     network.asked = 0
-    small = remote({"remember": True, "test": True, "budget": ROWS, "cache": str(tmp_path / "new")})
+    small = remote({"cache_outputs": True, "test": True, "budget": ROWS, "cache": str(tmp_path / "new")})
     with pytest.raises(BudgetError, match=f"got {ROWS + 30} more"):
         run(small, tmp_path / "other")
     assert network.asked == 0
 
 
 def test_reports_do_without_the_teachers_figures(remote: Make, tmp_path: Path) -> None:
-    run(remote({"remember": True}), tmp_path / "run")
+    run(remote({"cache_outputs": True}), tmp_path / "run")
     found = runs.read_run(tmp_path / "run")
     assert found.teacher is not None
     assert (found.teacher.accuracy, found.teacher.parameters, found.teacher.queries) == (None, None, ROWS)
@@ -326,7 +329,7 @@ def test_one_server_for_a_comparison(url: str, network: Counting, make_recipe: M
         "teacher": {
             "url": url,
             "token_env": "TOY_TOKEN",
-            "remember": True,
+            "cache_outputs": True,
             "cache": str(tmp_path / "answers"),
         },
         "training": {"epochs": 1, "batch_size": 16},
@@ -344,7 +347,7 @@ def test_one_server_for_a_comparison(url: str, network: Counting, make_recipe: M
 
 def test_distill_takes_any_teacher(url: str, network: Counting, tmp_path: Path) -> None:
     import luce
-    from luce.signals import RemoteTeacher
+    from luce.remote import RemoteTeacher
 
     pairs = torch.utils.data.TensorDataset(torch.rand(20, 1, 8, 8), torch.arange(20) % 4)
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from luce.config import parse
 from luce.errors import UserError
 from luce.training import ComparisonRecipe, compare, metrics
-from luce.training.options import parse
 from luce.training.recipe import merge, read_yaml
 
 METHODS = {
@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
     "seeds": [0, 1],
     "data": {"name": "python:toy.images", "validation": 0.2},
     "student": {"name": "mlp", "options": {"hidden": [6]}},
-    "teacher": {"name": "mlp", "options": {"hidden": [32]}, "remember": True},
+    "teacher": {"name": "mlp", "options": {"hidden": [32]}, "cache_outputs": True},
     "teacher_training": {"epochs": 2, "lr": 0.01},
     "training": {"epochs": 2, "batch_size": 32, "lr": 0.01},
     "settings": {"all": {}, "few": {"description": "few labels", "data": {"labels_per_class": 3}}},
@@ -44,11 +44,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     module, folders = sys.modules["luce.training.run"], []
     fit = module.fit
 
-    def watched(*arguments: Any, folder: Path, **options: Any) -> Any:
+    def spy(*arguments: Any, folder: Path, **options: Any) -> Any:
         folders.append("/".join(folder.parts[-3:]) if folder.name != "teacher" else "teacher")
         return fit(*arguments, folder=folder, **options)
 
-    monkeypatch.setattr(module, "fit", watched)
+    monkeypatch.setattr(module, "fit", spy)
     return folders
 
 
@@ -245,6 +245,6 @@ def test_what_a_teacher_cannot_remember_is_told_before_it_is_trained(
     make: Any, trained: list[str], tmp_path: Path
 ) -> None:
     data = {"name": "sklearn:digits", "augment": "flip"}
-    with pytest.raises(UserError, match=r"always look the same for `teacher.remember`"):
+    with pytest.raises(UserError, match=r"always look the same for `teacher.cache_outputs`"):
         compare(make(data=data), tmp_path / "c")
     assert (trained, (tmp_path / "c").exists()) == ([], False)

@@ -19,9 +19,9 @@ from luce.data import Examples
 from luce.errors import MissingExtra, UserError
 from luce.methods import LogitMethod, Method, TwoViewMethod
 from luce.models import Classifier
-from luce.signals import LiveTeacher, RememberedTeacher, Teacher
+from luce.signals import CachedTeacher, LiveTeacher, Teacher
 from luce.training import Fit, TrainingError, TrainingOptions, fit
-from luce.training.engine import Bookkeeping
+from luce.training.engine import BestEpoch
 from luce.training.session import learning_rate
 
 FEATURES, CLASSES = 6, 5
@@ -236,7 +236,7 @@ def test_without_patience_all_epochs_are_run() -> None:
 
 
 def test_the_best_epoch_is_that_of_the_highest_accuracy() -> None:
-    book = Bookkeeping()
+    book = BestEpoch()
     verdicts = []
     for epoch, accuracy in enumerate([0.2, 0.5, 0.4, 0.6, 0.6], start=1):
         book.epoch = epoch
@@ -248,7 +248,7 @@ def test_the_best_epoch_is_that_of_the_highest_accuracy() -> None:
 
 
 def test_patience_counts_from_the_best_epoch() -> None:
-    book = Bookkeeping(best_epoch=4)
+    book = BestEpoch(best_epoch=4)
     book.epoch = 6
     assert not book.exhausted(3)
     assert book.exhausted(2)
@@ -302,11 +302,11 @@ def test_a_teacher_is_left_as_it_was(tmp_path, monkeypatch: pytest.MonkeyPatch) 
     in_optimizer: list[Tensor] = []
     adamw = torch.optim.AdamW
 
-    def watched(parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    def spy(parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
         in_optimizer.extend(parameters)
         return adamw(parameters, **options)
 
-    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
     student = nn.Sequential(nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES))
     fit(
         Classifier(student),
@@ -489,7 +489,7 @@ def test_two_views_need_a_second_one_and_a_teacher_that_sees_it() -> None:
     for wrong, options in ((TwoViewMethod(method), {}), (method, {"strong_augment": torch.neg})):
         with pytest.raises(UserError, match="expected `strong_augment` for a method of two views"):
             two_views(wrong, live, **options)
-    remembered = RememberedTeacher(torch.zeros(16, CLASSES))
+    remembered = CachedTeacher(torch.zeros(16, CLASSES))
     with pytest.raises(UserError, match="asked about a second view, got one that remembers"):
         two_views(TwoViewMethod(method), remembered, strong_augment=torch.neg)
     alone = TwoViewMethod(LogitMethod(CrossEntropyLoss()))  # asks nobody

@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 
 from luce import CrossEntropyLoss, RKDLoss, VIDLoss, distill, losses, models
 from luce.cli import main
+from luce.config import parse
 from luce.data import load, split
 from luce.errors import UserError
 from luce.losses.modules import FeatureLoss
@@ -29,7 +30,6 @@ from luce.methods import FeatureMethod, LogitMethod
 from luce.models import Classifier
 from luce.signals import LiveTeacher
 from luce.training import ComparisonRecipe, Recipe, TrainingOptions, compare, fit, run
-from luce.training.options import parse
 from luce.training.recipe import build_method
 from luce.training.run import evaluate
 
@@ -212,8 +212,8 @@ def test_what_does_not_fit_is_told_before_training(
 
 
 def test_a_teacher_whose_answers_are_remembered_has_no_features(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"set `teacher\.remember: false`"):
-        run(make("AT", teacher={"name": "python:toy.teacher", "remember": True}), tmp_path)
+    with pytest.raises(UserError, match=r"set `teacher\.cache_outputs: false`"):
+        run(make("AT", teacher={"name": "python:toy.teacher", "cache_outputs": True}), tmp_path)
 
 
 @pytest.mark.parametrize("terms", [{"task": {"loss": "CrossEntropyLoss"}, "inside": TERMS["AT"]}, {}])
@@ -273,7 +273,7 @@ def test_a_comparison_of_methods_on_logits_and_on_features(toy: ModuleType, tmp_
     [
         ({"student": "stages.9"}, {}, "unknown module of Network `stages.9`"),
         ({"teacher": "stages.9"}, {}, "unknown module of Network `stages.9`"),
-        ({}, {"teacher": {"name": "cnn", "remember": True}}, r"set `teacher\.remember: false`"),
+        ({}, {"teacher": {"name": "cnn", "cache_outputs": True}}, r"set `teacher\.cache_outputs: false`"),
         ({"loss": "CTKDLoss", "classes": 7}, {}, r"expected logits of `classes=7` classes, got 4"),
         ({"loss": "PartialKDLoss", "keep": "weight_sim"}, {}, r"expected `use_weight\(weight\)`.*class_mean"),
         ({"loss": "KDLoss", "class_dim": 5}, {}, r"expected `class_dim` between -2 and 1.*got 5"),

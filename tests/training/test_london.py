@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from luce import models
+from luce.config import parse
 from luce.errors import UserError
 from luce.methods import FeatureMethod
 from luce.training import ComparisonRecipe, Recipe, compare, run
-from luce.training.options import parse
 from luce.training.recipe import merge, read_yaml
 
 MAPS = ["stem.-1:input", "stages.0.-1:input", "stages.1.-1:input"]

@@ -14,14 +14,15 @@ import torch
 import yaml
 
 from luce import data, reports
+from luce.config import parse
 from luce.data import Examples
 from luce.errors import UserError
 from luce.methods import MEKD
+from luce.remote import RemoteError
 from luce.reports.runs import read_run
-from luce.signals import LiveTeacher, LocalBlackBox, RemoteError
+from luce.signals import LiveTeacher, LocalBlackBox
 from luce.training import Recipe, run
 from luce.training.compare import ComparisonRecipe, compare
-from luce.training.options import parse
 from luce.training.recipe import merge, read_yaml
 
 from ..servers import TOKEN, serving
@@ -129,11 +130,11 @@ def test_real_rows_are_sent_to_nobody(
 ) -> None:
     told, seen = LocalBlackBox.told, []
 
-    def watched(self: LocalBlackBox, inputs: torch.Tensor) -> torch.Tensor:
+    def spy(self: LocalBlackBox, inputs: torch.Tensor) -> torch.Tensor:
         seen.append(inputs)
         return told(self, inputs)
 
-    monkeypatch.setattr(LocalBlackBox, "told", watched)
+    monkeypatch.setattr(LocalBlackBox, "told", spy)
     run(with_mekd(make_recipe, teacher={"answers": "probs"}), tmp_path / "run")
     source = data.load("python:toy.images").train
     rows = Examples(source, torch.arange(len(source))).batch(list(range(len(source))))["input"]
@@ -147,8 +148,8 @@ def test_a_server_that_would_be_asked_about_real_rows_is_refused_unasked(
 ) -> None:
     """To remember its answers means to ask about the training rows, before there is a method."""
     recipe = with_mekd(make_recipe)
-    recipe.teacher = parse(Recipe, {"teacher": {"url": "http://127.0.0.1:9", "remember": True}}).teacher
-    with pytest.raises(UserError, match=r"inputs that MEKD makes.*set `teacher.remember: false`"):
+    recipe.teacher = parse(Recipe, {"teacher": {"url": "http://127.0.0.1:9", "cache_outputs": True}}).teacher
+    with pytest.raises(UserError, match=r"inputs that MEKD makes.*set `teacher.cache_outputs: false`"):
         run(recipe, tmp_path / "run")
 
 
@@ -161,7 +162,7 @@ def test_batches_of_one_row(make_recipe: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": {"remember": True}}, "set `teacher.remember: false`"),
+        ({"teacher": {"cache_outputs": True}}, "set `teacher.cache_outputs: false`"),
         ({"teacher": None}, "add `teacher` to the recipe"),
         (
             {"teacher": {"answers": "probs", "budget": 59}},
@@ -236,11 +237,11 @@ def test_a_comparison_tells_of_a_teacher_that_is_remembered(toy: object, tmp_pat
     content = {
         "data": {"name": "python:toy.images", "validation": 0.2},
         "student": {"name": "python:toy.network"},
-        "teacher": {"name": "python:toy.network", "options": {"seed": 5}, "remember": True},
+        "teacher": {"name": "python:toy.network", "options": {"seed": 5}, "cache_outputs": True},
         "baseline": "kd",
         "methods": {"kd": KD, "mekd": {"mekd": {"method": "MEKD"}, **KD}},
     }
-    with pytest.raises(UserError, match=r"method `mekd`: .*set `teacher.remember: false`"):
+    with pytest.raises(UserError, match=r"method `mekd`: .*set `teacher.cache_outputs: false`"):
         compare(parse(ComparisonRecipe, content), tmp_path / "comparison")
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from luce.config import parse
 from luce.errors import UserError
 from luce.methods import MetaDistil, Method
 from luce.training import Recipe, run
 from luce.training.compare import ComparisonRecipe, compare
-from luce.training.options import parse
 from luce.training.recipe import PROCEDURES
 
 Make = Callable[..., Recipe]
@@ -75,7 +75,7 @@ def test_what_a_run_tells(terms: dict[str, Any], optimizer: str, make_recipe: Ma
     assert result["train"]["teacher_drift"] > 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train"]["quiz_loss"] < lines[0]["train"]["quiz_loss"]
-    assert result["companions"]["teacher"]["test"].keys() == result["last"]["test"].keys()
+    assert result["co_trained"]["teacher"]["test"].keys() == result["last"]["test"].keys()
 
 
 class Interrupt(BaseException):
@@ -131,16 +131,16 @@ def test_the_guard_tells_in_a_run(make_recipe: Make, tmp_path: Path) -> None:
         figures[max_drop] = run(recipe, tmp_path / str(max_drop))
     guarded, unguarded = figures[0.02], figures[1.0]
     assert guarded["train"]["teacher_restored"] >= 1
-    assert guarded["companions"]["teacher"]["test"]["accuracy"] > 0.8
+    assert guarded["co_trained"]["teacher"]["test"]["accuracy"] > 0.8
     assert guarded["last"]["test"]["accuracy"] > 0.8
     assert unguarded["train"]["teacher_restored"] == 0
-    assert unguarded["companions"]["teacher"]["test"]["accuracy"] < 0.7
+    assert unguarded["co_trained"]["teacher"]["test"]["accuracy"] < 0.7
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": {"remember": True}}, "for MetaDistil, got one that remembers"),
+        ({"teacher": {"cache_outputs": True}}, "for MetaDistil, got one that remembers"),
         ({"training": {"accumulate": 2}}, "`training.accumulate: 1` for MetaDistil"),
         ({"data": {"labels_per_class": 1}}, "no rows for the `quiz` of MetaDistil"),
         ({"terms": {"rank": {"loss": "ListMLELoss"}}}, "smoothly with the teacher's logits for MetaDistil"),
@@ -165,11 +165,11 @@ def test_a_comparison_tells_of_a_teacher_that_is_remembered(toy: object, tmp_pat
     content = {
         "data": {"name": "python:toy.images", "validation": 0.2},
         "student": {"name": "python:toy.network"},
-        "teacher": {"name": "python:toy.network", "options": {"seed": 5}, "remember": True},
+        "teacher": {"name": "python:toy.network", "options": {"seed": 5}, "cache_outputs": True},
         "baseline": "kd",
         "methods": {"kd": KD, "meta": {"meta": {"method": "MetaDistil"}, **KD}},
     }
-    with pytest.raises(UserError, match=r"method `meta`: .*set `teacher.remember: false`"):
+    with pytest.raises(UserError, match=r"method `meta`: .*set `teacher.cache_outputs: false`"):
         compare(parse(ComparisonRecipe, content), tmp_path / "comparison")
 
 
@@ -195,5 +195,5 @@ def test_two_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["train"]["teacher_gradient"] > 0
-    assert result["companions"]["teacher"]["test"]["accuracy"] > 0.8
+    assert result["co_trained"]["teacher"]["test"]["accuracy"] > 0.8
     assert result["last"]["test"]["accuracy"] > 0.8

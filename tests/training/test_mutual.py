@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from luce import models
 from luce.cli import main
+from luce.config import parse
 from luce.errors import UserError
 from luce.methods import MutualLearning
 from luce.training import ComparisonRecipe, Recipe, TrainingError, compare, run
-from luce.training.options import parse
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]
@@ -86,9 +86,9 @@ def test_two_students_learn_the_digits(tmp_path: Path) -> None:
     assert main(["train", str(path), *words]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["teacher"] is None
-    assert result["companions"].keys() == {"peer"}
+    assert result["co_trained"].keys() == {"peer"}
     assert result["last"]["test"]["accuracy"] > 0.9
-    assert result["companions"]["peer"]["test"]["accuracy"] > 0.9
+    assert result["co_trained"]["peer"]["test"]["accuracy"] > 0.9
     first, *_, last = (line["train"] for line in lines_of(tmp_path / "run"))
     for term in ("task", "peer.task", "loss", "peer.loss"):
         assert last[term] < 0.5 * first[term]
@@ -312,7 +312,7 @@ def test_a_comparison_whose_teacher_it_does_not_ask(toy: ModuleType, tmp_path: P
         "seeds": [0],
         "data": {"name": "python:toy.images", "validation": 0.2},
         "student": CNN,
-        "teacher": {**OTHER, "remember": True},
+        "teacher": {**OTHER, "cache_outputs": True},
         "teacher_training": {"epochs": 1},
         "training": {"epochs": 2, "batch_size": 16},
         "methods": {
@@ -326,8 +326,8 @@ def test_a_comparison_whose_teacher_it_does_not_ask(toy: ModuleType, tmp_path: P
         name: json.loads((tmp_path / "run/all" / name / "seed-0/result.json").read_text())
         for name in ("cross-entropy", "DML")
     }
-    assert not results["cross-entropy"]["companions"]
-    assert results["DML"]["companions"]["peer"]["test"]["agreement"] >= 0  # with the teacher of the others
+    assert not results["cross-entropy"]["co_trained"]
+    assert results["DML"]["co_trained"]["peer"]["test"]["agreement"] >= 0  # with the teacher of the others
 
     bad = {
         **content,
@@ -356,4 +356,4 @@ def test_two_processes(tmp_path: Path) -> None:
         assert last[term] < first[term]
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["last"]["test"]["accuracy"] > 0.7
-    assert result["companions"]["peer"]["test"]["accuracy"] > 0.7
+    assert result["co_trained"]["peer"]["test"]["accuracy"] > 0.7

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from luce import FeatureLoss, FitNetLoss, IEKDLoss, KDLoss, PLDLoss
+from luce.config import parse
 from luce.data import Examples
 from luce.errors import UserError
 from luce.methods import FeatureMethod, LogitMethod, Method, MutualLearning, TrainingRows, TwoViewMethod
@@ -26,9 +27,8 @@ from luce.signals import LiveTeacher, Signal, Teacher
 from luce.training import Recipe, TrainingError, TrainingOptions, compare, fit, prepare, run
 from luce.training.compare import ComparisonRecipe
 from luce.training.engine import check_own_steps
-from luce.training.options import parse
 from luce.training.recipe import PROCEDURES, build_method
-from luce.training.run import rehearse
+from luce.training.run import dry_run
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]
@@ -37,8 +37,8 @@ Outcome = Callable[[Path], dict[str, Any]]
 class Everything(Method):
     """Uses all that the loop offers, and takes note of it."""
 
-    own_steps = True
-    wants_preparation = True
+    manual_optimization = True
+    needs_preparation = True
     log: ClassVar[list[tuple[str, Any]]] = []  # of all instances: recipes make them
 
     def __init__(self, method: Method, *, ahead: int = 2, quiz: float = 0.25, spoil: float = 0.0) -> None:
@@ -58,7 +58,7 @@ class Everything(Method):
         return {"own": self.optimizer}
 
     @property
-    def companions(self) -> Mapping[str, nn.Module]:
+    def co_trained(self) -> Mapping[str, nn.Module]:
         return {"own": nn.Sequential(nn.Flatten(), self.own)}
 
     def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
@@ -140,7 +140,7 @@ def test_what_a_run_tells(make_recipe: Make, log: list[tuple[str, Any]], tmp_pat
     result = run(with_everything(make_recipe), tmp_path / "run")
     assert result["train"].keys() == {"own", "pld", "loss", "fixed", "after"}
     assert result["train"]["after"] == 1.0
-    assert result["companions"]["own"]["test"]["accuracy"] >= 0  # tested like the student
+    assert result["co_trained"]["own"]["test"]["accuracy"] >= 0  # tested like the student
     assert result["prepared"].keys() == {"table"}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train"] == result["train"]
@@ -199,11 +199,11 @@ def test_own_parts_leave_the_student_as_it_would_be(
     """Preparation and the quiz draw from generators of their own."""
     outcomes = []
     for name, wanted, ahead in (("all", True, 1), ("not prepared", False, 1), ("smaller quiz", True, 2)):
-        Everything.wants_preparation = wanted
+        Everything.needs_preparation = wanted
         try:
             run(with_everything(make_recipe, options={"ahead": ahead}), tmp_path / name)
         finally:
-            Everything.wants_preparation = True
+            Everything.needs_preparation = True
         outcomes.append((tmp_path / name / "student-last.safetensors").read_bytes())
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
@@ -278,14 +278,14 @@ def test_what_a_loss_refuses_is_no_traceback(
     if where == "after_step":  # which is not rehearsed
         return
     with pytest.raises(UserError, match="expected something else"):
-        rehearse(with_everything(make_recipe), materials)
+        dry_run(with_everything(make_recipe), materials)
 
 
 def test_own_steps_scale_no_gradient() -> None:
     method = LogitMethod(KDLoss())
     options = TrainingOptions(precision="fp16")
     check_own_steps(method, options)
-    method.own_steps = True
+    method.manual_optimization = True
     with pytest.raises(UserError, match=r"bf16 or no for LogitMethod.*got fp16"):
         check_own_steps(method, options)
 
@@ -323,7 +323,7 @@ def test_both_views_are_rehearsed(make_recipe: Make, monkeypatch: pytest.MonkeyP
         return seen[-1]
 
     monkeypatch.setattr(TwoViewMethod, "step", spy)
-    rehearse(recipe, prepare(recipe))
+    dry_run(recipe, prepare(recipe))
     assert seen[0].keys() == {"kd", "strong.kd", "loss"}
 
 
@@ -435,7 +435,7 @@ def test_a_preparation_reads_with_as_many_processes(workers: int) -> None:
             return {}
 
     method = Learning(KDLoss())
-    method.wants_preparation = True
+    method.needs_preparation = True
     rows, teacher = Examples(WhoReads(), range(4)), LiveTeacher(nn.Linear(1, 2))
     options = TrainingOptions(epochs=1, batch_size=4, lr=1e-12)
     fit(Classifier(nn.Linear(1, 2)), method, rows, teacher=teacher, options=options, workers=workers)

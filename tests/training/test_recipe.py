@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from luce import WeightedSum, losses
+from luce.config import overrides, parse
 from luce.errors import UserError
 from luce.methods import FeatureMethod, LogitMethod, MetaDistil, Method
 from luce.training import ComparisonRecipe, Recipe, TrainingOptions, compare, run
-from luce.training.options import overrides, parse
 from luce.training.recipe import build_loss, merge, read_yaml
 from luce.training.run import method_of
 
@@ -116,7 +116,7 @@ def test_values_are_checked_and_converted() -> None:
     assert (recipe.training.lr, recipe.training.epochs, recipe.training.milestones) == (1.0, 3, [1, 2])
     assert recipe.teacher is not None
     assert recipe.teacher.mean == [0.0, 1.0]
-    assert recipe.teacher.remember is False
+    assert recipe.teacher.cache_outputs is False
     assert parse(Recipe, {}).teacher is None
 
 
@@ -127,7 +127,7 @@ def test_values_are_checked_and_converted() -> None:
         ({"training": {"epoch": 3}}, r"`training.epoch`; did you mean `training.epochs`"),
         ({"data": {"label_per_class": 3}}, r"did you mean `data.labels_per_class`"),
         ({"teacher": {"chekpoint": "x"}}, r"did you mean `teacher.checkpoint`"),
-        ({"student": {"remember": True}}, r"unknown recipe key `student.remember`"),
+        ({"student": {"cache_outputs": True}}, r"unknown recipe key `student.cache_outputs`"),
         ({"training": {"epochs": "many"}}, r"training\.epochs.*int.*many"),
         ({"training": {"epochs": 2.5}}, r"training\.epochs.*int.*2\.5"),
         ({"training": {"epochs": [2]}}, r"training\.epochs"),

@@ -40,7 +40,7 @@ SETTINGS = {
         "loss": {"pld": {"loss": "PLDLoss"}, "task": {"loss": "CrossEntropyLoss", "weight": 0.5}},
     },
     "labels alone": {"data": {"labels_per_class": 3}, "loss": {"pld": {"loss": "CrossEntropyLoss"}}},
-    "a remembered teacher": {"teacher": {"remember": True}},
+    "a remembered teacher": {"teacher": {"cache_outputs": True}},
     "a loss with parameters and a standardized one": {
         "loss": {
             "pld": {"loss": "CTKDLoss", "classes": 4, "curriculum_epochs": 3},

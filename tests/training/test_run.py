@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import luce
 from luce import data, models
+from luce.config import parse
 from luce.errors import UserError
 from luce.methods import LogitMethod
-from luce.signals import LiveTeacher, RememberedTeacher
+from luce.signals import CachedTeacher, LiveTeacher
 from luce.training import Recipe, prepare, run
-from luce.training.options import parse
 from luce.training.recipe import TeacherOptions
 from luce.training.run import build_network, evaluate
 
@@ -58,11 +58,11 @@ def test_training_never_sees_validation_or_test_rows(
     seen: set[bytes] = set()
     step = LogitMethod.step
 
-    def watched(self: Any, student: Any, batch: Any, signal: Any) -> Any:
+    def spy(self: Any, student: Any, batch: Any, signal: Any) -> Any:
         seen.update(row.numpy().tobytes() for row in batch["input"])
         return step(self, student, batch, signal)
 
-    monkeypatch.setattr(LogitMethod, "step", watched)
+    monkeypatch.setattr(LogitMethod, "step", spy)
     recipe = make_recipe(training={"epochs": 1})
     run(recipe, tmp_path)
     materials = prepare(recipe)
@@ -80,11 +80,11 @@ def test_few_labels(loss: str, make_recipe: Make, tmp_path: Path, monkeypatch: p
     targets: list[int] = []
     step = LogitMethod.step
 
-    def watched(self: Any, student: Any, batch: Any, signal: Any) -> Any:
+    def spy(self: Any, student: Any, batch: Any, signal: Any) -> Any:
         targets.extend(batch["target"].tolist())
         return step(self, student, batch, signal)
 
-    monkeypatch.setattr(LogitMethod, "step", watched)
+    monkeypatch.setattr(LogitMethod, "step", spy)
     recipe = make_recipe(data={"labels_per_class": 2}, loss={"pld": {"loss": loss}}, training={"epochs": 1})
     run(recipe, tmp_path)
     (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -251,12 +251,12 @@ def test_a_remembered_teacher_says_what_the_live_one_says(
 ) -> None:
     lines, kinds = {}, {}
     for remember in (False, True):
-        recipe = make_recipe(teacher={"remember": remember}, data={"labels_per_class": few})
+        recipe = make_recipe(teacher={"cache_outputs": remember}, data={"labels_per_class": few})
         kinds[remember] = type(prepare(recipe).teacher.train)  # type: ignore[union-attr]
         run(recipe, tmp_path / str(remember))
         text = (tmp_path / str(remember) / "metrics.jsonl").read_text()
         lines[remember] = [json.loads(line)["train"] for line in text.splitlines()]
-    assert kinds == {False: LiveTeacher, True: RememberedTeacher}
+    assert kinds == {False: LiveTeacher, True: CachedTeacher}
     for live, remembered in zip(lines[False], lines[True], strict=True):
         assert remembered == pytest.approx(live, rel=1e-5)
 
@@ -272,20 +272,24 @@ def test_a_remembered_teacher_is_asked_once_about_every_row(
         return network
 
     toy.counting = counting  # type: ignore[attr-defined]
-    recipe = make_recipe(teacher={"name": "python:toy.counting", "remember": True})
+    recipe = make_recipe(teacher={"name": "python:toy.counting", "cache_outputs": True})
     recipe.teacher.options = {}  # type: ignore[union-attr]
     run(recipe, tmp_path)
     assert sorted(asked) == [1, 30, 72]  # a row to see whether it fits, the test rows, the training rows
 
 
 def test_a_remembered_teacher_refuses_augmentation(make_recipe: Make) -> None:
-    with pytest.raises(UserError, match=r"always look the same for `teacher.remember`.*got `augment: flip`"):
-        prepare(make_recipe(teacher={"remember": True}, data={"augment": "flip"}))
+    with pytest.raises(
+        UserError, match=r"always look the same for `teacher.cache_outputs`.*got `augment: flip`"
+    ):
+        prepare(make_recipe(teacher={"cache_outputs": True}, data={"augment": "flip"}))
 
 
 def test_a_remembered_teacher_refuses_a_second_view(make_recipe: Make, tmp_path: Path) -> None:
-    recipe = make_recipe(teacher={"remember": True}, data={"strong_augment": "strong"})
-    with pytest.raises(UserError, match=r"`teacher.remember`.*a second view by `strong_augment: strong`"):
+    recipe = make_recipe(teacher={"cache_outputs": True}, data={"strong_augment": "strong"})
+    with pytest.raises(
+        UserError, match=r"`teacher.cache_outputs`.*a second view by `strong_augment: strong`"
+    ):
         run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -322,8 +326,10 @@ def test_a_remembered_teacher_refuses_data_that_crops_at_random(make_recipe: Mak
     images = {"name": f"imagefolder:{tmp_path}", "options": {"image_size": 8}, "validation": 0.25}
     recipe = make_recipe(teacher=None, data=images)
     assert prepare(recipe).train.random
-    recipe.teacher = TeacherOptions(name="mlp", checkpoint="nowhere", remember=True)
-    with pytest.raises(UserError, match=r"`teacher.remember`.*got the random transforms of the data itself"):
+    recipe.teacher = TeacherOptions(name="mlp", checkpoint="nowhere", cache_outputs=True)
+    with pytest.raises(
+        UserError, match=r"`teacher.cache_outputs`.*got the random transforms of the data itself"
+    ):
         prepare(recipe)
 
 
@@ -446,7 +452,7 @@ def test_a_temperature_found_from_the_teacher(
     few: int | None, remember: bool, make_recipe: Make, tmp_path: Path
 ) -> None:
     """It is that of the teacher's logits on all training rows, and trains as if it were written out."""
-    changes = {"teacher": {"remember": remember}, "data": {"labels_per_class": few}}
+    changes = {"teacher": {"cache_outputs": remember}, "data": {"labels_per_class": few}}
     auto = make_recipe(**changes, loss={"pld": {"loss": "PLDLoss", "teacher_temperature": "auto"}})
     materials = prepare(auto)
     rows = [materials.train.plain[row]["input"] for row in range(len(materials.train))]

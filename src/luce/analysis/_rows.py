@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..losses import _check
+from .. import checks
 
 
 def check_matrix(name: str, logits: Tensor) -> None:
@@ -15,7 +15,7 @@ def check_matrix(name: str, logits: Tensor) -> None:
         TypeError: If it is no tensor, or of another dtype.
         ValueError: If it has another shape.
     """
-    _check.check_logits(name, logits)
+    checks.check_logits(name, logits)
     if logits.ndim != 2 or not len(logits) or logits.shape[1] < 2:
         raise ValueError(
             f"expected `{name}` of shape (N, C) with rows and at least 2 classes, got {tuple(logits.shape)}"
@@ -38,4 +38,4 @@ def check_twin(name: str, logits: Tensor, like_name: str, like: Tensor) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    _check.check_positive(temperature=temperature)
+    checks.check_positive(temperature=temperature)

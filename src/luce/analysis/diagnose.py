@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..losses import UNLABELLED, _check
+from .. import checks
+from ..losses import UNLABELLED
 from ._rows import check_matrix, check_temperature, check_twin, finite_logits
 from .knowledge import Diagnosis, Knowledge, Pull, Terms
 
@@ -95,13 +96,13 @@ def diagnose(
     if not isinstance(target, Tensor) or target.shape != teacher_logits.shape[:1]:
         got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f"expected `target` with a label for each of {len(teacher_logits)} rows, got {got}")
-    _check.check_target(target, teacher_logits.shape[:1], teacher_logits)
+    checks.check_target(target, teacher_logits.shape[:1], teacher_logits)
     if student_logits is not None:
         finite_logits("student_logits", student_logits)
         check_twin("student_logits", student_logits, "teacher_logits", teacher_logits)
     if not 0 <= weight <= 1:
         raise ValueError(f"expected `weight` in [0, 1], got {weight!r}")
-    _check.check_positive(floor=floor)
+    checks.check_positive(floor=floor)
 
     kept = ((target != ignore_index) & (target != UNLABELLED)).nonzero().squeeze(1)
     if not len(kept):
@@ -109,7 +110,7 @@ def diagnose(
     labels = target[kept].long()
     if int(labels.min()) < 0 or int(labels.max()) >= teacher_logits.shape[1]:
         wrong = labels[(labels < 0) | (labels >= teacher_logits.shape[1])]
-        raise _check.wrong_label(int(wrong[0]), teacher_logits.shape[1])
+        raise checks.wrong_label(int(wrong[0]), teacher_logits.shape[1])
     rows = _Rows(
         teacher_logits.detach(),
         None if student_logits is None else student_logits.detach(),

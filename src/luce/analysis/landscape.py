@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..losses import _check
+from .. import checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,7 +119,7 @@ def landscape(
         >>> found.minimum[:2], found.minimum_on_edge
         ((0.0, 0.0), False)
     """
-    _check.check_logits("teacher_logits", teacher_logits)
+    checks.check_logits("teacher_logits", teacher_logits)
     if teacher_logits.ndim != 1 or len(teacher_logits) < 2 or not bool(teacher_logits.isfinite().all()):
         raise ValueError(
             f"expected `teacher_logits` as one row of at least 2 finite logits, got {teacher_logits.tolist()}"
@@ -130,7 +130,7 @@ def landscape(
         raise ValueError(f"expected `points` as an odd number of at least 3, got {points}")
     t = teacher_logits.detach().double()
     radius = 5 * (t.norm().item() or 1.0) if radius is None else radius
-    _check.check_positive(radius=radius)
+    checks.check_positive(radius=radius)
     directions, target = _directions(len(t), seed), torch.tensor([label])
     half = points // 2
     steps = torch.arange(-half, half + 1, dtype=torch.float64) / half * radius  # with a 0 that is one

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import luce
 
-from ..ops._library import why_no_triton
+from ..ops.engines import why_no_triton
 from ..ops.suffix_logsumexp import suffix_logsumexp
 from ..source import commit
 from .contestants import TEMPERATURE, eager_kl_div, lean_pld

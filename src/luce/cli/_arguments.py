@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..config import overrides, parse, parser_of
 from ..errors import UserError
-from ..training.options import overrides, parse, parser_of
 from ..training.recipe import merge, read_yaml
 
 T = TypeVar("T")

@@ -117,7 +117,7 @@ def read(request: argparse.Namespace, rest: Sequence[str]) -> tuple[Recipe, bool
     Raises:
         UserError: On an unknown option, or a teacher that is neither a run folder nor a name.
     """
-    from ..training.options import overrides, parse
+    from ..config import overrides, parse
     from ..training.recipe import Recipe, merge, read_yaml
 
     nested = overrides(rest)
@@ -152,7 +152,7 @@ def read(request: argparse.Namespace, rest: Sequence[str]) -> tuple[Recipe, bool
     # Whatever was asked for: every row is looked at once, as it is.
     recipe.data.augment = "none"
     assert recipe.teacher is not None
-    recipe.teacher.remember = recipe.teacher.test = True
+    recipe.teacher.cache_outputs = recipe.teacher.test = True
     return recipe, same_data
 
 
@@ -188,13 +188,13 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
     from ..reports.runs import Bin
     from ..training import metrics
     from ..training.engine import new_accelerator
-    from ..training.run import EVALUATION_BATCH, Materials, build_network, know_teacher
+    from ..training.run import EVALUATION_BATCH, RunInputs, build_network, load_teacher
 
     options = recipe.data
     loaded = data.load(options.name, root=options.root, **options.options)
     which = request.held_out or ("validation" if same_data else "test")
     train, held_out = rows(recipe, loaded, which, split=same_data or which == "validation")
-    known = know_teacher(Materials(loaded, train, held_out, held_out, teacher=None), recipe).teacher
+    known = load_teacher(RunInputs(loaded, train, held_out, held_out, teacher=None), recipe).teacher
     assert known is not None
     parts = {"training": train, "held out": held_out}
     assert known.test is not None  # `read` has asked for it

@@ -16,8 +16,8 @@ that of the options. With a teacher, in the recipe or in the options, also how f
 def main(words: Sequence[str]) -> None:
     from pathlib import Path
 
+    from ..config import overrides, parse
     from ..training import Recipe
-    from ..training.options import overrides, parse
     from ..training.recipe import merge, read_yaml
     from ..training.run import evaluate
 

@@ -71,7 +71,7 @@ def main(words: Sequence[str]) -> None:
     found = []
     for name, loss in losses:
         try:
-            if loss.wants_preparation:
+            if loss.needs_preparation:
                 loss.prepare(teacher[None], torch.tensor([label]))
             found.append(
                 analysis.landscape(

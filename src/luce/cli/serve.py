@@ -57,10 +57,10 @@ def main(words: Sequence[str]) -> None:
 
     import torch
 
-    from ..serving import Offer, build_app, new_server
+    from ..remote.server import ServiceOptions, build_app, new_server
     from ..training import checkpoint
 
-    offer = Offer(
+    offer = ServiceOptions(
         request.answers, request.top_k, request.decimals, request.max_batch, request.max_request_bytes
     )
     network, description = checkpoint.load_student(request.folder)

@@ -114,11 +114,11 @@ def examine(
     import torch
 
     from .. import __version__, data
+    from ..config import parse
     from ..spiking.report import Settings
     from ..spiking.report import examine as simulate
     from ..training import Recipe
     from ..training.engine import new_accelerator
-    from ..training.options import parse
     from ..training.progress import Bar, progress_bars
     from ..training.recipe import read_yaml
     from ..training.run import prepare_data

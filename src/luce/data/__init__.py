@@ -16,8 +16,8 @@ from luce.data import augmentations
 from luce.data.augmentations import augment
 from luce.data.batches import EpochSampler, loader
 from luce.data.dataset import Data, from_datasets
-from luce.data.doors import load, names
 from luce.data.examples import UNLABELLED, Examples, hold_out, keep_labels, split
+from luce.data.loaders import load, names
 from luce.data.sources import InMemory, Source
 from luce.data.text import Tokenizer
 

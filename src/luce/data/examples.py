@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from luce.data.dataset import Data, stratified
 from luce.data.sources import as_source
 from luce.errors import UserError
-from luce.losses import UNLABELLED
+from luce.labels import UNLABELLED
 
 
 class Examples(Dataset[dict[str, Any]]):

@@ -1,8 +1,8 @@
 """Distillation losses: pure functions in `functional`, their modules in `modules`."""
 
+from ..labels import UNLABELLED
 from ..ops.linear import LinearLogits, TopKLogits
 from . import functional, modules
-from ._reduce import UNLABELLED
 from ._teacher import teacher_gradient
 from .functional.listwise import pld_error_bound, teacher_order
 from .temperature import suggest_temperature

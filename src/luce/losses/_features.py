@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from ..ops._rows import wide_dtype
-from . import _check
 
 Two = tuple[Tensor, Tensor]
 
@@ -22,8 +22,8 @@ def maps(student: Tensor, teacher: Tensor, *, pooled: bool = True, like_channels
         pooled: Bring both to one height and width, the smaller of each, by adaptive average pooling.
         like_channels: Refuse channels that differ.
     """
-    _check.check_features(student, teacher, "maps")
-    _check.check_same_layout(student, teacher)
+    checks.check_features(student, teacher, "maps")
+    checks.check_same_layout(student, teacher)
     if pooled and student.ndim == 3 and student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"expected as many tokens of the student as of the teacher, got {student.shape[1]} and "
@@ -40,13 +40,13 @@ def maps(student: Tensor, teacher: Tensor, *, pooled: bool = True, like_channels
 
 def vectors(student: Tensor, teacher: Tensor) -> Two:
     """Both features as ``(N, D)``, each with its own D, in a common wide dtype, the teacher's detached."""
-    _check.check_features(student, teacher, "vectors")
+    checks.check_features(student, teacher, "vectors")
     return _wide(student, teacher)
 
 
 def rows(student: Tensor, teacher: Tensor) -> Two:
     """As `vectors`, of features of any rank, flattened."""
-    _check.check_features(student, teacher, None)
+    checks.check_features(student, teacher, None)
     s, t = _wide(student, teacher)
     return s.flatten(1), t.flatten(1)
 

@@ -15,13 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .. import checks
+from ..labels import UNLABELLED
 from ..ops._rows import as_matrix, wide_dtype
-from . import _check
 from ._teacher import as_teacher
 
 Reduction = Literal["none", "mean", "sum"]
-UNLABELLED = -1
-"""The label of a row that has none: the place of a class that no label names."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,14 @@ class Blocks:
             needs_label: Rows without a label do not count.
             needs_teacher: False for a loss that never looks at a teacher.
         """
-        _check.check_logits("student_logits", student_logits)
+        checks.check_logits("student_logits", student_logits)
         if needs_teacher:
-            _check.check_given("teacher_logits", teacher_logits)
+            checks.check_given("teacher_logits", teacher_logits)
         if needs_label:
-            _check.check_given("target", target)
+            checks.check_given("target", target)
         if teacher_logits is not None:
-            _check.check_logits("teacher_logits", teacher_logits, like=student_logits)
-        axis = _check.class_axis(student_logits, class_dim)
+            checks.check_logits("teacher_logits", teacher_logits, like=student_logits)
+        axis = checks.class_axis(student_logits, class_dim)
         shape = student_logits.shape[:axis] + student_logits.shape[axis + 1 :]
         student = _as_block(student_logits, axis)
         teacher = None if teacher_logits is None else _as_block(as_teacher(teacher_logits), axis)
@@ -84,10 +83,10 @@ class Blocks:
         wide = wide_dtype(student, teacher)
         weight = None
         if row_weight is not None:
-            _check.check_per_row("row_weight", row_weight, shape, student_logits)
+            checks.check_per_row("row_weight", row_weight, shape, student_logits)
             weight = row_weight.reshape(rows).to(wide)
         if target is not None:
-            _check.check_target(target, shape, student_logits)
+            checks.check_target(target, shape, student_logits)
             target = target.reshape(rows).long()
             idle = target == ignore_index
             if unlabelled_index is not None and needs_label:
@@ -95,7 +94,7 @@ class Blocks:
             if unlabelled_index is not None and unlabelled_index != UNLABELLED:
                 no_class = (target == UNLABELLED) & ~idle
                 if can_ask(target) and bool(no_class.any()):
-                    raise _check.wrong_label(UNLABELLED, student.shape[1])
+                    raise checks.wrong_label(UNLABELLED, student.shape[1])
                 target = target.masked_fill(no_class, -2).masked_fill(target == unlabelled_index, UNLABELLED)
             if not can_ask(idle) or bool(idle.any()):
                 weight = student.new_ones(rows, dtype=wide) if weight is None else weight
@@ -129,7 +128,7 @@ class Blocks:
             ValueError: If a row that counts has a label of no class. Where asking would stall the device or
                 the compiler, that row's value is NaN and stays so.
         """
-        _check.check_reduction(reduction)
+        checks.check_reduction(reduction)
         share = self._share(reduction, factor)
         if share is not None and share.requires_grad:  # an operator takes its weights as they are
             values = share * rows((share != 0).to(share.dtype))
@@ -158,7 +157,7 @@ class Blocks:
         wrong = self._wrong_labels()
         if bool(wrong.any()):
             assert self.target is not None
-            raise _check.wrong_label(int(self.target[wrong][0]), self.student.shape[1])
+            raise checks.wrong_label(int(self.target[wrong][0]), self.student.shape[1])
 
     def _wrong_labels(self) -> Tensor:
         """True in rows that count and whose label names no class, or one that both networks exclude."""
@@ -272,7 +271,7 @@ class Rows:
 
         An empty selection sums to a differentiable zero, and so does its mean.
         """
-        _check.check_reduction(reduction)
+        checks.check_reduction(reduction)
         values = torch.where(self.weight == 0, 0, self.weight * values)
         if reduction == "none":
             return values.reshape(self.shape)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from . import _check
+from .. import checks
 
 COLDEST, HOTTEST = 1e-2, 1e3
 CHUNK = 1 << 24
@@ -27,7 +27,7 @@ def first_place(teacher_logits: Tensor, temperature: float = 1.0, *, class_dim: 
         >>> round(first_place(torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])), 6)  # the mean of 3/4 and 1/2
         0.625
     """
-    _check.check_positive(temperature=temperature)
+    checks.check_positive(temperature=temperature)
     return _first_place(_rows(teacher_logits, class_dim), temperature)
 
 
@@ -62,7 +62,7 @@ def suggest_temperature(teacher_logits: Tensor, *, first_place: float = 0.9, cla
         A rule of this library, which describes a teacher and promises nothing: in our study
         (benchmarks/results/temperature) no goal served all data sets.
     """
-    _check.check_between(0, 1, first_place=first_place)
+    checks.check_between(0, 1, first_place=first_place)
     rows = _rows(teacher_logits, class_dim)
     if not math.isfinite(_first_place(rows, 1.0)):
         raise ValueError("expected `teacher_logits` without NaN and +inf and with at least one row")
@@ -77,8 +77,8 @@ def suggest_temperature(teacher_logits: Tensor, *, first_place: float = 0.9, cla
 
 
 def _rows(logits: Tensor, class_dim: int) -> Tensor:
-    _check.check_logits("teacher_logits", logits)
-    axis = _check.class_axis(logits, class_dim)
+    checks.check_logits("teacher_logits", logits)
+    axis = checks.class_axis(logits, class_dim)
     return logits.detach().movedim(axis, -1).reshape(-1, logits.shape[axis])
 
 

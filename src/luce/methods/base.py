@@ -57,7 +57,7 @@ class Method(nn.Module, ABC):
     `optimizers` holds them. They stay out of the exported student.
 
     The loop calls, in this order: `build`; `prepare`, if it is wanted and the training was not resumed;
-    then, within `attached`, `set_epoch` before each epoch, `before_round` before every so many batches, and
+    then, within `hooks`, `set_epoch` before each epoch, `before_round` before every so many batches, and
     for each of them `step`, whose loss the student's optimizer descends, and `after_step`.
 
     What a method has learned must be in its ``state_dict`` or in that of its `optimizers`: checkpoints keep
@@ -66,10 +66,11 @@ class Method(nn.Module, ABC):
     Attributes:
         needs_teacher: Whether a step looks at a signal.
         uses_unlabelled: Whether a row without a label can teach anything.
-        wants_preparation: Whether `prepare` must be called before training.
+        needs_preparation: Whether `prepare` must be called before training.
         two_views: Whether a step looks at ``batch["strong"]``, a second view of the same rows, too.
-        own_inputs: Whether a step looks at inputs of its own, and at the batch for its size alone.
-        own_steps: Whether it trains parts with optimizers of its own, so that each batch must be a step.
+        generates_inputs: Whether a step looks at inputs of its own, and at the batch for its size alone.
+        manual_optimization: Whether it trains parts with optimizers of its own, so that each batch must be a
+            step.
         batches_per_round: How many batches `before_round` looks ahead.
         quiz: Share of the labelled training rows that nobody trains on, for `before_round` to ask about.
         quiz_batches: How many batches of them each round gets.
@@ -77,10 +78,10 @@ class Method(nn.Module, ABC):
 
     needs_teacher: bool = True
     uses_unlabelled: bool = True
-    wants_preparation: bool = False
+    needs_preparation: bool = False
     two_views: bool = False
-    own_inputs: bool = False
-    own_steps: bool = False
+    generates_inputs: bool = False
+    manual_optimization: bool = False
     batches_per_round: int = 1
     quiz: float = 0.0
     quiz_batches: int = 1
@@ -110,7 +111,7 @@ class Method(nn.Module, ABC):
         return {}
 
     @property
-    def companions(self) -> Mapping[str, nn.Module]:
+    def co_trained(self) -> Mapping[str, nn.Module]:
         """Networks that are trained along, for the test at the end."""
         return {}
 
@@ -119,7 +120,7 @@ class Method(nn.Module, ABC):
         """Images that it has made, for the report, once it is prepared; None if it makes none."""
         return None
 
-    def attached(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
+    def hooks(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
         """What must hold while steps are made, such as hooks on the networks; for a ``with`` block."""
         return nullcontext()
 
@@ -138,7 +139,7 @@ class Method(nn.Module, ABC):
         return {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Told before each epoch, counted from 1."""
+        """AnswerKind before each epoch, counted from 1."""
 
     def before_round(
         self, student: nn.Module, batches: Sequence[Batch], quiz: Sequence[Batch], learning_rate: float

@@ -66,7 +66,7 @@ class FeatureMethod(Method):
         >>> source = LiveTeacher(teacher)
         >>> batch = {"input": torch.rand(4, 1, 8, 8), "target": torch.arange(4), "index": torch.arange(4)}
         >>> method.build(student, source, batch, rows=batch)
-        >>> with method.attached(student, source):
+        >>> with method.hooks(student, source):
         ...     terms = method.step(student, batch, source.signal(batch))
         >>> sorted(terms)
         ['hint', 'logits', 'loss']
@@ -99,9 +99,9 @@ class FeatureMethod(Method):
         self.uses_unlabelled = any(
             term.weight and not term.loss.needs_labels for term in self.terms.values()
         ) or (self.logits is not None and self.logits.uses_unlabelled)
-        self.wants_preparation = any(
-            term.weight and term.loss.wants_preparation for term in self.terms.values()
-        ) or (self.logits is not None and self.logits.wants_preparation)
+        self.needs_preparation = any(
+            term.weight and term.loss.needs_preparation for term in self.terms.values()
+        ) or (self.logits is not None and self.logits.needs_preparation)
         self.epoch: int | None = None
         self._student: Features | None = None
 
@@ -109,14 +109,14 @@ class FeatureMethod(Method):
         """Make what the losses train, for the shapes that a forward pass of a few rows shows."""
         if teacher is None:
             raise UserError("expected a teacher for losses on features; add `teacher` to the recipe")
-        with Features(student, self.student_paths) as hooks, teacher.watched(self.teacher_paths):
-            with dry_run(student, sample["input"].device), hooks.caught() as ours:
+        with Features(student, self.student_paths) as hooks, teacher.record_features(self.teacher_paths):
+            with dry_run(student, sample["input"].device), hooks.capture() as ours:
                 student(sample["input"])
             theirs = teacher.signal(sample).features
         for name, term in self.terms.items():
             try:
                 if isinstance(term.loss, CRDLoss):
-                    term.loss.know_rows(rows["index"], rows["target"])
+                    term.loss.register_rows(rows["index"], rows["target"])
                 term.loss.build(
                     [ours[path].shape[1:] for path in term.student],
                     [theirs[path].shape[1:] for path in term.teacher],
@@ -125,9 +125,12 @@ class FeatureMethod(Method):
                 raise UserError(f"`{name}`: {error}") from error
 
     @contextmanager
-    def attached(self, student: nn.Module, teacher: Teacher | None) -> Iterator[None]:
+    def hooks(self, student: nn.Module, teacher: Teacher | None) -> Iterator[None]:
         assert teacher is not None
-        with Features(student, self.student_paths) as self._student, teacher.watched(self.teacher_paths):
+        with (
+            Features(student, self.student_paths) as self._student,
+            teacher.record_features(self.teacher_paths),
+        ):
             try:
                 yield
             finally:
@@ -135,14 +138,14 @@ class FeatureMethod(Method):
 
     def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
         found = {}
-        if self.logits is not None and self.logits.wants_preparation:
+        if self.logits is not None and self.logits.needs_preparation:
             found = self.logits.prepare(teacher, rows)
         for name, term in self.terms.items():
-            if not (term.weight and term.loss.wants_preparation):
+            if not (term.weight and term.loss.needs_preparation):
                 continue
 
             def features(*, paths: Sequence[str] = term.teacher, **how: Any) -> Iterator[list[Tensor]]:
-                with teacher.watched(paths):
+                with teacher.record_features(paths):
                     for batch in rows.batches(**how):
                         seen = teacher.signal(batch).features
                         yield [seen[path] for path in paths]
@@ -158,9 +161,9 @@ class FeatureMethod(Method):
     def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
         if self._student is None or signal is None:
             raise RuntimeError(
-                "expected a step within `with method.attached(student, teacher)`, and the teacher's signal"
+                "expected a step within `with method.hooks(student, teacher)`, and the teacher's signal"
             )
-        with self._student.caught() as features:
+        with self._student.capture() as features:
             logits = student(batch["input"])
         terms = {} if self.logits is None else self.logits.terms(logits, batch, signal)
         total = terms.pop("loss", logits.new_zeros(()))

@@ -36,7 +36,7 @@ class LogitMethod(Method):
         self.loss = loss
         self.needs_teacher = getattr(loss, "takes_teacher", True)
         self.uses_unlabelled = getattr(loss, "uses_unlabelled", True)
-        self.wants_preparation = getattr(loss, "wants_preparation", False)
+        self.needs_preparation = getattr(loss, "needs_preparation", False)
 
     def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
         if not isinstance(self.loss, (LogitLoss, WeightedSum)):

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from ..errors import UserError
-from ..losses import _check
-from ..losses._reduce import UNLABELLED
+from ..labels import UNLABELLED
 from ..losses.modules import LogitLoss, WeightedSum
 from ..models.generators import Discriminator, Generator
-from ..signals import BlackBox, BudgetError, DenseSignal, RememberedTeacher, RemoteTeacher, Signal, Teacher
+from ..remote import RemoteTeacher
+from ..signals import BlackBox, BudgetError, CachedTeacher, DenseSignal, Signal, Teacher
 from ..signals.signal import Kind
 from ._processes import as_first
 from .base import Batch, Method, Samples, TrainingRows
@@ -137,8 +138,8 @@ class MEKD(Method):
     """
 
     needs_teacher = False  # the engine need not ask: of its rows the teacher hears nothing
-    own_inputs = True
-    wants_preparation = True
+    generates_inputs = True
+    needs_preparation = True
 
     pool: Tensor
     answers: Tensor
@@ -173,33 +174,33 @@ class MEKD(Method):
             raise ValueError(
                 f"expected losses that need no label, for images that were made have none, got {label_losses}"
             )
-        _check.check_choice("images", images, SOURCES)
+        checks.check_choice("images", images, SOURCES)
         if image is None:
             image = 1.0 if images == "generated" else 0.0
-        _check.check_not_negative(image=image, alpha=alpha)
+        checks.check_not_negative(image=image, alpha=alpha)
         if image and images != "generated":
             raise ValueError(f"expected `image: 0` with `images: {images}`, without a generator, got {image}")
         if isinstance(method.loss, WeightedSum) and "image" in method.loss.weights:
             raise ValueError('expected no term called "image" beside MEKD, which has one itself')
         if queries is not None:
-            _check.check_count(queries=queries)
+            checks.check_count(queries=queries)
             if queries < 2:
                 raise ValueError(f"expected at least 2 `queries`, got {queries}")
         elif images == "real":
             raise ValueError("expected a number of `queries` with real images, got None")
-        if not (_check._is_number(information) and 0 <= information < 1):
+        if not (checks.is_number(information) and 0 <= information < 1):
             raise ValueError(f"expected `information` in [0, 1), got {information!r}")
         for name, value in (("tau", tau), ("gain", gain)):
             if value != "auto":
-                _check.check_positive(**{name: value})
-        _check.check_count(gan_epochs=gan_epochs, gan_batch_size=gan_batch_size, gan_width=gan_width)
+                checks.check_positive(**{name: value})
+        checks.check_count(gan_epochs=gan_epochs, gan_batch_size=gan_batch_size, gan_width=gan_width)
         if min(gan_batch_size, gan_width) < 2:
             raise ValueError(
                 "expected `gan_batch_size` and `gan_width` of at least 2, "
                 f"got {gan_batch_size} and {gan_width}"
             )
-        _check.check_positive(gan_lr=gan_lr)
-        if queries is None and method.wants_preparation:
+        checks.check_positive(gan_lr=gan_lr)
+        if queries is None and method.needs_preparation:
             raise ValueError(
                 "expected a number of `queries` for a loss that is prepared with the answers, got None"
             )
@@ -215,10 +216,10 @@ class MEKD(Method):
         """Make the generator and room for the pool; nobody is asked yet."""
         if teacher is None:
             raise UserError("expected a teacher for MEKD; add `teacher` to the recipe")
-        if isinstance(teacher, RememberedTeacher):
+        if isinstance(teacher, CachedTeacher):
             raise UserError(
                 "expected a teacher that can be asked about images that were made for MEKD, got one that "
-                "remembers its answers; set `teacher.remember: false`"
+                "remembers its answers; set `teacher.cache_outputs: false`"
             )
         inputs = sample["input"]
         if inputs.ndim != 4 or not inputs.is_floating_point():
@@ -277,7 +278,7 @@ class MEKD(Method):
         said = [self._ask(teacher, self._images(part)) for part in self.pool.split(many)]
         self.answers = torch.cat(said)
         spread = self._find_tau()
-        if self.method.wants_preparation:
+        if self.method.needs_preparation:
             assert isinstance(self.method.loss, (LogitLoss, WeightedSum))
             found |= self.method.loss.prepare(self.answers, _no_labels(self.answers))
         best = self.answers.argmax(-1).bincount() / len(self.answers)

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..errors import UserError
-from ..losses import _check
 from ..losses.functional import kd_loss
 from ..signals import BlackBox, DenseSignal, LiveTeacher, Signal, Teacher
 from ._processes import mean_over_processes
@@ -98,7 +98,7 @@ class MetaDistil(Method):
     """
 
     needs_teacher = False  # the engine need not ask: the copy answers
-    own_steps = True
+    manual_optimization = True
 
     def __init__(
         self,
@@ -124,30 +124,30 @@ class MetaDistil(Method):
             )
         if not method.needs_teacher:
             raise ValueError("expected a loss that looks at the teacher, got one that does not")
-        _check.check_between(0, 1, quiz=quiz)
+        checks.check_between(0, 1, quiz=quiz)
         if not 0 < rows <= 1:
             raise ValueError(f"expected `rows` in (0, 1], got {rows!r}")
-        _check.check_count(
+        checks.check_count(
             quiz_batches=quiz_batches,
             batches_per_round=batches_per_round,
             teacher_from_epoch=teacher_from_epoch,
         )
-        _check.check_not_negative(
+        checks.check_not_negative(
             pilot_rate=pilot_rate,
             teacher_lr=teacher_lr,
             teacher_weight_decay=teacher_weight_decay,
             max_drop=max_drop,
         )
-        _check.check_choice("teacher_optimizer", teacher_optimizer, ("sgd", "adamw"))
+        checks.check_choice("teacher_optimizer", teacher_optimizer, ("sgd", "adamw"))
         if clip_norm is not None:
-            _check.check_positive(clip_norm=clip_norm)
+            checks.check_positive(clip_norm=clip_norm)
         self.method = method
         self.quiz, self.quiz_batches, self.batches_per_round = quiz, quiz_batches, batches_per_round
         self.rows, self.pilot_rate = rows, pilot_rate
         self.teacher_optimizer, self.teacher_lr = teacher_optimizer, teacher_lr
         self.teacher_weight_decay = teacher_weight_decay
         self.teacher_from_epoch, self.clip_norm, self.max_drop = teacher_from_epoch, clip_norm, max_drop
-        self.uses_unlabelled, self.wants_preparation = method.uses_unlabelled, method.wants_preparation
+        self.uses_unlabelled, self.needs_preparation = method.uses_unlabelled, method.needs_preparation
         self.epoch = 1
         self.record = dict.fromkeys(("rounds", "rows", "lost", "gained", "drift", "restored"), 0.0)
 
@@ -158,7 +158,7 @@ class MetaDistil(Method):
             if isinstance(teacher, BlackBox):
                 what = "a black box; leave out `teacher.answers` or `teacher.url`"
             elif teacher is not None:
-                what = "one that remembers its answers; set `teacher.remember: false`"
+                what = "one that remembers its answers; set `teacher.cache_outputs: false`"
             raise UserError(f"expected a teacher that can be trained for MetaDistil, got {what}")
         self.method.build(student, teacher, sample, rows)
         self.original = teacher
@@ -179,7 +179,7 @@ class MetaDistil(Method):
             raise UserError("expected a student with parameters to train, got none")
         logits, _ = place.forward(student, sample["input"])
         # A loss that is yet to be prepared cannot be asked; with the student's part any other will do.
-        loss = _plain_kd if self.wants_preparation else self._loss
+        loss = _plain_kd if self.needs_preparation else self._loss
         try:
             slope, of_teacher = slope_on_logits(loss, logits, said, sample)
         except (ValueError, RuntimeError) as error:  # of the loss, which says what it expected
@@ -211,7 +211,7 @@ class MetaDistil(Method):
         return {"teacher": self.optimizer}
 
     @property
-    def companions(self) -> Mapping[str, nn.Module]:
+    def co_trained(self) -> Mapping[str, nn.Module]:
         return {"teacher": self.teacher}
 
     def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..errors import UserError
-from ..losses import _check
 from ..signals import LearningTeacher, Signal, Teacher
 from ._processes import mean_over_processes, share_weights
 from .base import Batch, Method
@@ -62,7 +62,7 @@ class MutualLearning(Method):
         >>> batch = {"input": torch.rand(4, 8), "target": torch.arange(4) % 3, "index": torch.arange(4)}
         >>> method.build(student, None, batch, rows=batch)
         >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        >>> with method.attached(student, None):
+        >>> with method.hooks(student, None):
         ...     method.step(student, batch, None)["loss"].backward()
         ...     optimizer.step()
         ...     terms = method.after_step(student, batch)
@@ -74,7 +74,7 @@ class MutualLearning(Method):
     """
 
     needs_teacher = False
-    own_steps = True
+    manual_optimization = True
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class MutualLearning(Method):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__()
-        if method.own_steps or method.two_views:
+        if method.manual_optimization or method.two_views:
             raise UserError(
                 "expected a method of one view and without steps of its own for mutual learning, got "
                 f"{type(method).__name__}"
@@ -94,14 +94,14 @@ class MutualLearning(Method):
             raise UserError(
                 "expected a loss that compares with a teacher for mutual learning, such as KDLoss"
             )
-        if method.wants_preparation or any(isinstance(part, SimKD) for part in method.modules()):
+        if method.needs_preparation or any(isinstance(part, SimKD) for part in method.modules()):
             raise UserError(
                 "expected losses that can do without a trained teacher for mutual learning, whose networks "
                 "start together; give no `teacher_temperature: auto`, no SimKDLoss, no IEKDLoss but with "
                 "`autoencoder: online`, and nothing else that is prepared before training"
             )
         if clip_norm is not None:
-            _check.check_positive(clip_norm=clip_norm)
+            checks.check_positive(clip_norm=clip_norm)
         self.method, self.peer_method = method, exchanged(method)
         self.peer: nn.Module | None = peer if isinstance(peer, nn.Module) else None
         self.new_peer = None if isinstance(peer, nn.Module) else peer
@@ -115,7 +115,7 @@ class MutualLearning(Method):
         return {} if self.optimizer is None else {"peer": self.optimizer}
 
     @property
-    def companions(self) -> Mapping[str, nn.Module]:
+    def co_trained(self) -> Mapping[str, nn.Module]:
         return {} if self.peer is None else {"peer": self.peer}
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
@@ -140,10 +140,10 @@ class MutualLearning(Method):
         self.optimizer = self.new_optimizer([*self.peer.parameters(), *self.peer_method.parameters()])
 
     @contextmanager
-    def attached(self, student: nn.Module, teacher: Teacher | None) -> Iterator[None]:
+    def hooks(self, student: nn.Module, teacher: Teacher | None) -> Iterator[None]:
         assert self.peer is not None
         ours, theirs = LearningTeacher(student), LearningTeacher(self.peer)
-        with self.method.attached(student, theirs), self.peer_method.attached(self.peer, ours):
+        with self.method.hooks(student, theirs), self.peer_method.hooks(self.peer, ours):
             self._sources = ours, theirs
             try:
                 yield
@@ -157,7 +157,7 @@ class MutualLearning(Method):
     def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
         """The terms of the student's loss; a given signal is not looked at, the peer is asked."""
         if self._sources is None:
-            raise RuntimeError("expected a step within `with method.attached(student, teacher)`")
+            raise RuntimeError("expected a step within `with method.hooks(student, teacher)`")
         return self.method.step(student, batch, self._sources[1].signal(batch))
 
     def after_step(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:

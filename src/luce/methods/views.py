@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
+from .. import checks
 from ..errors import UserError
-from ..losses import _check
 from ..signals import Signal, Teacher
 from .base import Batch, Method, TrainingRows
 
@@ -49,9 +49,9 @@ class TwoViewMethod(Method):
 
     def __init__(self, method: Method, weight: float = 1.0, strong_weight: float = 1.0) -> None:
         super().__init__()
-        _check.check_positive(weight=weight, strong_weight=strong_weight)
-        if method.own_steps or method.own_inputs:
-            what = "makes steps of its own" if method.own_steps else "has inputs of its own"
+        checks.check_positive(weight=weight, strong_weight=strong_weight)
+        if method.manual_optimization or method.generates_inputs:
+            what = "makes steps of its own" if method.manual_optimization else "has inputs of its own"
             raise UserError(
                 f"expected one view of each batch for {type(method).__name__}, which {what}; "
                 "leave out `data.strong_augment`"
@@ -60,7 +60,7 @@ class TwoViewMethod(Method):
         self.weight, self.strong_weight = float(weight), float(strong_weight)
         self.needs_teacher = method.needs_teacher
         self.uses_unlabelled = method.uses_unlabelled
-        self.wants_preparation = method.wants_preparation
+        self.needs_preparation = method.needs_preparation
         self.batches_per_round = method.batches_per_round
         self.quiz, self.quiz_batches = method.quiz, method.quiz_batches
 
@@ -68,11 +68,11 @@ class TwoViewMethod(Method):
         self.method.build(student, teacher, sample, rows)
 
     @property
-    def companions(self) -> Mapping[str, nn.Module]:
-        return self.method.companions
+    def co_trained(self) -> Mapping[str, nn.Module]:
+        return self.method.co_trained
 
-    def attached(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
-        return self.method.attached(student, teacher)
+    def hooks(self, student: nn.Module, teacher: Teacher | None) -> AbstractContextManager[None]:
+        return self.method.hooks(student, teacher)
 
     def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
         return self.method.prepare(teacher, rows)

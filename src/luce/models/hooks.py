@@ -40,7 +40,7 @@ class Features:
         >>> from luce import models
         >>> model = models.build("cnn", classes=10, input_shape=(1, 8, 8))
         >>> with Features(model, ["stages.0", "pool"]) as features:
-        ...     with features.caught() as seen:
+        ...     with features.capture() as seen:
         ...         logits = model(torch.zeros(2, 1, 8, 8))
         >>> {path: tuple(tensor.shape) for path, tensor in seen.items()}
         {'stages.0': (2, 64, 4, 4), 'pool': (2, 64)}
@@ -67,7 +67,7 @@ class Features:
             handle.remove()
 
     @contextmanager
-    def caught(self) -> Iterator[dict[str, Tensor]]:
+    def capture(self) -> Iterator[dict[str, Tensor]]:
         """Catch in one forward pass; the mapping from paths to tensors is filled when the block ends.
 
         Outside of this block the hooks do nothing, and nobody but the caller keeps what was caught.

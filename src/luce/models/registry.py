@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from luce.errors import UserError, unknown_name
-from luce.models import doors
+from luce.models import loaders
 from luce.models.binary import binarize_, split_options
 from luce.models.mobilenet import mobilenetv2
 from luce.models.network import Network, positive_integers
@@ -97,10 +97,10 @@ def binary_student(
 
 
 DOORS: dict[str, Callable[..., nn.Module]] = {
-    "timm": doors.from_timm,
-    "torchvision": doors.from_torchvision,
-    "hf": doors.from_hugging_face,
-    "python": doors.from_python,
+    "timm": loaders.from_timm,
+    "torchvision": loaders.from_torchvision,
+    "hf": loaders.from_hugging_face,
+    "python": loaders.from_python,
     "simkd": simkd_student,
     "binary": binary_student,
 }
@@ -152,7 +152,7 @@ def build(name: str, *, classes: int, input_shape: Sequence[int] = (3, 32, 32), 
     else:
         if name not in NETWORKS:
             raise unknown_name("model", name, NETWORKS)
-        model = doors.call(name, NETWORKS[name], options, classes=classes, input_shape=shape)
+        model = loaders.call(name, NETWORKS[name], options, classes=classes, input_shape=shape)
     if not isinstance(model, nn.Module):
         raise UserError(f"expected `{name}` to return a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -4,6 +4,6 @@ Each has a reference in plain PyTorch and, where it pays, a native engine and a 
 tells what tensors on the CPU get, `describe_gpu` what those on a CUDA device do.
 """
 
-from ._library import describe, describe_gpu
+from .engines import describe, describe_gpu
 
 __all__ = ["describe", "describe_gpu"]

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._library import INTERPRETED
 from ._rows import wide_dtype
+from .engines import INTERPRETED
 
 TILE = 4096
 """Classes, of all rows together, that a program looks at at a time."""

@@ -106,7 +106,7 @@ class Sample:
 class Run:
     """One finished training run.
 
-    ``prepared`` is what the method found out before it, ``companions`` the test accuracy, at the last epoch,
+    ``prepared`` is what the method found out before it, ``co_trained`` the test accuracy, at the last epoch,
     of networks that were trained along.
     """
 
@@ -123,7 +123,7 @@ class Run:
     last: Moment
     best: Moment
     prepared: Mapping[str, float] = field(default_factory=dict)
-    companions: Mapping[str, float] = field(default_factory=dict)
+    co_trained: Mapping[str, float] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
 
 
@@ -203,9 +203,9 @@ def read_run(folder: Path | str) -> Run:
             last=_moment(result["last"]),
             best=_moment(result["best"]),
             prepared=dict(result.get("prepared", {})),
-            companions={
+            co_trained={
                 str(name): float(fields["test"]["accuracy"])
-                for name, fields in result.get("companions", {}).items()
+                for name, fields in result.get("co_trained", {}).items()
             },
             samples=_read_samples(folder / "samples.json"),
         )

@@ -165,7 +165,7 @@ def _run_table(run: Run) -> Table:
     last, best = run.last.test, run.best.test
     rows = [
         ("accuracy %", number(last.accuracy), number(best.accuracy)),
-        *((f"accuracy of the {name} %", number(value), NOTHING) for name, value in run.companions.items()),
+        *((f"accuracy of the {name} %", number(value), NOTHING) for name, value in run.co_trained.items()),
         ("negative log-likelihood, nats", f"{last.nll:.3f}", f"{best.nll:.3f}"),
         ("calibration error (ECE) %", number(last.calibration_error), number(best.calibration_error)),
     ]

@@ -1,24 +1,20 @@
-"""Teacher signals and where they come from: live networks, remembered answers, and black boxes."""
+"""Teacher signals and where they come from: live networks, cached answers, and black boxes."""
 
-from .blackbox import BlackBox, BudgetError, LocalBlackBox, logits_from, tell
-from .remote import RemoteTeacher
+from .blackbox import BlackBox, BudgetError, LocalBlackBox, answer, logits_from
 from .signal import DenseSignal, Kind, Signal
-from .sources import LearningTeacher, LiveTeacher, RememberedTeacher, Teacher
-from .transport import RemoteError
+from .teachers import CachedTeacher, LearningTeacher, LiveTeacher, Teacher
 
 __all__ = [
     "BlackBox",
     "BudgetError",
+    "CachedTeacher",
     "DenseSignal",
     "Kind",
     "LearningTeacher",
     "LiveTeacher",
     "LocalBlackBox",
-    "RememberedTeacher",
-    "RemoteError",
-    "RemoteTeacher",
     "Signal",
     "Teacher",
+    "answer",
     "logits_from",
-    "tell",
 ]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError, unknown_name
 from .signal import DenseSignal
-from .sources import Batch, Teacher
+from .teachers import Batch, Teacher
 
-Told: TypeAlias = Literal["probs", "topk", "label"]
+AnswerKind: TypeAlias = Literal["probs", "topk", "label"]
 """What a black box tells of a row: every class's probability, those of its best classes, or its best class.
 
 A row of such answers is a row of numbers: the C probabilities; the k best classes, then their
@@ -39,25 +39,25 @@ def check_answers(answers: object, top_k: int | None, classes: int) -> None:
     Raises:
         UserError: If there is anything to refuse.
     """
-    if answers not in get_args(Told):
-        raise unknown_name("kind of `answers`", answers, get_args(Told))
+    if answers not in get_args(AnswerKind):
+        raise unknown_name("kind of `answers`", answers, get_args(AnswerKind))
     if answers != "topk" and top_k is not None:
         raise UserError(f"expected `top_k` with `answers: topk` alone, got {top_k!r} with {answers}")
     if answers == "topk" and not (type(top_k) is int and 1 <= top_k <= classes):
         raise UserError(f"expected `top_k` in 1 .. {classes} with `answers: topk`, got {top_k!r}")
 
 
-def tell(logits: Tensor, answers: Told, top_k: int | None = None) -> Tensor:
+def answer(logits: Tensor, answers: AnswerKind, top_k: int | None = None) -> Tensor:
     """What a network with these logits says where it tells only this.
 
     Args:
         logits: ``(N, C)``.
-        answers: See `Told`.
+        answers: See `AnswerKind`.
         top_k: How many classes ``"topk"`` tells, best first.
     Returns:
         ``(N, C)`` probabilities; ``(N, 2 k)``, classes and then probabilities; or ``(N, 1)`` classes.
     Example:
-        >>> tell(torch.tensor([[0.0, 2.0, 1.0]]), "topk", top_k=2)
+        >>> answer(torch.tensor([[0.0, 2.0, 1.0]]), "topk", top_k=2)
         tensor([[1.0000, 2.0000, 0.6652, 0.2447]])
     """
     if answers == "label":
@@ -70,7 +70,7 @@ def tell(logits: Tensor, answers: Told, top_k: int | None = None) -> Tensor:
     return torch.cat([best.indices.to(probs.dtype), best.values], dim=-1)
 
 
-def logits_from(told: Tensor, answers: Told, classes: int, *, floor: float = FLOOR) -> Tensor:
+def logits_from(told: Tensor, answers: AnswerKind, classes: int, *, floor: float = FLOOR) -> Tensor:
     r"""The logits that stand for what a black box has told, with mean 0 in every row.
 
     * Of probabilities, :math:`\log p_c - \frac1C \sum_i \log p_i`: the true logits but for their mean, which
@@ -82,8 +82,8 @@ def logits_from(told: Tensor, answers: Told, classes: int, *, floor: float = FLO
       the cross-entropy with the label, at any usual temperature, and nothing is infinite.
 
     Args:
-        told: See `tell`.
-        answers: See `Told`.
+        told: See `answer`.
+        answers: See `AnswerKind`.
         classes: C, of the teacher.
         floor: Probabilities that were told count as it if they are below; half of the last decimal where
             they were rounded.
@@ -91,7 +91,7 @@ def logits_from(told: Tensor, answers: Told, classes: int, *, floor: float = FLO
         ``(N, C)``.
     Example:
         >>> logits = torch.tensor([[2.0, -0.5, 0.5, 1.0]])
-        >>> logits_from(tell(logits, "probs"), "probs", classes=4)
+        >>> logits_from(answer(logits, "probs"), "probs", classes=4)
         tensor([[ 1.2500, -1.2500, -0.2500,  0.2500]])
     """
     if answers == "label":
@@ -112,7 +112,7 @@ class BlackBox(Teacher):
     """A teacher that answers questions and shows nothing else: no logits, no features, no gradient.
 
     Attributes:
-        answers: What it tells; see `Told`.
+        answers: What it tells; see `AnswerKind`.
         top_k: How many classes ``"topk"`` tells.
         classes: C.
         queries: Rows that were really asked about, and paid for, on this account.
@@ -120,7 +120,7 @@ class BlackBox(Teacher):
         floor: See `logits_from`.
     """
 
-    answers: Told
+    answers: AnswerKind
     top_k: int | None
     classes: int
     queries: int
@@ -139,7 +139,7 @@ class BlackBox(Teacher):
 
     @abstractmethod
     def told(self, inputs: Tensor) -> Tensor:
-        """The answers themselves, ``(N, ...)``; see `tell`."""
+        """The answers themselves, ``(N, ...)``; see `answer`."""
 
     @abstractmethod
     def account(self, name: str) -> BlackBox:
@@ -166,7 +166,7 @@ class BlackBox(Teacher):
                 f"more after {self.queries}; raise `teacher.budget`, or ask about fewer"
             )
 
-    def watched(self, paths: Iterable[str]) -> AbstractContextManager[None]:
+    def record_features(self, paths: Iterable[str]) -> AbstractContextManager[None]:
         raise UserError(
             f"expected a teacher whose inside can be looked at, for a loss on features, got a black box that "
             f"tells {self.answers} alone; leave out `teacher.answers` or `teacher.url`"
@@ -185,7 +185,7 @@ class LocalBlackBox(BlackBox):
 
     Args:
         model: From inputs to logits ``(N, C)``. Put into evaluation mode, where it stays.
-        answers: What it tells; see `Told`.
+        answers: What it tells; see `AnswerKind`.
         classes: C.
         top_k: How many classes ``"topk"`` tells.
         budget: Rows that it answers in all; None for any number. A row that comes again counts again.
@@ -204,7 +204,7 @@ class LocalBlackBox(BlackBox):
         self,
         model: nn.Module,
         *,
-        answers: Told,
+        answers: AnswerKind,
         classes: int,
         top_k: int | None = None,
         budget: int | None = None,
@@ -234,4 +234,4 @@ class LocalBlackBox(BlackBox):
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         self.queries += len(inputs)
-        return tell(logits, self.answers, self.top_k)
+        return answer(logits, self.answers, self.top_k)

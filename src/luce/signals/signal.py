@@ -18,7 +18,7 @@ class DenseSignal:
 
     Attributes:
         logits: Of every class, ``(N, C)``, about the batch's ``input``.
-        features: By path, of the modules that are watched; see `luce.signals.Teacher.watched`.
+        features: By path, of the modules that are watched; see `luce.signals.Teacher.record_features`.
         strong: What the teacher said about the batch's ``strong`` view; None if there is none.
         kind: What the teacher really told; unless ``"logits"``, the logits stand for that; see
             `luce.signals.BlackBox`.

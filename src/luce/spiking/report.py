@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Watch = Callable[[str], AbstractContextManager[Callable[[], None]]]
-"""Told what is simulated next; gives what is called at every step of every batch."""
+"""AnswerKind what is simulated next; gives what is called at every step of every batch."""
 
 ASSUMPTIONS = (
     f"{MULTIPLY_ADD} pJ for a multiplication with an addition and {ADD} pJ for an addition of 32-bit floats "

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.progress import Progress
 
+from ..config import parse
 from ..errors import UserError, unknown_name
-from .options import parse
 from .progress import Bar
 from .recipe import (
     DataOptions,
@@ -23,7 +23,7 @@ from .recipe import (
     merge,
     read_yaml,
 )
-from .run import Materials, claim, holds, know_teacher, method_of, prepare_data, rehearse, run
+from .run import RunInputs, claim, dry_run, holds, load_teacher, method_of, prepare_data, run
 
 
 @dataclass
@@ -153,7 +153,7 @@ def compare(
     for setting, one in grid.values():
         if one.training.seed == recipe.seeds[0]:
             with about(one.method):
-                rehearse(one, parts[setting])
+                dry_run(one, parts[setting])
     if recipe.teacher_training is not None:
         prepare_data(recipe.teacher_recipe())
     claim(folder, "comparison.yaml", asdict(recipe), replace=grows, command=command)
@@ -161,7 +161,7 @@ def compare(
         if recipe.teacher_training is not None:
             bar.note("teacher")
             run(recipe.teacher_recipe(), folder / "teacher", progress=progress)
-        known: dict[str, Materials] = {}
+        known: dict[str, RunInputs] = {}
         for place, (setting, one) in grid.items():
             if (place / "result.json").exists():
                 continue
@@ -169,7 +169,7 @@ def compare(
             if one.teacher is not None and recipe.teacher_training is not None:
                 one.teacher.checkpoint = str(folder / "teacher")
             if setting not in known:  # data and teacher do not depend on method or seed
-                known = {setting: know_teacher(parts[setting], one)}
+                known = {setting: load_teacher(parts[setting], one)}
             run(one, place, known[setting], progress)
             bar.advance()
     return len(grid), done

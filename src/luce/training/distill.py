@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..config import parse
 from ..data import Examples
 from ..data.sources import as_source
 from ..losses.modules import PLDLoss
@@ -20,7 +21,6 @@ from ..methods import LogitMethod, Loss, Method
 from ..models import Classifier
 from ..signals import LiveTeacher, Teacher
 from .engine import Fit, fit
-from .options import parse
 from .progress import progress_bars
 from .recipe import TrainingOptions
 from .run import claim

@@ -23,12 +23,12 @@ from ..data import Examples
 from ..errors import UserError, import_optional, unknown_name
 from ..methods import Method
 from ..models import Classifier
-from ..signals import RememberedTeacher, Teacher
+from ..signals import CachedTeacher, Teacher
 from . import checkpoint, files, metrics
 from .processes import processes
 from .progress import Bar
 from .recipe import TrainingOptions
-from .rows import KnownRows
+from .rows import TrainingBatches
 from .session import Session, TrainingError, refusals, signal_of
 
 TRACKERS = ("tensorboard", "wandb")
@@ -48,7 +48,7 @@ class Fit:
             one without validation rows.
         best_weights: Of the student's body after that epoch.
         prepared: What the method found out about the teacher before training, by name.
-        companions: Other networks that the method has trained along, by name.
+        co_trained: Other networks that the method has trained along, by name.
     """
 
     student: Classifier
@@ -57,7 +57,7 @@ class Fit:
     best_epoch: int
     best_weights: dict[str, Tensor]
     prepared: dict[str, float]
-    companions: Mapping[str, nn.Module] = field(default_factory=dict)
+    co_trained: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def fit(
@@ -98,7 +98,7 @@ def fit(
     """
     if method.two_views != (strong_augment is not None):
         raise UserError("expected `strong_augment` for a method of two views, and for no other")
-    if method.two_views and method.needs_teacher and isinstance(teacher, RememberedTeacher):
+    if method.two_views and method.needs_teacher and isinstance(teacher, CachedTeacher):
         raise UserError(
             "expected a teacher that can be asked about a second view, got one that remembers its answers"
         )
@@ -129,11 +129,11 @@ def fit(
             data.loader(validation, batch_size=4 * options.batch_size, seed=None, workers=workers)
         )
 
-    book, lines, best_weights, prepared = Bookkeeping(), [], {}, {}
+    book, lines, best_weights, prepared = BestEpoch(), [], {}, {}
     saved = None if folder is None else checkpoint.restore(folder, accelerator)
     if saved is not None:
         try:
-            book, best_weights = Bookkeeping(**saved["bookkeeping"]), saved["best_weights"]
+            book, best_weights = BestEpoch(**saved["bookkeeping"]), saved["best_weights"]
             lines, prepared = saved["lines"], saved["prepared"]
             session.load_state_dict(saved["session"])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -153,8 +153,8 @@ def fit(
         if folder is not None:
             checkpoint.save(folder, accelerator, book.epoch, extra)
 
-    if saved is None and method.wants_preparation and teacher is not None:
-        rows = KnownRows(known, accelerator.device, options.seed, augment, workers, progress)
+    if saved is None and method.needs_preparation and teacher is not None:
+        rows = TrainingBatches(known, accelerator.device, options.seed, augment, workers, progress)
         prepared = session.prepare(teacher, rows)
         save()
     log = MetricsLog(folder if accelerator.is_main_process else None, lines)
@@ -163,7 +163,7 @@ def fit(
 
     steps = len(session.batches)
     bars = Bar(progress, "training", options.epochs * steps, book.epoch * steps)
-    with bars as bar, method.attached(student, session.teacher):
+    with bars as bar, method.hooks(student, session.teacher):
         while book.epoch < options.epochs and not book.exhausted(options.patience):
             started = time.perf_counter()
             book.epoch += 1
@@ -184,7 +184,7 @@ def fit(
     for tracker in accelerator.trackers:  # not end_training(), which would part processes that go on together
         tracker.finish()
     return Fit(
-        session.evaluated, accelerator, log.lines, book.best_epoch, best_weights, prepared, method.companions
+        session.evaluated, accelerator, log.lines, book.best_epoch, best_weights, prepared, method.co_trained
     )
 
 
@@ -236,12 +236,12 @@ def check_own_steps(method: Method, options: TrainingOptions) -> None:
         if getattr(method, count) < 1:
             raise UserError(f"expected `{count}` of {name} to be at least 1, got {getattr(method, count)}")
     # The last batches of an epoch make a step, however few, and a round of several hides where they begin.
-    if (method.own_steps or method.batches_per_round > 1) and options.accumulate > 1:
+    if (method.manual_optimization or method.batches_per_round > 1) and options.accumulate > 1:
         raise UserError(
             f"expected `training.accumulate: 1` for {name}, which does something of its own between batches, "
             f"got {options.accumulate}; raise `training.batch_size` instead"
         )
-    if method.own_steps and options.precision == "fp16":
+    if method.manual_optimization and options.precision == "fp16":
         raise UserError(
             f"expected `training.precision` bf16 or no for {name}, whose own steps scale nothing, got fp16"
         )
@@ -267,7 +267,7 @@ def check_smallest_batch(
         rows: Of an epoch.
         batch_size: Of all batches but perhaps the last.
     """
-    if method.own_inputs or (rows % batch_size or batch_size) > 1:
+    if method.generates_inputs or (rows % batch_size or batch_size) > 1:
         return
     device = sample["input"].device
     method, student = copy.deepcopy((method, student))
@@ -276,9 +276,9 @@ def check_smallest_batch(
         sample = {**sample, "strong": sample["input"]}
     teacher = teacher if method.needs_teacher else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []), refusals():
-        if method.wants_preparation and teacher is not None:
-            method.prepare(teacher, KnownRows(known, device, at_most=1))
-        with method.attached(student.train(), teacher):
+        if method.needs_preparation and teacher is not None:
+            method.prepare(teacher, TrainingBatches(known, device, at_most=1))
+        with method.hooks(student.train(), teacher):
             signal = None if teacher is None else signal_of(teacher, sample)
             try:
                 method.step(student, sample, signal)
@@ -315,7 +315,7 @@ def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Acc
 
 
 @dataclass
-class Bookkeeping:
+class BestEpoch:
     """How far a training has come."""
 
     epoch: int = 0

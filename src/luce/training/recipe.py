@@ -91,7 +91,7 @@ class TeacherOptions(ModelOptions):
     """The network to learn from, or the address of one.
 
     Attributes:
-        remember: Ask it once about every row instead of once per epoch; only without augmentation.
+        cache_outputs: Ask it once about every row instead of once per epoch; only without augmentation.
         url: Of a server that answers as a black box, such as ``luce serve``; instead of a network.
         answers: What a black box tells: probs, topk or label. None for all that a network knows, or for
             whatever the server tells.
@@ -108,7 +108,7 @@ class TeacherOptions(ModelOptions):
         test: Ask the server about the test rows too, for figures that compare with it.
     """
 
-    remember: bool = False
+    cache_outputs: bool = False
     url: str | None = None
     answers: Literal["probs", "topk", "label"] | None = None
     top_k: int | None = None

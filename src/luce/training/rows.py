@@ -13,7 +13,7 @@ from ..data import Examples
 from .progress import Bar
 
 
-class KnownRows:
+class TrainingBatches:
     """Implements `luce.methods.TrainingRows`.
 
     Args:

@@ -18,10 +18,10 @@ from accelerate.utils import set_seed
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from .. import data, models
+from .. import checks, data, models
+from ..config import parse
 from ..data import Data, Examples
 from ..errors import UserError
-from ..losses import _check
 from ..methods import (
     FeatureMethod,
     LogitMethod,
@@ -31,30 +31,29 @@ from ..methods import (
     Samples,
     TwoViewMethod,
 )
-from ..models.doors import fresh_weights_expected
+from ..models.loaders import fresh_weights_expected
 from ..models.text import check_tokens
+from ..remote import RemoteTeacher
 from ..signals import (
     BlackBox,
+    CachedTeacher,
     LiveTeacher,
-    RememberedTeacher,
-    RemoteTeacher,
     Teacher,
 )
 from . import checkpoint, files, metrics
 from .engine import Fit, build, check_own_steps, divide, fit, new_accelerator
 from .environment import environment
-from .options import parse
 from .processes import processes
 from .recipe import PROCEDURES, ModelOptions, Recipe, build_method, read_yaml
-from .rows import KnownRows
+from .rows import TrainingBatches
 from .session import checked_step, make_optimizer, refusals, signal_of
 from .teachers import (
     EVALUATION_BATCH,
-    KnownTeacher,
+    LoadedTeacher,
     accuracy,
     announce,
     in_order,
-    know_server,
+    load_remote_teacher,
     local_box,
     remember,
     stand_in,
@@ -62,26 +61,26 @@ from .teachers import (
 
 
 @dataclass(frozen=True)
-class Materials:
+class RunInputs:
     """What several runs can share: data, its parts, and the teacher."""
 
     data: Data
     train: Examples
     validation: Examples
     test: Examples
-    teacher: KnownTeacher | None
+    teacher: LoadedTeacher | None
 
 
-def prepare(recipe: Recipe) -> Materials:
+def prepare(recipe: Recipe) -> RunInputs:
     """Load and check everything that a recipe names, before any training.
 
     Raises:
         UserError: On an unknown name, unreadable files, or parts that do not fit together.
     """
-    return know_teacher(prepare_data(recipe), recipe)
+    return load_teacher(prepare_data(recipe), recipe)
 
 
-def prepare_data(recipe: Recipe) -> Materials:
+def prepare_data(recipe: Recipe) -> RunInputs:
     """The part of `prepare` that needs no teacher."""
     options = recipe.data
     loaded = data.load(options.name, root=options.root, **options.options)
@@ -90,9 +89,9 @@ def prepare_data(recipe: Recipe) -> Materials:
         train = data.keep_labels(train, per_class=options.labels_per_class, seed=options.split_seed)
     for name in (options.augment, options.strong_augment):
         check_augmentation(name, train)
-    check_remembered(recipe, train)
+    check_cacheable(recipe, train)
     build_network(recipe.student, loaded)
-    return Materials(loaded, train, validation, test, teacher=None)
+    return RunInputs(loaded, train, validation, test, teacher=None)
 
 
 def augmentation(name: str) -> Callable[[Tensor], Tensor] | None:
@@ -112,13 +111,13 @@ def check_augmentation(name: str, rows: Examples) -> None:
             augment(rows.batch([0])["input"])
 
 
-def check_remembered(recipe: Recipe, train: Examples) -> None:
+def check_cacheable(recipe: Recipe, train: Examples) -> None:
     """Refuse a teacher that remembers its answers to rows that change.
 
     Raises:
         UserError: If rows look different each time.
     """
-    if recipe.teacher is None or not recipe.teacher.remember:
+    if recipe.teacher is None or not recipe.teacher.cache_outputs:
         return
     if train.random:
         what = "the random transforms of the data itself"
@@ -129,7 +128,7 @@ def check_remembered(recipe: Recipe, train: Examples) -> None:
     else:
         return
     raise UserError(
-        "expected training rows that always look the same for `teacher.remember`, which keeps one "
+        "expected training rows that always look the same for `teacher.cache_outputs`, which keeps one "
         f"answer for each, got {what}; leave out one of the two"
     )
 
@@ -191,7 +190,7 @@ def check_fit(network: models.Classifier, loaded: Data) -> None:
         )
 
 
-def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
+def load_teacher(materials: RunInputs, recipe: Recipe) -> RunInputs:
     """The same materials with the recipe's teacher, if it has one.
 
     Raises:
@@ -202,7 +201,7 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
         return materials
     if options.url is not None:
         device = new_accelerator(recipe.training).device
-        known = know_server(options, recipe.data, loaded, materials.train, test, device)
+        known = load_remote_teacher(options, recipe.data, loaded, materials.train, test, device)
         return dataclasses.replace(materials, teacher=known)
     if options.checkpoint is None and options.name in models.names():
         raise UserError(
@@ -217,7 +216,7 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
     box = None if options.answers is None else local_box(network, options, len(loaded.classes))
     if box is not None:
         ask_train = box
-    if options.remember:
+    if options.cache_outputs:
         if box is not None:
             box.check_budget(box.price(in_order(materials.train)))
         ask_train = remember(ask_train, materials.train, accelerator.device)
@@ -226,10 +225,10 @@ def know_teacher(materials: Materials, recipe: Recipe) -> Materials:
     size = models.count_parameters(network)
     about = {"model": description["model"], "parameters": size, "test": accuracy(ask_test, test)}
     about |= {} if box is None else box.cost
-    return dataclasses.replace(materials, teacher=KnownTeacher(ask_train, ask_test, about))
+    return dataclasses.replace(materials, teacher=LoadedTeacher(ask_train, ask_test, about))
 
 
-def on_account(materials: Materials, recipe: Recipe, method: Method, folder: Path) -> Materials:
+def with_budget_account(materials: RunInputs, recipe: Recipe, method: Method, folder: Path) -> RunInputs:
     """What one run of several has as its own: if its teacher is a black box, its queries are counted apart.
 
     Raises:
@@ -275,7 +274,7 @@ def method_of(recipe: Recipe, loaded: Data | None = None) -> Method:
                 f"expected a `name` for `peer`, or no `peer` for one like the student, got {peer!r}"
             )
         if peer_lr is not None:
-            _check.check_positive(peer_lr=peer_lr)
+            checks.check_positive(peer_lr=peer_lr)
         training = recipe.training if peer_lr is None else dataclasses.replace(recipe.training, lr=peer_lr)
 
         def new_peer() -> nn.Module:
@@ -288,15 +287,15 @@ def method_of(recipe: Recipe, loaded: Data | None = None) -> Method:
         )
 
     method = build_method(recipe.loss, {**PROCEDURES, "MutualLearning": mutual_learning})
-    if method.own_inputs and recipe.teacher is not None and recipe.teacher.remember:
+    if method.generates_inputs and recipe.teacher is not None and recipe.teacher.cache_outputs:
         raise UserError(
             f"expected a teacher that can be asked about the inputs that {type(method).__name__} makes, got "
-            "one that remembers its answers to the rows; set `teacher.remember: false`"
+            "one that remembers its answers to the rows; set `teacher.cache_outputs: false`"
         )
     return method if recipe.data.strong_augment == "none" else TwoViewMethod(method)
 
 
-def rehearse(recipe: Recipe, materials: Materials) -> None:
+def dry_run(recipe: Recipe, materials: RunInputs) -> None:
     """Make a step on one row with networks like a recipe's own, to hear of what does not fit before training.
 
     Raises:
@@ -315,8 +314,8 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
                 teacher = LiveTeacher(network)
                 if options.answers is not None:
                     teacher = local_box(network, options, classes)
-            if options.remember and isinstance(method, (FeatureMethod, MetaDistil)):
-                teacher = RememberedTeacher(torch.empty(0))
+            if options.cache_outputs and isinstance(method, (FeatureMethod, MetaDistil)):
+                teacher = CachedTeacher(torch.empty(0))
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)
     train, quiz = divide(method, materials.train, recipe.training.seed)
@@ -327,9 +326,9 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
         row = {**row, "strong": row["input"]}
     asked = [row] * method.quiz_batches if quiz is not None else []
     with refusals():
-        if method.wants_preparation and teacher is not None:
-            method.prepare(teacher, KnownRows(train, cpu, at_most=1))
-    with refusals(), method.attached(student, teacher):
+        if method.needs_preparation and teacher is not None:
+            method.prepare(teacher, TrainingBatches(train, cpu, at_most=1))
+    with refusals(), method.hooks(student, teacher):
         signal = None if teacher is None or not method.needs_teacher else signal_of(teacher, row)
         method.eval().before_round(student.eval(), [row] * method.batches_per_round, asked, 0.0)
         with torch.no_grad():
@@ -337,7 +336,7 @@ def rehearse(recipe: Recipe, materials: Materials) -> None:
 
 
 def run(
-    recipe: Recipe, folder: Path, materials: Materials | None = None, progress: Progress | None = None
+    recipe: Recipe, folder: Path, materials: RunInputs | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train and evaluate what a recipe says, in a folder of its own; what is there already is not done again.
 
@@ -357,7 +356,7 @@ def run(
     method_of(recipe)  # what makes no sense is told before the data is loaded
     materials = materials or prepare(recipe)
     method = method_of(recipe, materials.data)
-    materials = on_account(materials, recipe, method, folder)
+    materials = with_budget_account(materials, recipe, method, folder)
     teacher = materials.teacher
     claim(folder, "recipe.yaml", asdict(recipe))
 
@@ -388,9 +387,9 @@ def run(
         "selection": f"highest accuracy, then lowest loss, on {len(materials.validation)} validation rows",
         "train": fitted.lines[-1]["train"],
         "last": _moment(fitted, len(fitted.lines), materials),
-        "companions": {
+        "co_trained": {
             name: {"test": _test(network, fitted.accelerator, materials)}
-            for name, network in fitted.companions.items()
+            for name, network in fitted.co_trained.items()
         },
         "teacher": None if teacher is None else teacher.described,
     }
@@ -417,7 +416,7 @@ def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:
     if (
         recipe.teacher is not None and recipe.teacher.url is not None
     ):  # training rows would be asked for nothing
-        teacher = dataclasses.replace(recipe.teacher, remember=False) if recipe.teacher.test else None
+        teacher = dataclasses.replace(recipe.teacher, cache_outputs=False) if recipe.teacher.test else None
         recipe = dataclasses.replace(recipe, teacher=teacher)
     materials = prepare(recipe)
     if len(description["classes"]) != len(materials.data.classes):
@@ -442,7 +441,7 @@ def _described(samples: Samples, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _moment(fitted: Fit, epoch: int, materials: Materials) -> dict[str, Any]:
+def _moment(fitted: Fit, epoch: int, materials: RunInputs) -> dict[str, Any]:
     return {
         "epoch": epoch,
         "validation": fitted.lines[epoch - 1]["validation"],
@@ -450,7 +449,7 @@ def _moment(fitted: Fit, epoch: int, materials: Materials) -> dict[str, Any]:
     }
 
 
-def _test(student: nn.Module, accelerator: Accelerator, materials: Materials) -> dict[str, Any]:
+def _test(student: nn.Module, accelerator: Accelerator, materials: RunInputs) -> dict[str, Any]:
     batches = data.loader(materials.test, batch_size=EVALUATION_BATCH, seed=None)
     teacher = None if materials.teacher is None else materials.teacher.test
     return metrics.full(*metrics.collect(student, accelerator.prepare(batches), accelerator, teacher))

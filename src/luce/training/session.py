@@ -25,7 +25,7 @@ from ..models import Classifier
 from ..signals import Signal, Teacher
 from .progress import Bar
 from .recipe import TrainingOptions
-from .rows import KnownRows
+from .rows import TrainingBatches
 
 FINITE_CHECK_STEPS = 50
 """Steps between looks at the loss on an accelerator, each of which makes the host wait for it."""
@@ -94,7 +94,7 @@ class Session:
             self.evaluated = cast(Classifier, self.average.module)
         self.step = self.number = 0
 
-    def prepare(self, teacher: Teacher, rows: KnownRows) -> dict[str, float]:
+    def prepare(self, teacher: Teacher, rows: TrainingBatches) -> dict[str, float]:
         """Let the method learn what it must know before training, without touching the draws that follow."""
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -129,7 +129,7 @@ class Session:
                 note(self.checked(self.method.before_round(self.bare, ahead, asked, rate)))
             for batch in ahead:
                 gathered += len(batch["target"]) / self.batch_size
-                note(self.descend(batch, gathered))
+                note(self.train_step(batch, gathered))
                 if self.accelerator.sync_gradients:
                     gathered = 0.0
                     self.step += 1
@@ -146,7 +146,7 @@ class Session:
         means = {name: total / times[name] for name, total in sums.items()}
         return {name: mean.item() for name, mean in self.accelerator.reduce(means, "mean").items()}
 
-    def descend(self, batch: Mapping[str, Tensor], gathered: float) -> dict[str, Tensor]:
+    def train_step(self, batch: Mapping[str, Tensor], gathered: float) -> dict[str, Tensor]:
         """One backward pass, and the student's step if it is due.
 
         Args:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .. import data
 from ..data import Data, Examples
 from ..errors import UserError
-from ..signals import BlackBox, LocalBlackBox, RememberedTeacher, RemoteTeacher, Teacher
+from ..remote import RemoteTeacher
+from ..signals import BlackBox, CachedTeacher, LocalBlackBox, Teacher
 from ..signals.blackbox import FLOOR
 from . import metrics
 from .processes import processes
@@ -29,7 +30,7 @@ REQUESTS_EACH = 8
 
 
 @dataclass(frozen=True)
-class KnownTeacher:
+class LoadedTeacher:
     """A teacher with what it says about the rows of a run.
 
     Attributes:
@@ -65,14 +66,14 @@ def local_box(network: nn.Module, options: TeacherOptions, classes: int) -> Loca
     )
 
 
-def know_server(
+def load_remote_teacher(
     options: TeacherOptions,
     data_options: DataOptions,
     loaded: Data,
     train: Examples,
     test: Examples,
     device: torch.device,
-) -> KnownTeacher:
+) -> LoadedTeacher:
     """The teacher at a URL. A fixed set of rows is asked about now, if it does not exceed the budget.
 
     Args:
@@ -102,7 +103,7 @@ def know_server(
         floor=options.floor,
     )
     check_service(box, loaded)
-    fixed = [*([train] if options.remember else []), *([test] if options.test else [])]
+    fixed = [*([train] if options.cache_outputs else []), *([test] if options.test else [])]
     if fixed:
         price = box.price(batch for rows in fixed for batch in in_order(rows))
         known = sum(map(len, fixed)) - price
@@ -110,11 +111,11 @@ def know_server(
         box.check_budget(price)
     size = box.batch_size * box.concurrency * REQUESTS_EACH
     with processes().main_process_first():  # the others find the answers in the cache
-        ask_train = remember(box, train, device, size) if options.remember else box
+        ask_train = remember(box, train, device, size) if options.cache_outputs else box
         ask_test = remember(box, test, device, size) if options.test else None
     figures = None if ask_test is None else accuracy(ask_test, test)
     about = {"model": box.service.model, "parameters": None, "test": figures, **box.cost}
-    return KnownTeacher(ask_train, ask_test, about)
+    return LoadedTeacher(ask_train, ask_test, about)
 
 
 def check_service(box: RemoteTeacher, loaded: Data) -> None:
@@ -162,7 +163,7 @@ def _token(options: TeacherOptions) -> str | None:
     return None
 
 
-def accuracy(teacher: RememberedTeacher, test: Examples) -> dict[str, float]:
+def accuracy(teacher: CachedTeacher, test: Examples) -> dict[str, float]:
     return {"accuracy": metrics.brief(teacher.logits[test.indices], test.targets)["accuracy"]}
 
 
@@ -195,8 +196,8 @@ def in_order(examples: Examples, size: int = EVALUATION_BATCH) -> Iterable[dict[
 
 def remember(
     teacher: Teacher, examples: Examples, device: torch.device, size: int = EVALUATION_BATCH
-) -> RememberedTeacher:
+) -> CachedTeacher:
     on_device = (
         {name: part.to(device) for name, part in batch.items()} for batch in in_order(examples, size)
     )
-    return RememberedTeacher.of(teacher, on_device, rows=len(examples.source))
+    return CachedTeacher.of(teacher, on_device, rows=len(examples.source))

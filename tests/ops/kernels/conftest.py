@@ -9,14 +9,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luce.ops import _library
+from luce.ops import engines
 
 
 @pytest.fixture
 def device() -> torch.device:
-    if _library.NO_TRITON is not None:
-        pytest.skip(_library.NO_TRITON)
-    return torch.device("cpu" if _library.INTERPRETED else "cuda")
+    if engines.NO_TRITON is not None:
+        pytest.skip(engines.NO_TRITON)
+    return torch.device("cpu" if engines.INTERPRETED else "cuda")
 
 
 @pytest.fixture

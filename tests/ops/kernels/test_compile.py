@@ -16,14 +16,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.kd.plain import KINDS
 from luce.ops.rkkd.cpu import NATIVE_FORMS
 
 _TRITON = importlib.util.find_spec("triton")
 TOOLS = Path(_TRITON.origin).parent / "backends/nvidia/bin" if _TRITON and _TRITON.origin else Path()
 pytestmark = [
-    pytest.mark.skipif(_library.INTERPRETED, reason="the interpreter does not compile"),
+    pytest.mark.skipif(engines.INTERPRETED, reason="the interpreter does not compile"),
     pytest.mark.skipif(
         not (TOOLS / "ptxas").exists() or not (TOOLS / "cuobjdump").exists(),
         reason="needs Triton and the tools that come with it for NVIDIA's devices (pip install triton)",

@@ -9,13 +9,13 @@ import torch
 from torch.testing import assert_close
 
 import luce
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.cross_entropy import cross_entropy
 
-pytestmark = [] if _library.INTERPRETED else [pytest.mark.gpu]
+pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 
 inf, nan = math.inf, math.nan
-ROUNDING = {torch.bfloat16: 8e-3 if _library.INTERPRETED else 4e-3, torch.float16: 1e-3}
+ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
 """A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
 
 

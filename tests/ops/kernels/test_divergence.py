@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 
 import luce
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.kd import forward_kl, jsd, kl_limit, reverse_kl
 
-pytestmark = [] if _library.INTERPRETED else [pytest.mark.gpu]
+pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 
 inf, nan = math.inf, math.nan
 OPS = {
@@ -21,7 +21,7 @@ OPS = {
     "jsd": lambda s, t, temperature, **more: jsd(s, t, 0.3, temperature, **more),
     "limit": lambda s, t, temperature, **more: kl_limit(s, t, **more),
 }
-ROUNDING = {torch.bfloat16: 8e-3 if _library.INTERPRETED else 4e-3, torch.float16: 1e-3}
+ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
 """A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
 
 

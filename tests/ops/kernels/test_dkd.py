@@ -9,13 +9,13 @@ import torch
 from torch.testing import assert_close
 
 import luce
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.dkd import weighted_dkd
 
-pytestmark = [] if _library.INTERPRETED else [pytest.mark.gpu]
+pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 
 inf, nan = math.inf, math.nan
-ROUNDING = {torch.bfloat16: 8e-3 if _library.INTERPRETED else 4e-3, torch.float16: 1e-3}
+ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
 """A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
 PARTS = {"both": (1.0, 8.0), "the target alone": (1.0, 0.0), "the rest alone": (0.0, 2.0)}
 

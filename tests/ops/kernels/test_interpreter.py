@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from luce.ops import _library
+from luce.ops import engines
 
 HERE = Path(__file__).parent
 OTHERS = (Path(__file__).name, "test_compile.py")
@@ -19,7 +19,7 @@ SHARES = [FILES[first::3] for first in range(3)]
 """Run side by side. To start takes longer than the tests of a short file."""
 
 
-@pytest.mark.skipif(_library.INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(engines.INTERPRETED, reason="this is the interpreter")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (pip install triton)")
 @pytest.mark.parametrize("files", SHARES, ids=["1", "2", "3"])
 def test_interpreted(files):

@@ -10,14 +10,14 @@ import torch
 from torch.testing import assert_close
 
 import luce
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.pld import PldOptions, pld_with_bound, teacher_order
 
-pytestmark = [] if _library.INTERPRETED else [pytest.mark.gpu]
+pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 
 inf, nan = math.inf, math.nan
 VALUE, GRADIENT = 2e-6, 1e-5
-ROUNDING = {torch.bfloat16: 8e-3 if _library.INTERPRETED else 4e-3, torch.float16: 1e-3}
+ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
 """A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
 
 

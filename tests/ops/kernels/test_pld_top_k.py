@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.pld import PldOptions, pld_with_bound
 
-pytestmark = [] if _library.INTERPRETED else [pytest.mark.gpu]
+pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 
 inf, nan = math.inf, math.nan
-ROUNDING = {torch.bfloat16: 8e-3 if _library.INTERPRETED else 4e-3, torch.float16: 1e-3}
+ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
 """A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
 
 
@@ -174,7 +174,7 @@ def test_a_vocabulary(monkeypatch, device):
 
     monkeypatch.setattr(_triton, "TILE", 4096)
     monkeypatch.setattr(gpu_top_k, "CAPACITY", 256)
-    rows, classes, places = (1, 8208, 9) if _library.INTERPRETED else (64, 128256, 128)
+    rows, classes, places = (1, 8208, 9) if engines.INTERPRETED else (64, 128256, 128)
     student, teacher, target = batch(rows, classes, places, torch.bfloat16, 2.0, device)
     first = agree(student, teacher, target, top_k=places)
     assert_close(run(student, teacher, target, top_k=places)[:2], first, rtol=0, atol=0)

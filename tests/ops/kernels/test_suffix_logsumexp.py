@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from luce.ops import _library
+from luce.ops import engines
 from luce.ops.suffix_logsumexp import suffix_logsumexp
 
-pytestmark = [] if _library.INTERPRETED else [pytest.mark.gpu]
+pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 
 inf, nan = math.inf, math.nan
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...ops.kd.reference import forward_kl
-from .. import _check
 from .._reduce import Reduction, Rows
 
 
@@ -51,7 +51,7 @@ def tempered_kd(
     )
     one_for_all = isinstance(temperature, Tensor) and temperature.ndim == 0
     shape = torch.Size() if one_for_all else rows.shape
-    _check.check_per_row("temperature", temperature, shape, student_logits)
+    checks.check_per_row("temperature", temperature, shape, student_logits)
     # That of a row that does not count must not matter either.
     each = torch.where(rows.weight == 0, 1, temperature.reshape(-1).to(rows.student.dtype))
     return rows.reduce(each**2 * forward_kl(rows.student, rows.teacher, each[:, None]), reduction)

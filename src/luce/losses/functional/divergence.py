@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...ops._library import Backend
+from ... import checks
+from ...labels import UNLABELLED
 from ...ops.cross_entropy import cross_entropy
 from ...ops.dkd import weighted_dkd
+from ...ops.engines import Backend
 from ...ops.kd import forward_kl, jsd, kl_limit, reverse_kl
-from .. import _check
-from .._reduce import UNLABELLED, Blocks, Reduction
+from .._reduce import Blocks, Reduction
 from .._teacher import refuse_teacher_gradient
 
 
@@ -147,7 +148,7 @@ def _softened(
     share_of_limit: float = 1.0,
 ) -> Tensor:
     """A divergence at a temperature, or its limit: `share_of_limit` times that of the KL divergences."""
-    _check.check_temperature(temperature, scale_by_temperature)
+    checks.check_temperature(temperature, scale_by_temperature)
     factor = 1.0
     if temperature == math.inf:
         divergence, factor = kl_limit, share_of_limit
@@ -327,7 +328,7 @@ def jsd_loss(
     References:
         Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649.
     """
-    _check.check_between(0, 1, beta=beta)
+    checks.check_between(0, 1, beta=beta)
     blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
@@ -390,8 +391,8 @@ def dkd_loss(
     References:
         Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, arXiv 2203.08679.
     """
-    _check.check_positive(temperature=temperature)
-    _check.check_not_negative(alpha=alpha, beta=beta)
+    checks.check_positive(temperature=temperature)
+    checks.check_not_negative(alpha=alpha, beta=beta)
     blocks = Blocks.of(
         student_logits,
         teacher_logits,

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import _check, _features
+from ... import checks
+from .. import _features
 from .._features import unit
 
 
@@ -78,7 +79,7 @@ def pkt_loss(student_features: Tensor, teacher_features: Tensor, *, eps: float =
         Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018,
         arXiv 1803.10837.
     """
-    _check.check_positive(eps=eps)
+    checks.check_positive(eps=eps)
     s, t = _features.vectors(student_features, teacher_features)
     with _features.full_precision(s):
         p_s, p_t = _neighbours(s), _neighbours(t)
@@ -133,7 +134,7 @@ def rkd_loss(
     References:
         Park et al., Relational Knowledge Distillation, CVPR 2019, arXiv 1904.05068.
     """
-    _check.check_not_negative(distance_weight=distance_weight, angle_weight=angle_weight)
+    checks.check_not_negative(distance_weight=distance_weight, angle_weight=angle_weight)
     s, t = _features.vectors(student_features, teacher_features)
     with _features.full_precision(s):
         loss = s.sum() * 0
@@ -221,12 +222,12 @@ def cc_loss(
     References:
         Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019, arXiv 1904.01802.
     """
-    _check.check_choice("form", form, ("kernel", "consecutive"))
-    _check.check_positive(gamma=gamma)
-    _check.check_count(order=order)
+    checks.check_choice("form", form, ("kernel", "consecutive"))
+    checks.check_positive(gamma=gamma)
+    checks.check_count(order=order)
     s, t = _features.vectors(student_features, teacher_features)
     if form == "consecutive":
-        _check.check_like("student_features", s, t, "`luce.CCLoss` embeds both in one space")
+        checks.check_like("student_features", s, t, "`luce.CCLoss` embeds both in one space")
         return consecutive_products(s, t)
     with _features.full_precision(s):
         return (_taylor_kernel(s, gamma, order) - _taylor_kernel(t, gamma, order)).square().mean()

@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _check, _features
+from ... import checks
+from .. import _features
 from .._features import Two, unit
 
 Similarity = Literal["l1", "cosine"]
@@ -47,7 +48,7 @@ def inheritance_loss(
         Huang et al., Revisiting Knowledge Distillation: An Inheritance and Exploration Framework, CVPR 2021,
         arXiv 2107.00181.
     """
-    _check.check_choice("similarity", similarity, SIMILARITIES)
+    checks.check_choice("similarity", similarity, SIMILARITIES)
     s, t = _directions(student_features, teacher_features)
     return (s - t).abs().mean() if similarity == "l1" else (1 - (s * t).sum(1)).mean()
 
@@ -88,12 +89,12 @@ def exploration_loss(
     """
     if similarity == "l1":
         return -inheritance_loss(student_features, teacher_features)
-    _check.check_choice("similarity", similarity, SIMILARITIES)
+    checks.check_choice("similarity", similarity, SIMILARITIES)
     s, t = _directions(student_features, teacher_features)
     return (s * t).sum(1).abs().mean()
 
 
 def _directions(student_features: Tensor, teacher_features: Tensor) -> Two:
     s, t = _features.rows(student_features, teacher_features)
-    _check.check_like("student_features", s, t, "`luce.IEKDLoss` has the encoders that make them alike")
+    checks.check_like("student_features", s, t, "`luce.IEKDLoss` has the encoders that make them alike")
     return unit(s, dim=1), unit(t, dim=1)

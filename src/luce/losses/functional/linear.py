@@ -8,12 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...ops._library import Backend
+from ... import checks
+from ...labels import UNLABELLED
+from ...ops.engines import Backend
 from ...ops.linear import LinearLogits, TopKLogits, linear_kd, linear_pld
 from ...ops.linear.stream import Teacher
 from ...ops.pld.options import Ties
-from .. import _check
-from .._reduce import UNLABELLED, Blocks, Reduction
+from .._linear_checks import check_linear, check_rest
+from .._reduce import Blocks, Reduction
 from .._teacher import refuse_teacher_gradient
 from .listwise import _pld_options
 
@@ -34,7 +36,7 @@ def _reduced(
     """Check what both losses share, lay the rows out for the operator and reduce what it gives."""
     refuse_teacher_gradient("a loss on LinearLogits", "which takes the teacher for constant")
     if chunk_rows is not None:
-        _check.check_count(chunk_rows=chunk_rows)
+        checks.check_count(chunk_rows=chunk_rows)
     # Rows, weights and labels are those of logits: here is one number that has their shape and no memory.
     shape_of_logits = student.hidden.new_zeros(()).expand(student.shape)
     blocks = Blocks.of(
@@ -112,9 +114,9 @@ def linear_kd_loss(
         >>> loss = linear_kd_loss(student, teacher_logits, temperature=2.0)
         >>> torch.testing.assert_close(loss, luce.kd_loss(head(hidden), teacher_logits, temperature=2.0))
     """
-    _check.check_temperature(temperature, scale_by_temperature)
-    _check.check_linear(student, teacher)
-    _check.check_rest(teacher, "temperature", temperature)
+    checks.check_temperature(temperature, scale_by_temperature)
+    check_linear(student, teacher)
+    check_rest(teacher, "temperature", temperature)
 
     return _reduced(
         partial(linear_kd, temperature=temperature, backend=backend),
@@ -190,8 +192,8 @@ def linear_pld_loss(
     References:
         Bassam, Zhu and Bian, PLD: A Choice-Theoretic List-Wise Knowledge Distillation, arXiv 2506.12542.
     """
-    _check.check_linear(student, teacher)
-    _check.check_rest(teacher, "teacher_temperature", teacher_temperature)
+    check_linear(student, teacher)
+    check_rest(teacher, "teacher_temperature", teacher_temperature)
     if isinstance(teacher, TopKLogits) and not (top_k is None and epsilon is None and ties == "stable"):
         raise ValueError(
             "expected no `top_k`, no `epsilon` and ties='stable' with TopKLogits: what was kept counts"

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...ops._rows import wide_dtype
-from .. import _check, _features
+from .. import _features
 from .._features import unit
 
 ITERATIONS = 40
@@ -49,8 +50,8 @@ def transmitting_matrix(first: Tensor, second: Tensor) -> Tensor:
         Yim et al., A Gift from Knowledge Distillation, CVPR 2017, where it is the FSP matrix; Shang et al.,
         see `lipschitz_loss`.
     """
-    _check.check_features(first, second, "maps", names=("first", "second"))
-    _check.check_same_layout(first, second)
+    checks.check_features(first, second, "maps", names=("first", "second"))
+    checks.check_same_layout(first, second)
     dtype = wide_dtype(first, second)
     maps = (_features.as_map(x.to(dtype)) for x in (first, second))
     a, b = (x.flatten(2) for x in _features.same_size(*maps))
@@ -96,9 +97,9 @@ def spectral_norm(matrix: Tensor, *, iterations: int = ITERATIONS, method: Itera
     References:
         Golub and Kahan, Calculating the Singular Values and Pseudo-Inverse of a Matrix, 1965.
     """
-    _check.check_matrices(matrix=matrix)
-    _check.check_count(iterations=iterations)
-    _check.check_choice("method", method, ("lanczos", "power"))
+    checks.check_matrices(matrix=matrix)
+    checks.check_count(iterations=iterations)
+    checks.check_choice("method", method, ("lanczos", "power"))
     matrix = matrix.to(wide_dtype(matrix))
     if matrix.shape[-2] < matrix.shape[-1]:
         matrix = matrix.mT  # the same singular values, and shorter vectors
@@ -181,7 +182,7 @@ def lipschitz_loss(
     References:
         Shang et al., Lipschitz Continuity Guided Knowledge Distillation, ICCV 2021, arXiv 2108.12905.
     """
-    _check.check_stages(student_features, teacher_features, least=2)
+    checks.check_stages(student_features, teacher_features, least=2)
     stages = [
         _features.maps(s, t, pooled=False) for s, t in zip(student_features, teacher_features, strict=True)
     ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import checks
+from ...labels import UNLABELLED
 from ...ops import pld as ops
-from ...ops._library import Backend
+from ...ops.engines import Backend
 from ...ops.pld import PldOptions, default_tolerance, label_first, pld, pld_with_bound, ranking_nll
 from ...ops.pld.options import Ties
-from .. import _check
-from .._reduce import UNLABELLED, Blocks, Reduction, Rows
+from .._reduce import Blocks, Reduction, Rows
 
 
 def teacher_order(teacher_logits: Tensor, *, class_dim: int = 1) -> Tensor:
@@ -27,8 +28,8 @@ def teacher_order(teacher_logits: Tensor, *, class_dim: int = 1) -> Tensor:
         >>> teacher_order(torch.tensor([[0.5, 2.0, 0.5]]))
         tensor([[1, 0, 2]])
     """
-    _check.check_logits("teacher_logits", teacher_logits)
-    axis = _check.class_axis(teacher_logits, class_dim)
+    checks.check_logits("teacher_logits", teacher_logits)
+    axis = checks.class_axis(teacher_logits, class_dim)
     return teacher_logits.sort(dim=axis, descending=True, stable=True).indices
 
 
@@ -41,18 +42,18 @@ def _pld_options(
     tolerance: float | None,
     ties: Ties,
 ) -> PldOptions:
-    _check.check_positive(teacher_temperature=teacher_temperature)
-    _check.check_top_k(top_k)
-    _check.check_choice("ties", ties, ("stable", "average"))
+    checks.check_positive(teacher_temperature=teacher_temperature)
+    checks.check_top_k(top_k)
+    checks.check_choice("ties", ties, ("stable", "average"))
     if epsilon is not None:
-        _check.check_between(0, 1, epsilon=epsilon)
+        checks.check_between(0, 1, epsilon=epsilon)
     if ties == "average" and (top_k is not None or epsilon is not None):
         raise ValueError(
             "expected ties='stable' with `top_k` or `epsilon`: they may cut a group of equals in two"
         )
     if tolerance is None:
         tolerance = default_tolerance(student_logits, teacher_logits)
-    _check.check_not_negative(tolerance=tolerance)
+    checks.check_not_negative(tolerance=tolerance)
     return PldOptions(teacher_temperature, top_k, epsilon, tolerance, ties)
 
 
@@ -147,7 +148,7 @@ def pld_loss(
         student_logits, teacher_logits, teacher_temperature, top_k, epsilon, tolerance, ties
     )
     if teacher_order is not None:
-        _check.check_order(teacher_order, teacher_logits)
+        checks.check_order(teacher_order, teacher_logits)
         teacher_order = blocks.laid_out(teacher_order)
 
     def rows(weight: Tensor | None) -> Tensor:
@@ -332,7 +333,7 @@ def p_listmle_loss(
         unlabelled_index=unlabelled_index,
     )
     if not normalize:
-        _check.check_power_of_two(rows.student.shape[-1], rows.student.dtype)
+        checks.check_power_of_two(rows.student.shape[-1], rows.student.dtype)
     order, places = _ranking(rows)
     k, length = places.cumsum(-1), places.sum(-1, keepdim=True)
     if normalize:  # scaled by 2**-C before the sum, so that no number of classes overflows
@@ -383,7 +384,7 @@ def listnet_loss(
     References:
         Cao et al., Learning to Rank: From Pairwise Approach to Listwise Approach, ICML 2007.
     """
-    _check.check_positive(temperature=temperature)
+    checks.check_positive(temperature=temperature)
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )

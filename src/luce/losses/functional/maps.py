@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import _check, _features
+from ... import checks
+from .. import _features
 from .._features import unit
 from .divergence import kd_loss
 from .lipschitz import transmitting_matrix
@@ -43,7 +44,7 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         Romero et al., FitNets: Hints for Thin Deep Nets, arXiv 1412.6550.
     """
     s, t = _features.maps(student_features, teacher_features, pooled=False)
-    _check.check_like("student_features", s, t, "`luce.FitNetLoss` has the regressor for that")
+    checks.check_like("student_features", s, t, "`luce.FitNetLoss` has the regressor for that")
     return (s - t).square().mean()
 
 
@@ -76,7 +77,7 @@ def at_loss(student_features: Tensor, teacher_features: Tensor, *, p: float = 2.
     References:
         Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928.
     """
-    _check.check_at_least(1, p=p)
+    checks.check_at_least(1, p=p)
     s, t = _features.maps(student_features, teacher_features)
     return (_attention(s, p) - _attention(t, p)).square().mean()
 
@@ -121,7 +122,7 @@ def nst_loss(
         Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer,
         arXiv 1707.01219.
     """
-    _check.check_choice("kernel", kernel, ("polynomial", "linear"))
+    checks.check_choice("kernel", kernel, ("polynomial", "linear"))
     power = 2 if kernel == "polynomial" else 1
     s, t = _features.maps(student_features, teacher_features)
     with _features.full_precision(s):
@@ -156,7 +157,7 @@ def fsp_loss(student_features: tuple[Tensor, Tensor], teacher_features: tuple[Te
     References:
         Yim et al., A Gift from Knowledge Distillation, CVPR 2017.
     """
-    _check.check_two(student_features=student_features, teacher_features=teacher_features)
+    checks.check_two(student_features=student_features, teacher_features=teacher_features)
     (s_in, t_in), (s_out, t_out) = (
         _features.maps(s, t, pooled=False, like_channels=True)
         for s, t in zip(student_features, teacher_features, strict=True)
@@ -299,7 +300,7 @@ def ofd_loss(student_features: Tensor, teacher_features: Tensor, margin: Tensor)
 
 def _per_channel(name: str, values: Tensor, like: Tensor) -> Tensor:
     """``(C',)`` as ``(C', 1, 1)`` in the dtype of a map."""
-    _check.check_like(name, values, like[0, :, 0, 0], "one value per channel")
+    checks.check_like(name, values, like[0, :, 0, 0], "one value per channel")
     return values.to(like.dtype)[:, None, None]
 
 
@@ -336,13 +337,13 @@ def mgd_loss(
     References:
         Yang et al., Masked Generative Distillation, ECCV 2022, arXiv 2205.01529.
     """
-    _check.check_choice("mask", mask, ("channels", "places"))
+    checks.check_choice("mask", mask, ("channels", "places"))
     if mask_ratio != 0:
-        _check.check_between(0, 1, mask_ratio=mask_ratio)
+        checks.check_between(0, 1, mask_ratio=mask_ratio)
     s, t = _features.maps(student_features, teacher_features, like_channels=True)
     rows, channels, height, width = s.shape
     shape = (rows, channels, 1, 1) if mask == "channels" else (rows, 1, height, width)
     kept = torch.rand(shape, device=s.device) >= mask_ratio
     generated = generate(s * kept)
-    _check.check_like("generate(student_features)", generated, t, "it must keep the shape of the map")
+    checks.check_like("generate(student_features)", generated, t, "it must keep the shape of the map")
     return (generated.to(t.dtype) - t).square().sum((1, 2, 3)).mean()

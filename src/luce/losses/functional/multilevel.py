@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...ops.kd import forward_kl
-from .. import _check
 from .._reduce import Reduction, Rows
 
 
@@ -75,7 +75,7 @@ def mlld_loss(
         Jin, Wang and Lin, Multi-Level Logit Distillation, CVPR 2023.
     """
     _check_temperatures(temperatures)
-    _check.check_not_negative(w_instance=w_instance, w_batch=w_batch, w_class=w_class)
+    checks.check_not_negative(w_instance=w_instance, w_batch=w_batch, w_class=w_class)
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
@@ -124,7 +124,7 @@ def _check_temperatures(temperatures: Sequence[float]) -> None:
     if not isinstance(temperatures, Sequence) or not temperatures:
         raise ValueError(f"expected `temperatures` to be a sequence of at least one, got {temperatures!r}")
     try:
-        _check.check_positive(**{f"temperatures[{i}]": value for i, value in enumerate(temperatures)})
+        checks.check_positive(**{f"temperatures[{i}]": value for i, value in enumerate(temperatures)})
     except ValueError as error:
         raise ValueError(
             f"expected `temperatures` of finite numbers above 0, got {temperatures!r}"

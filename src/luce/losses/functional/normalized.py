@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import checks
+from ...labels import UNLABELLED
 from ...ops._rows import wide_dtype
 from ...ops.dkd.reference import dkd
 from ...ops.kd.reference import forward_kl
-from .. import _check
-from .._reduce import UNLABELLED, Reduction, Rows
+from .._reduce import Reduction, Rows
 
 
 def _spread(logits: Tensor, dim: int, unbiased: bool) -> tuple[Tensor, Tensor]:
@@ -67,8 +68,8 @@ def standardize(logits: Tensor, *, class_dim: int = 1, unbiased: bool = True) ->
     References:
         Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, arXiv 2403.01427.
     """
-    _check.check_logits("logits", logits)
-    z, _ = _spread(logits.to(wide_dtype(logits)), _check.class_axis(logits, class_dim), unbiased)
+    checks.check_logits("logits", logits)
+    z, _ = _spread(logits.to(wide_dtype(logits)), checks.class_axis(logits, class_dim), unbiased)
     return z
 
 
@@ -138,7 +139,7 @@ def normkd_loss(
     References:
         Chi et al., NormKD: Normalized Logits for Knowledge Distillation, arXiv 2308.00520.
     """
-    _check.check_positive(t_norm=t_norm)
+    checks.check_positive(t_norm=t_norm)
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
@@ -200,8 +201,8 @@ def normdkd_loss(
     References:
         Chi et al., NormKD: Normalized Logits for Knowledge Distillation, arXiv 2308.00520.
     """
-    _check.check_positive(t_norm=t_norm)
-    _check.check_not_negative(alpha=alpha, beta=beta)
+    checks.check_positive(t_norm=t_norm)
+    checks.check_not_negative(alpha=alpha, beta=beta)
     rows = Rows.of(
         student_logits,
         teacher_logits,

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops._library import Backend
+from ... import checks
 from ...ops._pairs import sum_over_pairs
+from ...ops.engines import Backend
 from ...ops.rkkd import FORMS, Form, rkkd
 from ...ops.rkkd.reference import differences, nan_if_undefined, pairs_exist, widened
-from .. import _check
 from .._reduce import Blocks, Reduction, Rows
 
 Channels = Literal["all", "top", "bottom"]
@@ -84,10 +84,10 @@ def rkkd_loss(
         Guan et al., Enhancing Logits Distillation with Plug&Play Kendall's tau Ranking Loss, ICML 2025,
         arXiv 2409.17823.
     """
-    _check.check_choice("form", form, FORMS)
-    _check.check_positive(steepness=steepness)
-    _check.check_choice("channels", channels, CHANNELS)
-    _check.check_share(share)
+    checks.check_choice("form", form, FORMS)
+    checks.check_positive(steepness=steepness)
+    checks.check_choice("channels", channels, CHANNELS)
+    checks.check_share(share)
     blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
@@ -167,7 +167,7 @@ def ranking_hinge_loss(
     References:
         Herbrich, Graepel and Obermayer, Large Margin Rank Boundaries for Ordinal Regression, 2000.
     """
-    _check.check_positive(margin=margin)
+    checks.check_positive(margin=margin)
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
@@ -214,7 +214,7 @@ def ranking_logistic_loss(
     References:
         Burges et al., Learning to Rank using Gradient Descent, ICML 2005.
     """
-    _check.check_positive(steepness=steepness)
+    checks.check_positive(steepness=steepness)
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )

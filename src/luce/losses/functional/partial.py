@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import checks
+from ...labels import UNLABELLED
 from ...ops._rows import wide_dtype
 from ...ops.kd.reference import forward_kl
-from .. import _check
-from .._reduce import UNLABELLED, Reduction, Rows, can_ask
+from .._reduce import Reduction, Rows, can_ask
 
 Keep = Literal[
     "uniform",
@@ -55,14 +56,14 @@ def class_relations(teacher_logits: Tensor, target: Tensor, temperature: float =
         tensor([[0.7000, 0.3000],
                 [0.0000, 0.0000]])
     """
-    _check.check_positive(temperature=temperature)
-    _check.check_logits("teacher_logits", teacher_logits)
+    checks.check_positive(temperature=temperature)
+    checks.check_logits("teacher_logits", teacher_logits)
     if teacher_logits.ndim != 2:
         raise ValueError(f"expected `teacher_logits` of shape (N, C), got {tuple(teacher_logits.shape)}")
-    _check.check_target(target, teacher_logits.shape[:1], teacher_logits)
+    checks.check_target(target, teacher_logits.shape[:1], teacher_logits)
     classes = teacher_logits.shape[1]
     if target.numel() and int(target.max()) >= classes:
-        raise _check.wrong_label(int(target.max()), classes)
+        raise checks.wrong_label(int(target.max()), classes)
     wide = torch.float32 if teacher_logits.device.type == "mps" else torch.float64
     sums = torch.zeros(classes, classes, dtype=wide, device=teacher_logits.device)
     size = max(1, CHUNK // classes)
@@ -94,8 +95,8 @@ def weight_similarity(weight: Tensor, alpha: float = 1.0) -> Tensor:
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000]])
     """
-    _check.check_not_negative(alpha=alpha)
-    _check.check_logits("weight", weight)
+    checks.check_not_negative(alpha=alpha)
+    checks.check_logits("weight", weight)
     if weight.ndim != 2:
         raise ValueError(f"expected `weight` of shape (C, D), got {tuple(weight.shape)}")
     unit = F.normalize(weight.detach().to(wide_dtype(weight)), dim=-1)
@@ -171,7 +172,7 @@ def partial_target(
     References:
         Tang et al., Understanding and Improving Knowledge Distillation, arXiv 2002.03532.
     """
-    _check.check_logits("teacher_logits", teacher_logits)
+    checks.check_logits("teacher_logits", teacher_logits)
     rows = Rows.of(
         teacher_logits,
         None,
@@ -185,7 +186,7 @@ def partial_target(
     )
     probs = _target(rows, keep, temperature, relation, label_smoothing, top_k, always_keep_true)
     probs = torch.where(rows.weight[:, None] == 0, 0, rows.weight[:, None] * probs)
-    axis = _check.class_axis(teacher_logits, class_dim)
+    axis = checks.class_axis(teacher_logits, class_dim)
     return probs.reshape(*rows.shape, probs.shape[-1]).movedim(-1, axis)
 
 
@@ -320,8 +321,8 @@ def decomposed_kd_loss(
     References:
         Tang et al., Understanding and Improving Knowledge Distillation, arXiv 2002.03532.
     """
-    _check.check_positive(temperature=temperature)
-    _check.check_not_negative(w_guidance=w_guidance, w_smooth=w_smooth, w_relation=w_relation)
+    checks.check_positive(temperature=temperature)
+    checks.check_not_negative(w_guidance=w_guidance, w_smooth=w_smooth, w_relation=w_relation)
     rows = Rows.of(
         student_logits,
         teacher_logits,
@@ -355,8 +356,8 @@ def _target(
     """`partial_target` of rows ``(N, C)``: the teacher's probability of some classes as it is, and what that
     leaves spread over the others in proportion to something else.
     """
-    _check.check_positive(temperature=temperature)
-    _check.check_choice("keep", keep, KEEPS)
+    checks.check_positive(temperature=temperature)
+    checks.check_choice("keep", keep, KEEPS)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"expected `label_smoothing` in [0, 1), got {label_smoothing!r}")
     _check_top_k(top_k, needed=keep == "topk")

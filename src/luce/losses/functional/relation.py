@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _check
+from ... import checks
 from .._reduce import Reduction, Rows
 
 
@@ -71,8 +71,8 @@ def dist_loss(
     References:
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv 2205.10536.
     """
-    _check.check_positive(temperature=temperature)
-    _check.check_not_negative(beta=beta, gamma=gamma)
+    checks.check_positive(temperature=temperature)
+    checks.check_not_negative(beta=beta, gamma=gamma)
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from ... import checks
+from ...labels import UNLABELLED
 from ...ops.kd.reference import forward_kl
-from .. import _check
-from .._reduce import UNLABELLED, Reduction, Rows
+from .._reduce import Reduction, Rows
 
 
 def _is_target(rows: Rows) -> Tensor:
@@ -72,8 +73,8 @@ def nkd_loss(
         Yang et al., From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
         Normalized Loss and Customized Soft Labels, ICCV 2023, arXiv 2303.13005.
     """
-    _check.check_positive(temperature=temperature)
-    _check.check_not_negative(gamma=gamma)
+    checks.check_positive(temperature=temperature)
+    checks.check_not_negative(gamma=gamma)
     rows = Rows.of(
         student_logits,
         teacher_logits,
@@ -147,7 +148,7 @@ def tvd_loss(
         Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation, ACL 2023,
         arXiv 2307.15190, has it among its divergences, for sequences.
     """
-    _check.check_positive(temperature=temperature)
+    checks.check_positive(temperature=temperature)
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
@@ -208,7 +209,7 @@ def wsld_loss(
         Zhou et al., Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective,
         ICLR 2021, arXiv 2102.00650.
     """
-    _check.check_positive(temperature=temperature)
+    checks.check_positive(temperature=temperature)
     rows = Rows.of(
         student_logits,
         teacher_logits,
@@ -285,8 +286,8 @@ def tfkd_loss(
         Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020,
         arXiv 1909.11723.
     """
-    _check.check_positive(temperature=temperature)
-    _check.check_between(0, 1, correct_probability=correct_probability)
+    checks.check_positive(temperature=temperature)
+    checks.check_between(0, 1, correct_probability=correct_probability)
     rows = Rows.of(
         student_logits,
         None,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...ops.noise import seeded_uniform
 from ...ops.pld import ranking_nll, teacher_order
 from ...ops.rkkd.reference import widened
-from .. import _check
 from .._reduce import Reduction, Rows
 from .._teacher import refuse_teacher_gradient
 
@@ -70,9 +70,9 @@ def rankdistil_loss(
         Reddi et al., RankDistil: Knowledge Distillation for Ranking, AISTATS 2021.
     """
     refuse_teacher_gradient("RankDistil", "which draws rankings from it")
-    _check.check_top_k(top_k)
-    _check.check_count(sample_size=sample_size)
-    _check.check_positive(temperature=temperature)
+    checks.check_top_k(top_k)
+    checks.check_count(sample_size=sample_size)
+    checks.check_positive(temperature=temperature)
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise ValueError(f"expected `seed` to be None or an integer, got {seed!r}")
     rows = Rows.of(

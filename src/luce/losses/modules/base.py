@@ -36,7 +36,7 @@ class LogitLoss(nn.Module):
         self._call(logits, logits, target, None, class_dim=1)
 
     @property
-    def wants_preparation(self) -> bool:
+    def needs_preparation(self) -> bool:
         """Whether `prepare` must be called before the first batch."""
         return False
 
@@ -52,7 +52,7 @@ class LogitLoss(nn.Module):
         return {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Told before each epoch, counted from 1; most losses do not change with it."""
+        """AnswerKind before each epoch, counted from 1; most losses do not change with it."""
 
     def options(self) -> dict[str, object]:
         """The options as keyword arguments of the function."""

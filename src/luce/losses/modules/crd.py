@@ -11,8 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check, _features
-from .._reduce import UNLABELLED
+from ... import checks
+from ...labels import UNLABELLED
+from .. import _features
 from .features import FeatureLoss, Shapes, Tensors, through
 
 NOWHERE = -1
@@ -39,7 +40,7 @@ class CRDLoss(FeatureLoss):
     the number of rows outside the largest class; a row that is in a batch twice moves the banks once, by the
     mean of its embeddings; and of several processes each moves its banks by the rows of all of them.
 
-    Rows without a label, and rows that `know_rows` was not told of, count for nothing.
+    Rows without a label, and rows that `register_rows` was not told of, count for nothing.
 
     Args:
         width: Of the embeddings.
@@ -52,11 +53,11 @@ class CRDLoss(FeatureLoss):
         One feature of each network, ``(N, D)``; the widths may differ. ``target`` and ``index``: ``(N,)``.
 
     Raises:
-        ValueError: On options out of range, or if `build` comes before `know_rows`.
+        ValueError: On options out of range, or if `build` comes before `register_rows`.
 
     Example:
         >>> loss = CRDLoss(negatives=4)
-        >>> loss.know_rows(index=torch.arange(10), target=torch.arange(10) % 3)
+        >>> loss.register_rows(index=torch.arange(10), target=torch.arange(10) % 3)
         >>> loss.build([(8,)], [(16,)])
         >>> rows = torch.tensor([0, 5])
         >>> loss([torch.rand(2, 8)], [torch.rand(2, 16)], target=rows % 3, index=rows).shape
@@ -78,15 +79,15 @@ class CRDLoss(FeatureLoss):
     positive: Literal["exact", "relax"] = "exact"
 
     def _check_options(self) -> None:
-        _check.check_count(width=self.width, negatives=self.negatives)
-        _check.check_positive(temperature=self.temperature)
-        _check.check_not_negative(momentum=self.momentum)
+        checks.check_count(width=self.width, negatives=self.negatives)
+        checks.check_positive(temperature=self.temperature)
+        checks.check_not_negative(momentum=self.momentum)
         if self.momentum >= 1:
             raise ValueError(f"expected `momentum` below 1, or the banks never move, got {self.momentum}")
-        _check.check_choice("positive", self.positive, ("exact", "relax"))
+        checks.check_choice("positive", self.positive, ("exact", "relax"))
 
-    def know_rows(self, index: Tensor, target: Tensor) -> None:
-        """Told before `build` which rows there are to learn from.
+    def register_rows(self, index: Tensor, target: Tensor) -> None:
+        """AnswerKind before `build` which rows there are to learn from.
 
         Args:
             index: By which batches name them, ``(rows,)``.
@@ -117,7 +118,7 @@ class CRDLoss(FeatureLoss):
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         if not hasattr(self, "rows"):
-            raise ValueError("expected `know_rows` to be called before `build` of CRDLoss")
+            raise ValueError("expected `register_rows` to be called before `build` of CRDLoss")
         self.student_embedding = nn.Linear(student_shapes[0][0], self.width)
         self.teacher_embedding = nn.Linear(teacher_shapes[0][0], self.width)
         bound = math.sqrt(3 / self.width)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from ... import checks
 from .._teacher import refuse_teacher_gradient
 from ..functional.curriculum import tempered_kd
 from .base import LogitLoss
@@ -77,16 +77,16 @@ class CTKDLoss(LogitLoss):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
-        _check.check_positive(
+        checks.check_positive(
             lowest_temperature=self.lowest_temperature, temperature_range=self.temperature_range
         )
-        _check.check_not_negative(strength=self.strength, curriculum_epochs=self.curriculum_epochs)
-        _check.check_reduction(self.reduction)
+        checks.check_not_negative(strength=self.strength, curriculum_epochs=self.curriculum_epochs)
+        checks.check_reduction(self.reduction)
         self.epoch: int | None = None
         if self.classes is None:
             self.theta = nn.Parameter(torch.ones(()))
             return
-        _check.check_count(classes=self.classes)
+        checks.check_count(classes=self.classes)
         with torch.random.fork_rng(devices=[]):  # always the same weights, and nothing else disturbed
             torch.manual_seed(0)
             hidden, last = nn.Linear(2 * self.classes, HIDDEN), nn.Linear(HIDDEN, 1)
@@ -113,9 +113,9 @@ class CTKDLoss(LogitLoss):
 
     def _theta_of_rows(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         refuse_teacher_gradient("CTKD with `classes`", "whose temperatures are learnt against it")
-        _check.check_logits("student_logits", student_logits)
-        _check.check_logits("teacher_logits", teacher_logits, like=student_logits)
-        axis = _check.class_axis(student_logits, self.class_dim)
+        checks.check_logits("student_logits", student_logits)
+        checks.check_logits("teacher_logits", teacher_logits, like=student_logits)
+        axis = checks.class_axis(student_logits, self.class_dim)
         if student_logits.shape[axis] != self.classes:
             raise ValueError(
                 f"expected logits of `classes={self.classes}` classes, got {student_logits.shape[axis]}"
@@ -136,7 +136,7 @@ class CTKDLoss(LogitLoss):
         row_weight: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch; shapes and errors are those of `luce.losses.functional.tempered_kd`."""
-        _check.check_given("teacher_logits", teacher_logits)
+        checks.check_given("teacher_logits", teacher_logits)
         assert teacher_logits is not None
         return tempered_kd(
             student_logits,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...ops._library import Backend
-from .._reduce import UNLABELLED
+from ...labels import UNLABELLED
+from ...ops.engines import Backend
 from ..functional import divergence
 from .base import LogitLoss
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import _check, _features
+from ... import checks
+from .. import _features
 from ..functional import embeddings
 from .features import FeatureLoss, Shapes, through
 
@@ -71,7 +72,7 @@ class CCLoss(FeatureLoss):
         return self.form == "consecutive"
 
     def _check_options(self) -> None:
-        _check.check_count(dim=self.dim)
+        checks.check_count(dim=self.dim)
         one = torch.zeros(1, 1)
         embeddings.cc_loss(one, one, form=self.form, gamma=self.gamma, order=self.order)
 

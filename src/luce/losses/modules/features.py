@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import _check, _features
+from ... import checks
+from .. import _features
 
 Shapes = Sequence[torch.Size]
 Tensors = Sequence[Tensor]
@@ -87,7 +88,7 @@ class FeatureLoss(nn.Module):
         self._check_number(*map(len, shapes))
         for group, name in zip(shapes, ("student", "teacher"), strict=True):
             for shape in group:
-                _check.check_feature_shape(f"a feature of the {name}", shape, self.takes)
+                checks.check_feature_shape(f"a feature of the {name}", shape, self.takes)
         self._shapes = shapes
         try:
             self._make(*shapes)
@@ -96,7 +97,7 @@ class FeatureLoss(nn.Module):
             raise
 
     @property
-    def wants_preparation(self) -> bool:
+    def needs_preparation(self) -> bool:
         """Whether `prepare` must be called after `build`, before the first batch."""
         return False
 

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ... import checks
 from ...errors import UserError
-from .. import _check, _features
+from .. import _features
 from ..functional.embeddings import linear_cka
 from ..functional.iekd import SIMILARITIES, Similarity, exploration_loss, inheritance_loss
 from .features import FeatureLoss, Shapes, TeacherFeatures, Tensors, channels, through
@@ -114,15 +115,15 @@ class IEKDLoss(FeatureLoss):
         self._prepared = False
 
     def _check_options(self) -> None:
-        _check.check_not_negative(inheritance=self.inheritance, exploration=self.exploration)
-        _check.check_choice("similarity", self.similarity, SIMILARITIES)
-        _check.check_choice("split", self.split, ("natural", "random"))
+        checks.check_not_negative(inheritance=self.inheritance, exploration=self.exploration)
+        checks.check_choice("similarity", self.similarity, SIMILARITIES)
+        checks.check_choice("split", self.split, ("natural", "random"))
         if self.code_channels is not None:
-            _check.check_count(code_channels=self.code_channels)
-        _check.check_choice("autoencoder", self.autoencoder, ("prepared", "online"))
-        _check.check_choice("reconstruction", self.reconstruction, ("l1", "l2"))
-        _check.check_count(epochs=self.epochs)
-        _check.check_positive(lr=self.lr)
+            checks.check_count(code_channels=self.code_channels)
+        checks.check_choice("autoencoder", self.autoencoder, ("prepared", "online"))
+        checks.check_choice("reconstruction", self.reconstruction, ("l1", "l2"))
+        checks.check_count(epochs=self.epochs)
+        checks.check_positive(lr=self.lr)
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         ((ours, theirs),) = channels(student_shapes, teacher_shapes)
@@ -132,7 +133,7 @@ class IEKDLoss(FeatureLoss):
                 f"explore, got {tuple(student_shapes[0])}"
             )
         code, inheriting = self.code_channels or max(theirs // 2, 1), ours // 2
-        self.of_teacher = AutoEncoder(theirs, code, frozen=self.wants_preparation)
+        self.of_teacher = AutoEncoder(theirs, code, frozen=self.needs_preparation)
         self.inheriting, self.exploring = coder(inheriting, code), coder(ours - inheriting, code)
         order = torch.randperm(ours) if self.split == "random" else torch.arange(ours)
         self.inheriting_channels = nn.Buffer(order[:inheriting])
@@ -140,7 +141,7 @@ class IEKDLoss(FeatureLoss):
         self._try(student_shapes, teacher_shapes)
 
     @property
-    def wants_preparation(self) -> bool:
+    def needs_preparation(self) -> bool:
         return self.autoencoder == "prepared"
 
     def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
@@ -154,7 +155,7 @@ class IEKDLoss(FeatureLoss):
         Raises:
             UserError: If the error is no number any more, or a batch has a single value per channel.
         """
-        if not self.wants_preparation:
+        if not self.needs_preparation:
             return {}
         self._check_built()
         self.of_teacher.freeze(False)
@@ -232,7 +233,7 @@ class IEKDLoss(FeatureLoss):
         }
 
     def _check_prepared(self) -> None:
-        if self.wants_preparation and not self._prepared:
+        if self.needs_preparation and not self._prepared:
             raise RuntimeError(
                 "expected IEKDLoss.prepare to be called with the teacher's features before the first batch: "
                 "it trains their auto-encoder; `autoencoder='online'` does without"

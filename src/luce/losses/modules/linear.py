@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...ops._library import Backend
+from ...labels import UNLABELLED
+from ...ops.engines import Backend
 from ...ops.linear import LinearLogits
 from ...ops.linear.stream import Teacher
 from ...ops.pld.options import Ties
-from .._reduce import UNLABELLED, Reduction
+from .._reduce import Reduction
 from ..functional import linear
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _check, _features
+from ... import checks
+from .. import _features
 from ..functional.lipschitz import ITERATIONS, Iteration, lipschitz_loss
 from .features import FeatureLoss, Shapes, Tensors, channels, through
 from .maps import OFDLoss, convolution_and_norm
@@ -115,7 +116,7 @@ class LONDONLoss(OFDLoss):
     method: Iteration = "lanczos"
 
     def _check_options(self) -> None:
-        _check.check_not_negative(alpha=self.alpha)
+        checks.check_not_negative(alpha=self.alpha)
         _check_options(self.relative, self.iterations, self.method)
 
     def forward(self, student_features: Tensors, teacher_features: Tensors) -> dict[str, Tensor]:

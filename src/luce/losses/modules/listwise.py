@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ...ops._library import Backend
+from ...labels import UNLABELLED
+from ...ops.engines import Backend
 from ...ops.pld.options import Ties
-from .._reduce import UNLABELLED
 from ..functional import listwise
 from ..temperature import suggest_temperature
 from .base import LogitLoss
@@ -46,27 +46,27 @@ class PLDLoss(LogitLoss):
         super().__post_init__()
 
     @property
-    def wants_preparation(self) -> bool:
+    def needs_preparation(self) -> bool:
         return self.teacher_temperature == "auto"
 
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
-        if not self.wants_preparation:
+        if not self.needs_preparation:
             return {}
         self.suggested = suggest_temperature(teacher_logits)
         return {"teacher_temperature": self.suggested}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.wants_preparation:  # otherwise there is nothing to save, and no file need have it
+        if self.needs_preparation:  # otherwise there is nothing to save, and no file need have it
             destination[prefix + "suggested"] = self.suggested
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        if self.wants_preparation:
+        if self.needs_preparation:
             self.suggested = state_dict.pop(prefix + "suggested", None)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def options(self) -> dict[str, object]:
-        found = {"teacher_temperature": self.suggested or 1.0} if self.wants_preparation else {}
+        found = {"teacher_temperature": self.suggested or 1.0} if self.needs_preparation else {}
         return {**super().options(), **found}
 
     def forward(
@@ -76,7 +76,7 @@ class PLDLoss(LogitLoss):
         target: Tensor | None = None,
         row_weight: Tensor | None = None,
     ) -> Tensor:
-        if self.wants_preparation and self.suggested is None:
+        if self.needs_preparation and self.suggested is None:
             raise RuntimeError(
                 "expected `prepare(teacher_logits, target)` before the first batch: "
                 '`teacher_temperature="auto"` is found from the teacher\'s logits on the training rows'

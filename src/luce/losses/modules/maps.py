@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check, _features
+from ... import checks
+from .. import _features
 from ..functional import maps
 from .features import FeatureLoss, Shapes, Tensors, aligned, channels, through
 
@@ -109,7 +110,7 @@ class VIDLoss(FeatureLoss):
     initial_variance: float = 5.0
 
     def _check_options(self) -> None:
-        _check.check_between(EPS, math.inf, initial_variance=self.initial_variance)
+        checks.check_between(EPS, math.inf, initial_variance=self.initial_variance)
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         pairs = channels(student_shapes, teacher_shapes)
@@ -183,7 +184,7 @@ class CWDLoss(FeatureLoss):
     temperature: float = 1.0
 
     def _check_options(self) -> None:
-        _check.check_positive(temperature=self.temperature)
+        checks.check_positive(temperature=self.temperature)
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         self.projectors = nn.ModuleList([aligned(s, t) for s, t in channels(student_shapes, teacher_shapes)])

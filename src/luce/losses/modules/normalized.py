@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .._reduce import UNLABELLED
+from ...labels import UNLABELLED
 from ..functional import normalized
 from .base import LogitLoss
 
@@ -80,8 +80,8 @@ class Standardized(LogitLoss):
         self.uses_unlabelled = loss.uses_unlabelled  # type: ignore[misc]
 
     @property
-    def wants_preparation(self) -> bool:
-        return self.loss.wants_preparation
+    def needs_preparation(self) -> bool:
+        return self.loss.needs_preparation
 
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         return self.loss.prepare(self._standardize(teacher_logits, 1), target)

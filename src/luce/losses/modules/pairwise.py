@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...ops._library import Backend
+from ...ops.engines import Backend
 from ...ops.rkkd import Form
 from ..functional import pairwise
 from ..functional.pairwise import Channels

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .._reduce import UNLABELLED
+from ...labels import UNLABELLED
 from ..functional import partial
 from ..functional.partial import RELATED, Keep
 from .base import LogitLoss
@@ -52,7 +52,7 @@ class PartialKDLoss(LogitLoss):
         self.register_buffer("relation", None)
 
     @property
-    def wants_preparation(self) -> bool:
+    def needs_preparation(self) -> bool:
         return "class_mean" in self.keep or ("weight_sim" in self.keep and self.relation is None)
 
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
@@ -60,7 +60,7 @@ class PartialKDLoss(LogitLoss):
             bare = (target == self.ignore_index) | (target == self.unlabelled_index)
             labels = target.masked_fill(bare, UNLABELLED)
             self.relation = partial.class_relations(teacher_logits, labels, self.temperature)
-        elif self.wants_preparation:
+        elif self.needs_preparation:
             raise UserError(
                 f"expected `use_weight(weight)` before training with `keep={self.keep!r}`, which needs the "
                 "weight of the teacher's last linear layer; a recipe cannot give it, use `class_mean` there"

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check, _features
+from ... import checks
+from .. import _features
 from .features import FeatureLoss, Shapes, Tensors, through
 
 LEVELS = (4, 2, 1)
@@ -60,7 +61,7 @@ class ReviewKDLoss(FeatureLoss):
     middle: int = 512
 
     def _check_options(self) -> None:
-        _check.check_count(middle=self.middle)
+        checks.check_count(middle=self.middle)
 
     def build(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         shapes = [[_as_map(shape) for shape in group] for group in (student_shapes, teacher_shapes)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._reduce import UNLABELLED
+from ...labels import UNLABELLED
 from ..functional import reweighted
 from .base import LogitLoss
 

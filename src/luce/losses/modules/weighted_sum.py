@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .. import _check
+from ... import checks
 from .base import LogitLoss
 
 
@@ -57,7 +57,7 @@ class WeightedSum(nn.Module):
         return any(not isinstance(loss, LogitLoss) or loss.takes_teacher for loss in self.losses.values())
 
     @property
-    def wants_preparation(self) -> bool:
+    def needs_preparation(self) -> bool:
         """Whether `prepare` must be called before the first batch."""
         return bool(self._to_prepare)
 
@@ -75,11 +75,11 @@ class WeightedSum(nn.Module):
         return {
             name: loss
             for name, loss in self.losses.items()
-            if self.weights[name] and isinstance(loss, LogitLoss) and loss.wants_preparation
+            if self.weights[name] and isinstance(loss, LogitLoss) and loss.needs_preparation
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """Told before each epoch, counted from 1; without it every weight has its full size."""
+        """AnswerKind before each epoch, counted from 1; without it every weight has its full size."""
         self.epoch = epoch
         for loss in self.losses.values():
             if isinstance(loss, LogitLoss):
@@ -123,10 +123,10 @@ def losses_of(terms: Mapping[str, tuple[float, nn.Module]], warmup: Mapping[str,
     if not terms or "loss" in terms:
         raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
     for name, (weight, _) in terms.items():
-        _check.check_not_negative(**{f"weight of {name}": weight})
+        checks.check_not_negative(**{f"weight of {name}": weight})
     for name, epochs in warmup.items():
-        _check.check_choice("warmup", name, tuple(terms))
-        _check.check_not_negative(**{f"warmup of {name}": epochs})
+        checks.check_choice("warmup", name, tuple(terms))
+        checks.check_not_negative(**{f"warmup of {name}": epochs})
     try:
         return nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
     except KeyError as error:

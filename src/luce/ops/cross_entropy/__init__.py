@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._library import choose
+from ..engines import choose
 from . import cpu
 from .plain import cross_entropy_rows
 

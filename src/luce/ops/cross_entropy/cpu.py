@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._fused import empty_results, fused, register_gradient
-from .._library import LIBRARY, run_by_triton
+from ..engines import LIBRARY, run_by_triton
+from ..fused import empty_results, fused, register_gradient
 from .plain import cross_entropy_rows
 
 LIBRARY.define(

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._fused import empty_results
 from .._triton import (
     add_exponentials,
     check_rows,
@@ -25,6 +24,7 @@ from .._triton import (
     weights_of,
     wide_type,
 )
+from ..fused import empty_results
 
 
 @triton.jit(do_not_specialize=["outer"])

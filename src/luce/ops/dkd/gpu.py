@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._fused import empty_results
 from .._triton import (
     check_rows,
     launch,
@@ -23,6 +22,7 @@ from .._triton import (
     wide_type,
 )
 from .._triton_pair import are_short, better_rest, classes_of, excess, load_pair, normalise
+from ..fused import empty_results
 
 
 @triton.jit

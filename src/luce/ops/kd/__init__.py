@@ -13,7 +13,7 @@ import math
 
 from torch import Tensor
 
-from .._library import choose
+from ..engines import choose
 from .cpu import divergence
 from .plain import Kind, divergence_rows
 

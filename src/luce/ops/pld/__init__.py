@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._library import choose
+from ..engines import choose
 from . import cpu
 from .bounds import truncation_bound
 from .options import PldOptions, default_tolerance

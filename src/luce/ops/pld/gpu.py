@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._fused import empty_results
 from .._triton import (
     check_rows,
     exp,
@@ -33,6 +32,7 @@ from .._triton import (
     wide_type,
 )
 from .._triton_scan import nothing
+from ..fused import empty_results
 from .gpu_row import choice, described, label_of, store_row
 from .gpu_tiles import (
     columns_of,

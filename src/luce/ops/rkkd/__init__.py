@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from .._library import choose
 from .._rows import wide_dtype
+from ..engines import choose
 from . import cpu
 from .plain import rkkd_rows
 from .reference import FORMS, Form

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._fused import fused, register_gradient
-from .._library import LIBRARY, run_by_triton
 from .._rows import wide_dtype
+from ..engines import LIBRARY, run_by_triton
+from ..fused import fused, register_gradient
 from .plain import rkkd_rows
 
 NATIVE_FORMS = ("tanh", "sign_tanh", "product", "clip")  # numbered as in csrc/rkkd.h

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .._fused import empty_results
 from .._triton import check_rows, narrowed, strides, wide_type
+from ..fused import empty_results
 
 WIDTH, PAIRS = 64, 256
 """With how many classes a program, one warp, compares its own at a time, and how many pairs that may be."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._library import choose
+from ..engines import choose
 from . import cpu
 from .reference import log_softmax_rows, softmax_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import LIBRARY
+from ..engines import LIBRARY
 from .reference import wide
 
 # Two names for one kernel: what autograd adds to a call takes longer than the softmax of a small matrix.

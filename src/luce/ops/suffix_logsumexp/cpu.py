@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import LIBRARY, run_by_triton
+from ..engines import LIBRARY, run_by_triton
 from .plain import suffix_rows
 
 LIBRARY.define("suffix_logsumexp(Tensor x) -> Tensor")

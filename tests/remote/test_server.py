@@ -20,12 +20,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from luce import serving as luce_serving
 from luce.errors import MissingExtra, UserError
-from luce.serving import Offer, Predictor, build_app, fingerprint
-from luce.signals import tell
+from luce.remote import server as luce_server
+from luce.remote.server import Predictor, ServiceOptions, build_app, fingerprint
+from luce.signals import answer
 
-from .servers import DESCRIPTION, TOKEN, Network, serving
+from ..servers import DESCRIPTION, TOKEN, Network, serving
 
 BODIES = int(os.environ.get("LUCE_FUZZ_BODIES", "800"))
 """Of the fuzz; 10000 take about half a minute."""
@@ -122,7 +122,7 @@ def test_requests_that_wait_together_are_predicted_together(monkeypatch: pytest.
         work.cancel()
         return answers
 
-    monkeypatch.setattr(luce_serving, "AT_ONCE", 6)
+    monkeypatch.setattr(luce_server, "AT_ONCE", 6)
     sizes: list[int] = []
     inputs = torch.randn(21, 3)
     torch.testing.assert_close(torch.cat(asyncio.run(ask())), Network()(inputs).detach())
@@ -188,10 +188,10 @@ def test_who_brings_no_token_is_told_nothing(header: str | None) -> None:
             httpx2.post(f"{url}/v1/predict", content=b"x" * 10**6, headers=headers, trust_env=False),
             get(f"{url}/v1/info", **headers),
         ]
-    for answer in answers:
-        assert answer.status_code == 401
-        assert answer.headers["www-authenticate"] == "Bearer"
-        assert "classes" not in answer.text
+    for reply in answers:
+        assert reply.status_code == 401
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert "classes" not in reply.text
     assert not network.rows
 
 
@@ -264,7 +264,7 @@ def test_a_large_request_is_refused_while_it_is_read() -> None:
 
 
 def test_a_slow_request_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luce_serving, "SLOWEST", 0.2)
+    monkeypatch.setattr(luce_server, "SLOWEST", 0.2)
     with serving() as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as line:
@@ -284,8 +284,8 @@ POST = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"
 def test_who_brings_no_token_holds_no_connection(
     start: bytes, drip: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(luce_serving, "SLOWEST", 0.2)
-    monkeypatch.setattr(luce_serving, "CONNECTIONS", 2)
+    monkeypatch.setattr(luce_server, "SLOWEST", 0.2)
+    monkeypatch.setattr(luce_server, "CONNECTIONS", 2)
     with serving() as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=0.02) as line:
@@ -384,7 +384,7 @@ def test_connections_that_send_no_http_do_no_harm() -> None:
 )
 def test_offers_that_cannot_be_kept(offer: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_app(Network(), DESCRIPTION, Offer(**offer), token=TOKEN)
+        build_app(Network(), DESCRIPTION, ServiceOptions(**offer), token=TOKEN)
 
 
 def test_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +392,7 @@ def test_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "starlette", None)
     with pytest.raises(MissingExtra, match=r"pip install 'luce\[serve\]'"):
-        build_app(Network(), DESCRIPTION, Offer(), token=TOKEN)
+        build_app(Network(), DESCRIPTION, ServiceOptions(), token=TOKEN)
 
 
 def test_the_network_is_asked_in_evaluation_mode_without_gradient() -> None:
@@ -401,4 +401,4 @@ def test_the_network_is_asked_in_evaluation_mode_without_gradient() -> None:
     found = Predictor(network, torch.device("cpu")).predict(inputs)
     assert not found.requires_grad
     assert torch.equal(found, network[1](inputs).detach())
-    assert torch.equal(tell(found, "label")[:, 0].long(), found.argmax(-1))
+    assert torch.equal(answer(found, "label")[:, 0].long(), found.argmax(-1))

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from luce import data
-from luce.data import doors
+from luce.data import loaders
 from luce.errors import UserError
 
 
@@ -122,7 +122,7 @@ def test_fashion_mnist_names_what_does_not_fit(tmp_path):
 
 
 def test_fashion_mnist_missing_names_three_ways(tmp_path, monkeypatch):
-    monkeypatch.setattr(doors, "DEBIAN", tmp_path / "nowhere")
+    monkeypatch.setattr(loaders, "DEBIAN", tmp_path / "nowhere")
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # as if not installed
     with pytest.raises(UserError) as caught:
         data.load("fashion-mnist", root=tmp_path)
@@ -131,7 +131,7 @@ def test_fashion_mnist_missing_names_three_ways(tmp_path, monkeypatch):
 
 
 def test_real_fashion_mnist():
-    if not ("/" / doors.DEBIAN).is_dir():
+    if not ("/" / loaders.DEBIAN).is_dir():
         pytest.skip("Debian's package dataset-fashion-mnist is not installed")
     fashion = data.load("fashion-mnist")
     assert fashion.train.inputs.shape == (60_000, 1, 28, 28)
@@ -211,7 +211,7 @@ class TestTorchvision:
         assert data.load("torchvision:MNIST").input_shape == (1, 28, 28)
 
     def test_fashion_mnist_falls_back_on_it(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(doors, "DEBIAN", tmp_path)
+        monkeypatch.setattr(loaders, "DEBIAN", tmp_path)
         fashion = data.load("fashion-mnist")
         assert (fashion.name, fashion.licence) == ("fashion-mnist", "MIT")
 

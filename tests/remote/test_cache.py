@@ -15,7 +15,7 @@ import pytest
 
 import luce
 from luce.errors import UserError
-from luce.signals.answers import AT_ONCE, Answers, key_of
+from luce.remote.cache import AT_ONCE, Answers, key_of
 
 MARK = b"the answer to one question"
 WRITER = f"""
@@ -23,7 +23,7 @@ import sys, types
 for name in ("luce", "luce.signals"):  # without the time that torch takes
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [{str(Path(luce.__file__).parent)!r} + "/signals" * (name != "luce")]
-from luce.signals.answers import Answers
+from luce.remote.cache import Answers
 answers = Answers(sys.argv[1], "teacher", "me")
 for number in range(10**6):
     answers.keep({{b"%d-%d" % (int(sys.argv[2]), number): b"x%d" % number}})

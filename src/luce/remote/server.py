@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError, import_optional
-from .signals import wire
-from .signals.blackbox import Told, check_answers, tell
+from ..errors import UserError, import_optional
+from ..signals.blackbox import AnswerKind, answer, check_answers
+from . import wire
 
 if TYPE_CHECKING:
     import uvicorn
@@ -41,18 +41,18 @@ CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
-class Offer:
+class ServiceOptions:
     """What a server tells, and how much it takes.
 
     Attributes:
-        answers: See `luce.signals.tell`.
+        answers: See `luce.signals.answer`.
         top_k: How many classes ``"topk"`` tells.
         decimals: Probabilities are rounded to so many; None for none.
         max_batch: Most rows in a request.
         max_request_bytes: Most bytes in one.
     """
 
-    answers: Told = "probs"
+    answers: AnswerKind = "probs"
     top_k: int | None = None
     decimals: int | None = None
     max_batch: int = 1024
@@ -66,7 +66,7 @@ class Offer:
 
     def answer(self, logits: Tensor) -> dict[str, np.ndarray]:
         """What is told of these logits, by name."""
-        told = tell(logits, self.answers, self.top_k).numpy()
+        told = answer(logits, self.answers, self.top_k).numpy()
         if self.answers == "probs":
             return {"probs": self._rounded(told)}
         if self.answers == "label":
@@ -201,7 +201,7 @@ def fingerprint(network: nn.Module, description: Mapping[str, Any]) -> str:
 def build_app(
     network: nn.Module,
     description: Mapping[str, Any],
-    offer: Offer,
+    offer: ServiceOptions,
     *,
     token: str,
     device: torch.device | None = None,

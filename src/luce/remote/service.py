@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..signals.blackbox import AnswerKind, check_answers
 from . import wire
-from .blackbox import Told, check_answers
 
 TOLERANCE = 1e-3
 """By which probabilities may sum to more or less than 1, beside what their rounding explains."""
@@ -37,7 +37,7 @@ class Service:
     classes: int
     names: tuple[str, ...] | None
     input_shape: tuple[int, ...] | None
-    answers: Told
+    answers: AnswerKind
     top_k: int | None
     decimals: int | None
     max_batch: int | None
@@ -76,7 +76,7 @@ class Service:
             classes=classes,
             names=names,
             input_shape=None if shape is None else tuple(shape),
-            answers=cast(Told, content["answers"]),
+            answers=cast(AnswerKind, content["answers"]),
             **whole,
         )
 

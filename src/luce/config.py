@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from ..errors import UserError, unknown_name
+from .errors import UserError, unknown_name
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""The only code that words argument errors of the losses."""
+"""Argument checks, and the only code that words argument errors of losses, methods and analysis."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..ops.linear import LinearLogits, TopKLogits
-
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     """Python counts True among the numbers; who writes it means something else."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -22,21 +20,21 @@ def _is_number(value: object) -> bool:
 def check_positive(**values: float) -> None:
     """Each value must be a finite number above zero."""
     for name, value in values.items():
-        if not (_is_number(value) and 0 < value < math.inf):
+        if not (is_number(value) and 0 < value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number above 0, got {value!r}")
 
 
 def check_not_negative(**values: float) -> None:
     """Each value must be a finite number, zero or above."""
     for name, value in values.items():
-        if not (_is_number(value) and 0 <= value < math.inf):
+        if not (is_number(value) and 0 <= value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number of at least 0, got {value!r}")
 
 
 def check_at_least(least: float, **values: float) -> None:
     """Each value must be a finite number, `least` or above."""
     for name, value in values.items():
-        if not (_is_number(value) and least <= value < math.inf):
+        if not (is_number(value) and least <= value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number of at least {least}, got {value!r}")
 
 
@@ -54,7 +52,7 @@ def check_temperature(temperature: float, scale_by_temperature: bool) -> None:
 def check_between(low: float, high: float, **values: float) -> None:
     """Each value must lie strictly between the bounds."""
     for name, value in values.items():
-        if not (_is_number(value) and low < value < high):
+        if not (is_number(value) and low < value < high):
             raise ValueError(f"expected `{name}` strictly between {low} and {high}, got {value!r}")
 
 
@@ -280,64 +278,3 @@ def check_like(name: str, feature: Tensor, like: Tensor, advice: str) -> None:
         raise ValueError(
             f"expected `{name}` of shape {tuple(like.shape)}, got {tuple(feature.shape)}; {advice}"
         )
-
-
-def check_linear(student: LinearLogits, teacher: LinearLogits | TopKLogits | Tensor) -> None:
-    """A student that comes as hidden states and head, and a teacher with the same rows and classes."""
-    if not isinstance(student, LinearLogits):
-        raise TypeError(f"expected `student` to be LinearLogits, got {type(student).__name__}")
-    if not isinstance(teacher, (LinearLogits, TopKLogits, Tensor)):
-        raise TypeError(
-            f"expected `teacher` to be LinearLogits, TopKLogits or a torch.Tensor of logits, "
-            f"got {type(teacher).__name__}"
-        )
-    for name, logits in (("student", student), ("teacher", teacher)):
-        if isinstance(logits, LinearLogits):
-            check_head_dtypes(name, logits)
-    if isinstance(teacher, TopKLogits):
-        rows, device = teacher.ids.shape[:-1], teacher.ids.device
-        if teacher.ids.shape[-1] > student.classes:
-            raise ValueError(
-                f"expected `teacher` with at most the {student.classes} classes of `student`, "
-                f"got {teacher.ids.shape[-1]} of each row"
-            )
-    elif isinstance(teacher, LinearLogits):
-        rows, device = teacher.shape[:-1], teacher.hidden.device
-    else:
-        check_logits("teacher", teacher)
-        rows, device = teacher.shape[:-1], teacher.device
-    if rows != student.shape[:-1]:
-        raise ValueError(
-            f"expected `teacher` with rows of shape {tuple(student.shape[:-1])} like `student`, "
-            f"got {tuple(rows)}"
-        )
-    if not isinstance(teacher, TopKLogits) and teacher.shape[-1] != student.classes:
-        raise ValueError(
-            f"expected `teacher` with the {student.classes} classes of `student`, got {teacher.shape[-1]}; "
-            f"`vocab_size` leaves out padding, and says which first classes both share"
-        )
-    if device != student.hidden.device:
-        raise ValueError(f"expected `teacher` on {student.hidden.device} like `student`, got {device}")
-
-
-def check_rest(teacher: LinearLogits | TopKLogits | Tensor, name: str, temperature: float) -> None:
-    """What the other classes weigh together is known at one temperature."""
-    if isinstance(teacher, TopKLogits) and teacher.temperature != temperature:
-        raise ValueError(
-            f"expected `{name}` to be the {teacher.temperature!r} at which `teacher.rest` was taken, "
-            f"got {temperature!r}; take TopKLogits at that temperature"
-        )
-
-
-def check_head_dtypes(name: str, logits: LinearLogits) -> None:
-    """Head and hidden states must go together, as in a model; under autocast any do."""
-    hidden = logits.hidden
-    if torch.is_autocast_enabled(hidden.device.type):
-        return
-    for part in ("weight", "bias"):
-        tensor = getattr(logits, part)
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(
-                f"expected `{name}.{part}` of {hidden.dtype} like `{name}.hidden`, got {tensor.dtype}; "
-                f"convert one of them, or use torch.autocast"
-            )

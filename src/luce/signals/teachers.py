@@ -28,7 +28,7 @@ class Teacher(ABC):
     def to(self, device: torch.device) -> None:
         """Work on this device from now on."""
 
-    def watched(self, paths: Iterable[str]) -> AbstractContextManager[None]:
+    def record_features(self, paths: Iterable[str]) -> AbstractContextManager[None]:
         """In this ``with`` block signals bring the features at these paths; see `luce.models.hooks`.
 
         Raises:
@@ -36,7 +36,7 @@ class Teacher(ABC):
         """
         raise UserError(
             "expected a teacher that is asked anew for every batch, for a loss on features, which nobody "
-            "remembers; set `teacher.remember: false`"
+            "remembers; set `teacher.cache_outputs: false`"
         )
 
 
@@ -55,7 +55,7 @@ class LiveTeacher(Teacher):
         self.model.to(device)
 
     @contextmanager
-    def watched(self, paths: Iterable[str]) -> Iterator[None]:
+    def record_features(self, paths: Iterable[str]) -> Iterator[None]:
         with Features(self.model, paths) as self._features:
             try:
                 yield
@@ -66,7 +66,7 @@ class LiveTeacher(Teacher):
     def signal(self, batch: Batch) -> DenseSignal:
         if self._features is None:
             return DenseSignal(self._answer(batch["input"]))
-        with self._features.caught() as features:
+        with self._features.capture() as features:
             logits = self._answer(batch["input"])
         return DenseSignal(logits, features)
 
@@ -102,7 +102,7 @@ class LearningTeacher(LiveTeacher):
         return forward_with(self.model, buffers, inputs)
 
 
-class RememberedTeacher(Teacher):
+class CachedTeacher(Teacher):
     """Logits computed once for a whole source and found again by the ``index`` of each row.
 
     Right only where a row always looks the same: without augmentation.
@@ -119,7 +119,7 @@ class RememberedTeacher(Teacher):
         """The answers stay where they are: they may not fit elsewhere, and a batch of them moves quickly."""
 
     @classmethod
-    def of(cls, teacher: Teacher, batches: Iterable[Batch], rows: int) -> RememberedTeacher:
+    def of(cls, teacher: Teacher, batches: Iterable[Batch], rows: int) -> CachedTeacher:
         """Ask a teacher about all batches of a source that has so many rows."""
         logits: Tensor | None = None
         kind: Kind = "logits"

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from luce import data
 from luce.errors import UserError
-from luce.signals import DenseSignal, LearningTeacher, LiveTeacher, RememberedTeacher, Teacher
+from luce.signals import CachedTeacher, DenseSignal, LearningTeacher, LiveTeacher, Teacher
 
 
 def network() -> nn.Module:
@@ -57,7 +57,7 @@ def test_a_remembered_teacher_finds_rows_by_their_index() -> None:
     live = LiveTeacher(network())
     # Some rows of the source, in any order, one of them twice.
     examples = data.Examples(pairs, [7, 3, 19, 0, 12, 3, 5])
-    remembered = RememberedTeacher.of(live, data.loader(examples, batch_size=3, seed=None), rows=20)
+    remembered = CachedTeacher.of(live, data.loader(examples, batch_size=3, seed=None), rows=20)
     assert remembered.logits.shape == (20, 4)
     everything = live.signal({"input": pairs.tensors[0]}).logits
     for index in ([3, 3], [19, 0, 7], [12]):
@@ -69,7 +69,7 @@ def test_a_remembered_teacher_finds_rows_by_their_index() -> None:
 
 def test_a_remembered_teacher_does_not_hold_what_it_was_made_from() -> None:
     live, rows = LiveTeacher(network()), batch()
-    remembered = RememberedTeacher.of(live, [rows], rows=6)
+    remembered = CachedTeacher.of(live, [rows], rows=6)
     before = remembered.signal(rows).logits.clone()
     nn.init.zeros_(live.model[2].weight)
     assert torch.equal(remembered.signal(rows).logits, before)
@@ -79,7 +79,7 @@ def test_a_remembered_teacher_does_not_hold_what_it_was_made_from() -> None:
 
 def test_a_teacher_that_was_asked_nothing_remembers_nothing() -> None:
     with pytest.raises(UserError, match="expected at least one batch"):
-        RememberedTeacher.of(LiveTeacher(network()), [], rows=3)
+        CachedTeacher.of(LiveTeacher(network()), [], rows=3)
 
 
 def test_a_learning_teacher_with_one_module_in_two_places_keeps_its_statistics() -> None:

@@ -11,12 +11,12 @@ import sys
 import pytest
 import torch
 
-from luce.ops import _library
-from luce.ops._library import choose, describe
+from luce.ops import engines
+from luce.ops.engines import choose, describe
 
 HERE = torch.zeros(1)
 ELSEWHERE = torch.zeros(1, device="meta")
-native = pytest.mark.skipif(_library.WHY_NOT is not None, reason=f"no native library: {_library.WHY_NOT}")
+native = pytest.mark.skipif(engines.WHY_NOT is not None, reason=f"no native library: {engines.WHY_NOT}")
 
 
 def test_backends_have_names():
@@ -30,7 +30,7 @@ def test_the_reference_runs_everywhere():
 
 
 def test_triton_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(_library, "NO_TRITON", None)
+    monkeypatch.setattr(engines, "NO_TRITON", None)
     assert choose("auto", ELSEWHERE, no_kernel=None) == "reference"
     with pytest.raises(
         RuntimeError, match="backend='gpu' cannot run here: expected tensors on a CUDA device"
@@ -38,7 +38,7 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
         choose("gpu", HERE, no_kernel=None)
     with pytest.raises(RuntimeError, match="backend='gpu' has no gradient for the teacher"):
         choose("gpu", HERE, torch.zeros(1, requires_grad=True), no_kernel=None)
-    monkeypatch.setattr(_library, "NO_TRITON", "Triton is not installed (pip install triton)")
+    monkeypatch.setattr(engines, "NO_TRITON", "Triton is not installed (pip install triton)")
     with pytest.raises(RuntimeError, match=r"Triton is not installed \(pip install triton\)"):
         choose("gpu", HERE, no_kernel=None)
 
@@ -53,15 +53,15 @@ def test_what_triton_there_is(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert _library._look_for_triton() is None
+    assert engines._look_for_triton() is None
     found["triton"] = "3.5.1"
-    assert "Triton 3.5.1 is older than 3.6" in _library._look_for_triton()
+    assert "Triton 3.5.1 is older than 3.6" in engines._look_for_triton()
     found = {"pytorch-triton": "3.5.0+git1234"}
-    assert "is older than 3.6" in _library._look_for_triton()
+    assert "is older than 3.6" in engines._look_for_triton()
     found = {}  # built from source: nobody knows
-    assert _library._look_for_triton() is None
+    assert engines._look_for_triton() is None
     found = None
-    assert "not installed" in _library._look_for_triton()
+    assert "not installed" in engines._look_for_triton()
 
 
 class _Cuda:
@@ -82,7 +82,7 @@ class _Cuda:
     ],
 )
 def test_triton_is_chosen_where_it_can_run(capability, no_triton, no_kernel, engine, monkeypatch):
-    monkeypatch.setattr(_library, "NO_TRITON", no_triton)
+    monkeypatch.setattr(engines, "NO_TRITON", no_triton)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
@@ -111,7 +111,7 @@ def test_the_native_library_is_chosen_where_it_can_run():
 
 
 def test_without_the_native_library_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(_library, "WHY_NOT", "no compiler was found")
+    monkeypatch.setattr(engines, "WHY_NOT", "no compiler was found")
     assert choose("auto", HERE) == "reference"
     with pytest.raises(RuntimeError, match="not in use: no compiler was found"):
         choose("cpu", HERE)
@@ -130,9 +130,9 @@ def test_without_the_native_library_there_is_a_reason(monkeypatch):
 def test_why_not(files, reason, tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(engines, "_FOLDER", tmp_path)
     monkeypatch.delenv("LUCE_NATIVE_LIBRARY", raising=False)
-    assert _library._load().startswith(reason)
+    assert engines._load().startswith(reason)
 
 
 def run_without(tmp_path, program):

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from luce.errors import MissingExtra, UserError
-from luce.signals import BudgetError, LocalBlackBox, RemoteError, RemoteTeacher, transport
-from luce.signals.answers import Answers
+from luce.remote import RemoteError, RemoteTeacher, transport
+from luce.remote.cache import Answers
+from luce.signals import BudgetError, LocalBlackBox
 
 from ..servers import CLASSES, TOKEN, Handler, Network, Reply, good, puppet, serving
 
@@ -207,11 +208,11 @@ def test_a_slow_disk_makes_no_answer_late(monkeypatch: pytest.MonkeyPatch) -> No
     """Answers are kept in another thread than that in which others are waited for."""
     keep, threads = Answers.keep, set()
 
-    def watched(*arguments: Any) -> None:
+    def spy(*arguments: Any) -> None:
         threads.add(threading.current_thread().name)
         keep(*arguments)
 
-    monkeypatch.setattr(Answers, "keep", watched)
+    monkeypatch.setattr(Answers, "keep", spy)
     with puppet(good) as server:
         ask(server.url).told(rows(4))
     assert threads

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..signals.blackbox import FLOOR, AnswerKind, BlackBox, check_limits
+from ..signals.teachers import Batch
 from . import wire
-from .answers import Answers, key_of
-from .blackbox import FLOOR, BlackBox, Told, check_limits
+from .cache import Answers, key_of
 from .service import Service
-from .sources import Batch
 from .transport import Cost, Line, RemoteError, checked_url
 
 
@@ -38,7 +38,7 @@ class RemoteTeacher(BlackBox):
         answers: What it is expected to tell; None takes what it says.
         top_k: Likewise.
         budget: Rows that may be asked about and paid for; None for any number. What is in the cache is free.
-        cache: File of the answers; see `luce.signals.answers.Answers`. None keeps them in memory.
+        cache: File of the answers; see `luce.remote.cache.Answers`. None keeps them in memory.
         account: On which queries are counted, across restarts if there is a cache.
         concurrency: Requests on their way at one time.
         batch_size: Most rows in a request.
@@ -55,7 +55,7 @@ class RemoteTeacher(BlackBox):
         self,
         url: str,
         *,
-        answers: Told | None = None,
+        answers: AnswerKind | None = None,
         top_k: int | None = None,
         budget: int | None = None,
         cache: Path | str | None = None,
