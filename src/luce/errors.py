@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the one door to optional packages."""
+"""Errors with a message for the user, and the import of optional packages."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from types import ModuleType
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message says what was expected, what came and what to do.
+    """An error that the user can correct: the message states what was expected, what was given, what to do.
 
-    The command line prints it as one sentence and exits with status 2.
+    The command line prints the message and exits with status 2.
     """
 
 
 class MissingExtra(UserError, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is required and cannot be imported."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in a list: the nearest ones first, else all of them."""
+    """Return the error for a name that is not in `known`; it lists the closest matches, else all names."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     listed = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
@@ -29,16 +29,20 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} `{name}`; {hint}")
 
 
-def said(error: Exception) -> str:
-    """What another library says went wrong, in one line, as ours do."""
+def one_line(error: Exception) -> str:
+    """Return the message of `error` on one line of at most 400 characters; its type if it has none."""
     return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
 
 
 def import_optional(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency, or say in one sentence which extra brings it."""
+    """Import an optional dependency.
+
+    Raises:
+        MissingExtra: If it cannot be imported; names the extra of Luce that installs it.
+    """
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # torchvision beside another torch raises RuntimeError
+    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError next to a wrong torch
         package = module.partition(".")[0]
         raise MissingExtra(
             f"`{package}` could not be imported ({error}); install it with: pip install 'luce[{extra}]'"

@@ -1,4 +1,4 @@
-"""The source tree that Luce runs from."""
+"""The commit of the source tree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def commit() -> str | None:
-    """The commit of the source tree that Luce runs from, with ``+`` where it was changed; None elsewhere."""
+    """Return the commit of the checkout that Luce runs from; ``+`` marks local changes, None no checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -19,6 +19,6 @@ def commit() -> str | None:
         return None
 
 
-def _git(root: Path, *words: str) -> str:
-    command = ["git", "-C", os.fspath(root), *words]
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", os.fspath(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -8,7 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.files import write, write_text
+from ..files import write, write_text
 from .results import Record, read_latest
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..training.files import write_text
+from ..files import write_text
 from .cases import Case, Goal
 from .measure import Timing
 

@@ -78,7 +78,7 @@ def main(words: Sequence[str]) -> None:
 
     from ..bench import measure, report, results, runner
     from ..bench.cases import select
-    from ..training.files import make_folder
+    from ..files import make_folder
     from ..training.progress import Bar, progress_bars
 
     cases = select(request.cases or ["all"])

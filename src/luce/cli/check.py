@@ -96,7 +96,7 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from ..conformance import Loss, check, find, report
-    from ..training.files import make_folder, write_text
+    from ..files import make_folder, write_text
 
     loss = Loss.of(find(request.loss), request.adapter, options=request.options, claims=request.claims)
     settings = {n: getattr(request, n) for n in ("laws", "without", "examples", "seed")}

@@ -64,9 +64,9 @@ def main(words: Sequence[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from .. import files
     from ..analysis import page
     from ..reports import terminal_table
-    from ..training import files
 
     recipe, same_data = read(request, rest)
     _check_figures(request)

@@ -39,8 +39,9 @@ def main(words: Sequence[str]) -> None:
     if out.suffix != f".{suffix.rpartition('.')[2]}":
         raise UserError(f"expected a file that ends in .{suffix.rpartition('.')[2]} after `--out`, got {out}")
 
+    from .. import files
     from ..models.binary import size_in_bits
-    from ..training import checkpoint, files
+    from ..training import checkpoint
     from ..training.export import write_onnx, write_packed
 
     student, description = checkpoint.load_student(request.folder)

@@ -52,9 +52,8 @@ def main(words: Sequence[str]) -> None:
 
     import torch
 
-    from .. import analysis
+    from .. import analysis, files
     from ..analysis.landscape import picture
-    from ..training import files
     from ..training.recipe import build_loss
 
     losses = [(" ".join(loss), build_loss(read_loss(loss))) for loss in request.loss]

@@ -66,10 +66,11 @@ def main(words: Sequence[str]) -> None:
 
     from rich.console import Console
 
+    from .. import files
     from ..reports import terminal_table
     from ..spiking import read
     from ..spiking import report as page
-    from ..training import checkpoint, files
+    from ..training import checkpoint
 
     student, description = checkpoint.load_student(request.folder)
     read(student.body)  # refuse before any work

@@ -12,14 +12,14 @@
 
 from __future__ import annotations
 
-from luce.data import augmentations
-from luce.data.augmentations import augment
-from luce.data.batches import EpochSampler, loader
-from luce.data.dataset import Data, from_datasets
-from luce.data.examples import UNLABELLED, Examples, hold_out, keep_labels, split
-from luce.data.loaders import load, names
-from luce.data.sources import InMemory, Source
-from luce.data.text import Tokenizer
+from . import augmentations
+from .augmentations import augment
+from .batches import EpochSampler, loader
+from .dataset import Data, from_datasets
+from .examples import UNLABELLED, Examples, hold_out, keep_labels, split
+from .loaders import load, names
+from .sources import InMemory, Source
+from .text import Tokenizer
 
 __all__ = [
     "UNLABELLED",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luce.errors import UserError, unknown_name
+from ..errors import UserError, unknown_name
 
 PADDING = 4
 """Zero pixels on each side before a random crop, as for CIFAR."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from luce.data import augmentations
-from luce.data.examples import Examples, Rows, checked_seed
-from luce.errors import UserError
+from ..errors import UserError
+from . import augmentations
+from .examples import Examples, Rows, checked_seed
 
 
 class EpochSampler(Sampler[int]):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from luce.data.sources import InMemory, LazyImages, Part, Source, as_source
-from luce.data.text import Tokenizer
-from luce.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from luce.errors import UserError
+from ..errors import UserError
+from .sources import InMemory, LazyImages, Part, Source, as_source
+from .text import Tokenizer
+from .transforms import IMAGENET_MEAN, IMAGENET_STD
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 UNKNOWN_STATISTICS: Statistics = (0.0,), (1.0,)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from luce.data.dataset import Data, stratified
-from luce.data.sources import as_source
-from luce.errors import UserError
-from luce.labels import UNLABELLED
+from ..errors import UserError
+from ..labels import UNLABELLED
+from .dataset import Data, stratified
+from .sources import as_source
 
 
 class Examples(Dataset[dict[str, Any]]):

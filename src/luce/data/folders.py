@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luce.data.dataset import Data, describe
-from luce.data.sources import LazyImages
-from luce.data.transforms import evaluation_view, training_view
-from luce.errors import UserError
+from ..errors import UserError
+from .dataset import Data, describe
+from .sources import LazyImages
+from .transforms import evaluation_view, training_view
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luce.data.dataset import Data, describe
-from luce.data.sources import InMemory, LazyImages, Source
-from luce.data.text import Tokenizer
-from luce.data.transforms import evaluation_view, training_view
-from luce.errors import UserError, import_optional, unknown_name
+from ..errors import UserError, import_optional, unknown_name
+from .dataset import Data, describe
+from .sources import InMemory, LazyImages, Source
+from .text import Tokenizer
+from .transforms import evaluation_view, training_view
 
 if TYPE_CHECKING:
     from PIL import Image

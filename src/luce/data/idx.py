@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luce.errors import UserError
+from ..errors import UserError
 
 UNSIGNED_BYTE = 0x08
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from luce.data.dataset import Data, describe, stratified
-from luce.data.folders import load_image_folder
-from luce.data.hub import load_hub
-from luce.data.idx import read_idx
-from luce.data.sources import InMemory
-from luce.errors import MissingExtra, UserError, import_optional, unknown_name
+from ..errors import MissingExtra, UserError, import_optional, unknown_name
+from .dataset import Data, describe, stratified
+from .folders import load_image_folder
+from .hub import load_hub
+from .idx import read_idx
+from .sources import InMemory
 
 SKLEARN = ("breast_cancer", "digits", "iris", "wine")
 DEBIAN = Path("usr/share/datasets/fashion-mnist")

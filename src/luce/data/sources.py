@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from luce.errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luce.errors import UserError, import_optional, said
+from ..errors import UserError, import_optional, one_line
 
 CHUNK = 4096
 """Texts at a time: as lists of Python integers, ids take ten times the memory."""
@@ -112,5 +112,5 @@ def _load(name: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # what is no tokenizer fails in many ways
         raise UserError(
-            f"expected a tokenizer on the hub or in a local folder, `{name}` gives none ({said(error)})"
+            f"expected a tokenizer on the hub or in a local folder, `{name}` gives none ({one_line(error)})"
         ) from error

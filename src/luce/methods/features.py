@@ -110,7 +110,7 @@ class FeatureMethod(Method):
         if teacher is None:
             raise UserError("expected a teacher for losses on features; add `teacher` to the recipe")
         with Features(student, self.student_paths) as hooks, teacher.record_features(self.teacher_paths):
-            with dry_run(student, sample["input"].device), hooks.capture() as ours:
+            with without_side_effects(student, sample["input"].device), hooks.capture() as ours:
                 student(sample["input"])
             theirs = teacher.signal(sample).features
         for name, term in self.terms.items():
@@ -196,7 +196,7 @@ def _value(term: FeatureTerm, features: Batch, batch: Batch, signal: Signal) -> 
 
 
 @contextmanager
-def dry_run(network: nn.Module, device: torch.device) -> Iterator[None]:
+def without_side_effects(network: nn.Module, device: torch.device) -> Iterator[None]:
     """For forward passes that leave no trace: not in buffers, gradients, modes or random states."""
     modes = {module: module.training for module in network.modules()}
     network.eval()

@@ -30,7 +30,7 @@ from ..signals import BlackBox, BudgetError, CachedTeacher, DenseSignal, Signal,
 from ..signals.signal import Kind
 from ._processes import as_first
 from .base import Batch, Method, Samples, TrainingRows
-from .features import dry_run
+from .features import without_side_effects
 from .logits import LogitMethod
 
 AT_ONCE = 256
@@ -234,7 +234,7 @@ class MEKD(Method):
                 f"expected at most {self.rows} `queries`, one for each training row, got {self.queries}"
             )
         self._check_budget(teacher)
-        with dry_run(student, inputs.device):
+        with without_side_effects(student, inputs.device):
             classes = student(inputs).shape[-1]
         if self.source == "generated":
             self.generator = Generator(classes, self.shape, self.gan_width).requires_grad_(False).eval()

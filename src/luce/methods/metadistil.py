@@ -16,7 +16,7 @@ from ..losses.functional import kd_loss
 from ..signals import BlackBox, DenseSignal, LiveTeacher, Signal, Teacher
 from ._processes import mean_over_processes
 from .base import Batch, Method, TrainingRows
-from .features import dry_run
+from .features import without_side_effects
 from .logits import LogitMethod
 from .lookahead import Place, both_ways, look_ahead, slope_on_logits
 
@@ -169,7 +169,7 @@ class MetaDistil(Method):
             if self.teacher_optimizer == "sgd"
             else torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
         )
-        with dry_run(student, sample["input"].device), torch.enable_grad():
+        with without_side_effects(student, sample["input"].device), torch.enable_grad():
             self._rehearse(student, sample)
 
     def _rehearse(self, student: nn.Module, sample: Batch) -> None:

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..signals import LearningTeacher, Signal, Teacher
 from ._processes import mean_over_processes, share_weights
 from .base import Batch, Method
-from .features import FeatureMethod, dry_run
+from .features import FeatureMethod, without_side_effects
 from .simkd import SimKD
 
 
@@ -121,7 +121,7 @@ class MutualLearning(Method):
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
         """Make the peer, what the losses learn in each direction, and the peer's optimizer; see `Method`."""
         device = sample["input"].device
-        with dry_run(student, device):
+        with without_side_effects(student, device):
             if self.new_peer is not None and self.peer is None:
                 # The student's weights may have been drawn from this very seed.
                 torch.manual_seed(int(torch.randint(2**62, ())))
@@ -134,7 +134,7 @@ class MutualLearning(Method):
                     "expected a peer that starts from other weights than the student's, or the two have "
                     "nothing to tell each other; name another network, checkpoint or seed for it"
                 )
-            with dry_run(self.peer, device):
+            with without_side_effects(self.peer, device):
                 self.method.build(student, LearningTeacher(self.peer), sample, rows)
                 self.peer_method.build(self.peer, LearningTeacher(student), sample, rows)
         self.optimizer = self.new_optimizer([*self.peer.parameters(), *self.peer_method.parameters()])

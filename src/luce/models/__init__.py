@@ -27,11 +27,11 @@ activation works in place, so what a hook has seen stays as it was.
 
 from __future__ import annotations
 
-from luce.models.classifier import Classifier
-from luce.models.heads import center_head_, equal_mean_head
-from luce.models.network import count_parameters, logits_of
-from luce.models.registry import build, names
-from luce.models.text import mask_padding
+from .classifier import Classifier
+from .heads import center_head_, equal_mean_head
+from .network import count_parameters, logits_of
+from .registry import build, names
+from .text import mask_padding
 
 __all__ = [
     "Classifier",

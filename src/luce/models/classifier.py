@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from luce.errors import UserError
-from luce.models.network import logits_of
-from luce.models.text import attends_to_padding
+from ..errors import UserError
+from .network import logits_of
+from .text import attends_to_padding
 
 
 class Classifier(nn.Module):

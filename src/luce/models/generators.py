@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from luce.models.network import image_channels
+from .network import image_channels
 
 SLOPE = 0.2
 """Of the leaky ReLUs."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from luce.errors import UserError
+from ..errors import UserError
 
 
 def equal_mean_head(features: int, classes: int, *, bias: bool = True) -> nn.Linear:

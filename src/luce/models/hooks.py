@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from luce.errors import UserError, unknown_name
-from luce.models.classifier import Classifier
+from ..errors import UserError, unknown_name
+from .classifier import Classifier
 
 INPUT = ":input"
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from luce.errors import UserError, import_optional, said, unknown_name
-from luce.models.network import image_channels
-from luce.models.text import mask_padding
+from ..errors import UserError, import_optional, one_line, unknown_name
+from .network import image_channels
+from .text import mask_padding
 
 Options = Mapping[str, Any]
 
@@ -93,10 +93,10 @@ def from_hugging_face(
             )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"`hf:{name}` is no model on the hub and no local folder of one: {said(error)}"
+            f"`hf:{name}` is no model on the hub and no local folder of one: {one_line(error)}"
         ) from error
     except Exception as error:  # an option of another type than the config's has an error of its own
-        raise UserError(f"`hf:{name}` cannot be built with these options: {said(error)}") from error
+        raise UserError(f"`hf:{name}` cannot be built with these options: {one_line(error)}") from error
     if others:
         raise UserError(
             f"`hf:{name}` cannot be built with these options: {type(config).__name__} has no field "
@@ -119,7 +119,7 @@ def from_hugging_face(
         else:
             model = factory.from_config(config)
     except Exception as error:  # wrong options and damaged files fail in many ways
-        raise UserError(f"`hf:{name}` cannot be built with these options: {said(error)}") from error
+        raise UserError(f"`hf:{name}` cannot be built with these options: {one_line(error)}") from error
     model = model.float()
     return mask_padding(model) if reads_text else model
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from luce.models.network import Network, chain, conv_bn, image_channels
+from .network import Network, chain, conv_bn, image_channels
 
 
 class InvertedResidual(nn.Module):

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from luce.errors import UserError
+from ..errors import UserError
 
 
 class Network(nn.Module):

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from luce.errors import UserError, unknown_name
-from luce.models import loaders
-from luce.models.binary import binarize_, split_options
-from luce.models.mobilenet import mobilenetv2
-from luce.models.network import Network, positive_integers
-from luce.models.resnet import resnet, resnet50
-from luce.models.shufflenet import shufflenetv1, shufflenetv2
-from luce.models.simkd import simkd
-from luce.models.small import cnn, conv_stride, mlp
-from luce.models.vgg import vgg
-from luce.models.vgg_pool import vgg_pool
-from luce.models.wide_resnet import wide_resnet
+from ..errors import UserError, unknown_name
+from . import loaders
+from .binary import binarize_, split_options
+from .mobilenet import mobilenetv2
+from .network import Network, positive_integers
+from .resnet import resnet, resnet50
+from .shufflenet import shufflenetv1, shufflenetv2
+from .simkd import simkd
+from .small import cnn, conv_stride, mlp
+from .vgg import vgg
+from .vgg_pool import vgg_pool
+from .wide_resnet import wide_resnet
 
 THIN = (16, 16, 32, 64)
 WIDE = (32, 64, 128, 256)

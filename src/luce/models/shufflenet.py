@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from luce.models.network import Network, chains, conv_bn, image_channels
+from .network import Network, chains, conv_bn, image_channels
 
 STEM = 24
 GROUPS = 3

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luce.errors import UserError
-from luce.models.network import Network, conv_bn
+from ..errors import UserError
+from .network import Network, conv_bn
 
 
 def simkd(student: Network, teacher: Network, *, input_shape: tuple[int, ...], factor: int = 2) -> Network:

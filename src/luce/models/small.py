@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from luce.models.network import Network, conv_bn, image_channels, positive_integers
+from .network import Network, conv_bn, image_channels, positive_integers
 
 
 def mlp(*, classes: int, input_shape: tuple[int, ...], hidden: Sequence[int] = (128,)) -> Network:

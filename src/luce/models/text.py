@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from luce.errors import UserError
+from ..errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from luce.models.network import Network, chains, conv_bn, image_channels
+from .network import Network, chains, conv_bn, image_channels
 
 
 def convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:

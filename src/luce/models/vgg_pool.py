@@ -13,8 +13,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from luce.errors import UserError
-from luce.models.network import Network, image_channels, positive_integers
+from ..errors import UserError
+from .network import Network, image_channels, positive_integers
 
 
 def vgg_pool(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from luce.models.network import Network, chains, image_channels
+from .network import Network, chains, image_channels
 
 
 def bn_relu(channels: int) -> nn.Sequential:

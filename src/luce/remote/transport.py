@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from ..errors import UserError, import_optional, said
+from ..errors import UserError, import_optional, one_line
 from . import wire
 
 T = TypeVar("T")
@@ -190,7 +190,7 @@ class Line:
             except asyncio.TimeoutError:
                 problem = _Unanswered(f"no whole answer within {self.timeout:g} seconds")
             except self.http.TransportError as error:
-                problem = _Unanswered(f"no connection, or it broke off ({said(error)})")
+                problem = _Unanswered(f"no connection, or it broke off ({one_line(error)})")
             except _Unanswered as unanswered:
                 problem = unanswered
             given_up = RemoteError(f"{page}: {problem}; it was asked {attempt + 1} times; {KEPT}")
@@ -245,7 +245,7 @@ KEPT = "all answers before it are kept"
 def _reason(content: bytes) -> str:
     """What a server gives as reason, in a few words."""
     try:
-        return f"`{said(Exception(wire.parse(content)['error']))[:160]}`"
+        return f"`{one_line(Exception(wire.parse(content)['error']))[:160]}`"
     except (ValueError, KeyError):
         return wire.quote(content)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from luce.reports.html import write_html
-from luce.reports.runs import read_comparison, read_run
-from luce.reports.statistics import summarise, verdict
-from luce.reports.table import markdown_table, terminal_table
+from .html import write_html
+from .runs import read_comparison, read_run
+from .statistics import summarise, verdict
+from .table import markdown_table, terminal_table
 
 __all__ = [
     "markdown_table",

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from luce.reports.runs import Comparison, Run
-from luce.reports.statistics import FOCUS
+from .runs import Comparison, Run
+from .statistics import FOCUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from luce.errors import UserError
-from luce.reports import plots
-from luce.reports.canvas import Plot, colours
-from luce.reports.runs import Comparison, Network, Run, read_comparison, read_run
-from luce.reports.statistics import number, summarise, verdict
-from luce.reports.table import table
+from ..errors import UserError
+from . import plots
+from .canvas import Plot, colours
+from .runs import Comparison, Network, Run, read_comparison, read_run
+from .statistics import number, summarise, verdict
+from .table import table
 
 # The order in which a reader asks; whatever else an environment holds follows.
 ENVIRONMENT = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from luce.reports.canvas import (
+from .canvas import (
     BLUE,
     DASHED,
     GREY,
@@ -27,8 +27,8 @@ from luce.reports.canvas import (
     over_epochs,
     short,
 )
-from luce.reports.runs import Bin, Comparison, Run, Sample, panels
-from luce.reports.statistics import FOCUS, Difference, Spread, number, signed, spread, summarise
+from .runs import Bin, Comparison, Run, Sample, panels
+from .statistics import FOCUS, Difference, Spread, number, signed, spread, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from luce.errors import UserError, unknown_name
+from ..errors import UserError, unknown_name
 
 SEED_FOLDER = re.compile(r"seed-(\d+)")
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from luce.reports.runs import Comparison, Run, Setting
+from .runs import Comparison, Run, Setting
 
 FOCUS = "PLD"
 LEVEL = 0.95

@@ -6,8 +6,8 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from luce.reports.runs import Comparison, Run
-from luce.reports.statistics import SettingSummary, Spread, number, signed, summarise
+from .runs import Comparison, Run
+from .statistics import SettingSummary, Spread, number, signed, summarise
 
 if TYPE_CHECKING:
     import rich.console

@@ -16,9 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .. import models
+from .. import files, models
 from ..errors import UserError
-from . import files
 from .processes import processes
 
 State = dict[str, Any]

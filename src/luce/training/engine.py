@@ -18,13 +18,13 @@ from accelerate.utils import set_seed
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from .. import data
+from .. import data, files
 from ..data import Examples
 from ..errors import UserError, import_optional, unknown_name
 from ..methods import Method
 from ..models import Classifier
 from ..signals import CachedTeacher, Teacher
-from . import checkpoint, files, metrics
+from . import checkpoint, metrics
 from .processes import processes
 from .progress import Bar
 from .recipe import TrainingOptions

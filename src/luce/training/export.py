@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import models
-from ..errors import UserError, import_optional, said
+from .. import files, models
+from ..errors import UserError, import_optional, one_line
 from ..models.binary import baked, binary_layers, binary_parts
-from . import checkpoint, files
+from . import checkpoint
 
 Description = dict[str, Any]
 
@@ -87,7 +87,7 @@ def read_packed(path: Path, *, trusted: bool = False) -> tuple[models.Classifier
     except UserError:
         raise
     except Exception as error:  # whatever stands in a file that something else wrote
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {said(error)})") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _filled(description: Description, tensors: dict[str, Tensor]) -> models.Classifier:
@@ -182,7 +182,7 @@ def write_onnx(path: Path, student: models.Classifier, description: Description)
     except UserError:
         raise
     except Exception as error:  # an exporter fails in many ways, at whatever a network does
-        raise UserError(f"`{description['model']}` cannot be exported as ONNX: {said(error)}") from error
+        raise UserError(f"`{description['model']}` cannot be exported as ONNX: {one_line(error)}") from error
     return found[0] if found else 0.0
 
 

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from .. import checks, data, models
+from .. import checks, data, files, models
 from ..config import parse
 from ..data import Data, Examples
 from ..errors import UserError
@@ -40,7 +40,7 @@ from ..signals import (
     LiveTeacher,
     Teacher,
 )
-from . import checkpoint, files, metrics
+from . import checkpoint, metrics
 from .engine import Fit, build, check_own_steps, divide, fit, new_accelerator
 from .environment import environment
 from .processes import processes

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from luce import files
 from luce.errors import UserError
-from luce.training import files
 
 
 def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
@@ -102,7 +102,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from luce.errors import UserError
-from luce.training import checkpoint, files
+from luce import files
+from luce.training import checkpoint
 
 folder = Path(sys.argv[1])
 model = torch.nn.Linear(100, 100)
