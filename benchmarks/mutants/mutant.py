@@ -54,7 +54,7 @@ def apply(mutant: Mutant, sources: Mapping[Path, str]) -> tuple[Path, str]:
     if len(fitting) != 1 or len(fitting[0][0]) != 1:
         found = ", ".join(f"{old!r} in {', '.join(map(str, places))}" for places, old, _ in fitting)
         raise MutantError(
-            f"{mutant.name}: expected one snippet at one place, got {found or 'none'}; correct the list of mutants"
+            f"{mutant.name}: expected one snippet at one place, got {found or 'none'}; correct the list"
         )
     (path,), old, new = fitting[0]
     return path, sources[path].replace(old, new)
