@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import luce
+from luce.losses import LogitLoss
 
 UNLABELLED = luce.UNLABELLED
 IGNORED = -100
@@ -37,7 +38,7 @@ class Loss:
     """
 
     function: Callable[..., Tensor]
-    module: type[luce.LogitLoss]
+    module: type[LogitLoss]
     options: tuple[dict[str, Any], ...] = ({},)
     bad_options: tuple[tuple[str, Any], ...] = ()
     needs_label: bool = False

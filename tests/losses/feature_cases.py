@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import luce
+from luce.losses import FeatureLoss
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -23,7 +24,7 @@ class Case:
         couples_rows: A batch is no mean over its rows.
     """
 
-    module: type[luce.FeatureLoss]
+    module: type[FeatureLoss]
     student: Shapes
     teacher: Shapes
     options: dict[str, Any] = field(default_factory=dict)
@@ -33,11 +34,11 @@ class Case:
     def __str__(self) -> str:
         return "-".join([self.module.__name__, *map(str, self.options.values())])
 
-    def build(self) -> luce.FeatureLoss:
+    def build(self) -> FeatureLoss:
         torch.manual_seed(1)
         return self.ready(self.module(**self.options))
 
-    def ready(self, loss: luce.FeatureLoss) -> luce.FeatureLoss:
+    def ready(self, loss: FeatureLoss) -> FeatureLoss:
         """Built, and prepared if it must be."""
         loss.build(self.student, self.teacher)
         if loss.needs_preparation:

@@ -12,7 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import luce
-from luce import CTKDLoss, WeightedSum, tempered_kd
+from luce import CTKDLoss, WeightedSum
+from luce.losses import tempered_kd
 from luce.losses.modules.curriculum import reversed_gradient
 from luce.methods import LogitMethod
 from luce.signals import DenseSignal

@@ -14,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import luce
+from luce.losses import FeatureLoss
 from luce.losses.modules import embeddings, iekd, lipschitz, maps
 
 from .feature_cases import CASES, FREE, LEARNT, Case
@@ -24,7 +25,7 @@ each_learnt = pytest.mark.parametrize("entry", LEARNT, ids=str)
 each_16_bit = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 
 
-def value(loss: luce.FeatureLoss, student, teacher):
+def value(loss: FeatureLoss, student, teacher):
     """With the same random mask each time; of a loss that tells its parts, the total."""
     torch.manual_seed(2)
     result = loss(student, teacher)
@@ -42,7 +43,7 @@ def test_the_cases_name_every_loss():
         cls
         for module in (embeddings, maps, iekd, lipschitz)
         for cls in vars(module).values()
-        if isinstance(cls, type) and cls.__module__ == module.__name__ and issubclass(cls, luce.FeatureLoss)
+        if isinstance(cls, type) and cls.__module__ == module.__name__ and issubclass(cls, FeatureLoss)
     }
     assert here == {entry.module for entry in CASES}
     assert {cls.__name__ for cls in here} <= set(luce.__all__)

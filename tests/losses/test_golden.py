@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import luce
+from luce.losses import partial_target
 
 from . import formulas
 
@@ -433,7 +434,7 @@ RELATION = tensor([[0.0, 0.6, 0.1, 0.3], ANY, ANY, ANY])
     ids=lambda x: x.get("keep", "true_prob") if isinstance(x, dict) else "",
 )
 def test_partial_targets(options, expected):
-    target = luce.partial_target(tensor([V]), torch.tensor([0]), **options)
+    target = partial_target(tensor([V]), torch.tensor([0]), **options)
     assert target[0].tolist() == digits(expected)
     temperature = options.get("temperature", 1.0)
     log_q = formulas.log_softmax(Z, temperature)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-import luce
 from luce import IEKDLoss, exploration_loss, inheritance_loss
+from luce.losses import linear_cka
 from luce.losses.modules.iekd import AutoEncoder, coder
 
 laws = settings(max_examples=20, deadline=None, derandomize=True)
@@ -285,8 +285,8 @@ def test_the_loss_by_a_second_implementation(autoencoder: str, similarity: Any, 
     expected = {
         "inheritance": inheritance_loss(f_i, code, similarity=similarity),
         "exploration": exploration_loss(f_e, code, similarity=similarity),
-        "cka_inheritance": luce.linear_cka(parts[0], t),
-        "cka_exploration": luce.linear_cka(parts[1], t),
+        "cka_inheritance": linear_cka(parts[0], t),
+        "cka_exploration": linear_cka(parts[1], t),
     }
     expected["loss"] = 3.0 * expected["inheritance"] + 0.7 * expected["exploration"]
     if online:
@@ -335,7 +335,7 @@ def test_the_larger_map_is_pooled_to_the_smaller(student: Any, teacher: Any) -> 
     for name in ("loss", "inheritance", "exploration", "reconstruction"):
         assert_close(found[name], expected[name])
     inheriting = s[0][:, :3]
-    assert_close(found["cka_inheritance"], luce.linear_cka(inheriting, t[0]))  # of the maps as they are
+    assert_close(found["cka_inheritance"], linear_cka(inheriting, t[0]))  # of the maps as they are
 
 
 def test_the_auto_encoder_is_prepared_on_maps_of_the_size_it_will_see() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import luce
-from luce import lipschitz_loss, spectral_norm, transmitting_matrix
+from luce import lipschitz_loss
+from luce.losses import spectral_norm, transmitting_matrix
 from luce.losses.functional.lipschitz import ITERATIONS
 
 sqrt = math.sqrt

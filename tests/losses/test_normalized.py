@@ -16,7 +16,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import luce
-from luce import CrossEntropyLoss, KDLoss, LogitLoss, PLDLoss, Standardized, WeightedSum, standardize
+from luce import CrossEntropyLoss, KDLoss, PLDLoss, Standardized, WeightedSum
+from luce.losses import LogitLoss, standardize
 from luce.methods import LogitMethod
 from luce.signals import DenseSignal, LiveTeacher
 

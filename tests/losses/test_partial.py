@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import luce
 from luce.errors import UserError
+from luce.losses import class_relations, partial_target, weight_similarity
 from luce.losses.functional import partial
 from luce.losses.functional.partial import KEEPS, RELATED
 
@@ -91,7 +92,7 @@ def test_a_target_is_its_formula_and_the_loss_its_divergence(question):
     plain = {"first" if name == "always_keep_true" else name: value for name, value in options.items()}
     expected = expected_target(t, y, **plain)
     student, teacher, target, options = as_tensors(*question)
-    found = luce.partial_target(teacher, target, **options)
+    found = partial_target(teacher, target, **options)
     assert found[1].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-15)
     assert (found >= 0).all()
     assert_close(found.sum(-1), torch.ones(2, dtype=torch.float64))
@@ -115,7 +116,7 @@ def test_what_keeps_everything_is_kd(temperature):
     rho = (teacher / temperature).softmax(-1)
     for top_k in (5, 4, 99, 1.0):  # of five classes; with one left, there is nothing to spread
         options = {"keep": "topk", "top_k": top_k, "temperature": temperature}
-        assert_close(luce.partial_target(teacher, target, **options), rho)
+        assert_close(partial_target(teacher, target, **options), rho)
         assert_close(luce.partial_kd_loss(student, teacher, target, **options), expected)
 
 
@@ -123,11 +124,11 @@ def test_the_largest_one_alone_is_the_true_probability_where_the_teacher_is_righ
     _, teacher, target = batch(30)
     right = teacher.argmax(-1) == target
     assert 0 < right.sum() < 30
-    expected = luce.partial_target(teacher, target)
-    one = luce.partial_target(teacher, target, keep="topk", top_k=1)
+    expected = partial_target(teacher, target)
+    one = partial_target(teacher, target, keep="topk", top_k=1)
     assert_close(one[right], expected[right])
     assert (one[~right] != expected[~right]).any(-1).all()
-    always = luce.partial_target(teacher, target, keep="topk", top_k=1, always_keep_true=True)
+    always = partial_target(teacher, target, keep="topk", top_k=1, always_keep_true=True)
     assert_close(always, expected)
 
 
@@ -136,8 +137,8 @@ def test_a_fraction_of_the_classes(fraction, count):
     """Rounded, but at least one; of the classes that exist."""
     _, teacher, target = batch(6)
     for logits in (teacher, torch.cat([teacher, torch.full((6, 5), -inf)], dim=-1)):
-        expected = luce.partial_target(logits, target, keep="topk", top_k=count)
-        assert_close(luce.partial_target(logits, target, keep="topk", top_k=fraction), expected)
+        expected = partial_target(logits, target, keep="topk", top_k=count)
+        assert_close(partial_target(logits, target, keep="topk", top_k=fraction), expected)
 
 
 def test_of_many_equal_logits_the_first_are_kept():
@@ -149,7 +150,7 @@ def test_of_equal_logits_the_first_are_kept():
     teacher = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]])
     rho = teacher.softmax(-1)[0]
     for label, always, kept in ((3, False, [0, 1]), (4, True, [1, 4]), (1, True, [0, 1])):
-        target = luce.partial_target(
+        target = partial_target(
             teacher, torch.tensor([label]), keep="topk", top_k=2, always_keep_true=always
         )[0]
         same = (target == rho).nonzero().flatten().tolist()
@@ -209,15 +210,15 @@ def test_a_uniform_teacher_is_label_smoothing():
 def test_targets_come_in_the_shape_of_the_logits():
     _, teacher, target = batch(2, 3)
     target[0, 1], target[1, 2] = UNLABELLED, IGNORED
-    flat = luce.partial_target(teacher.flatten(0, 1), target.flatten())
+    flat = partial_target(teacher.flatten(0, 1), target.flatten())
     assert_close(flat.sum(-1), (target >= 0).flatten().double())
-    last = luce.partial_target(teacher, target, class_dim=-1)
+    last = partial_target(teacher, target, class_dim=-1)
     assert_close(last, flat.reshape(2, 3, 5))
-    assert_close(luce.partial_target(teacher.movedim(-1, 1), target), last.movedim(-1, 1))
-    assert_close(luce.partial_target(teacher[0, 0], target[0, 0]), last[0, 0])
-    assert luce.partial_target(teacher.bfloat16(), target, class_dim=-1).dtype == torch.float32
+    assert_close(partial_target(teacher.movedim(-1, 1), target), last.movedim(-1, 1))
+    assert_close(partial_target(teacher[0, 0], target[0, 0]), last[0, 0])
+    assert partial_target(teacher.bfloat16(), target, class_dim=-1).dtype == torch.float32
     options = {"keep": "class_mean", "relation": RELATION.clone().requires_grad_(), "class_dim": -1}
-    assert not luce.partial_target(teacher.requires_grad_(), target, **options).requires_grad
+    assert not partial_target(teacher.requires_grad_(), target, **options).requires_grad
 
 
 def test_what_is_known_of_a_class_does_not_reach_rows_without_a_label():
@@ -225,7 +226,7 @@ def test_what_is_known_of_a_class_does_not_reach_rows_without_a_label():
     target[:] = torch.tensor([1, UNLABELLED, 2])
     relation = RELATION.clone()
     relation[0] = nan
-    found = luce.partial_target(teacher, target, keep="class_mean", relation=relation)
+    found = partial_target(teacher, target, keep="class_mean", relation=relation)
     assert_close(found.sum(-1), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
 
 
@@ -239,9 +240,9 @@ def test_classes_that_do_not_exist_get_nothing():
     wide_relation[torch.tensor(places)[:, None], torch.tensor(places)] = relation
     for keep in KEEPS:
         options = {"keep": keep, "top_k": 0.4}
-        narrow = luce.partial_target(teacher, target, relation=relation, **options)
+        narrow = partial_target(teacher, target, relation=relation, **options)
         labels = torch.tensor(places)[target]
-        found = luce.partial_target(wide, labels, relation=wide_relation, **options)
+        found = partial_target(wide, labels, relation=wide_relation, **options)
         assert_close(found[:, places], narrow)
         assert_close(found.sum(), narrow.sum())
 
@@ -250,7 +251,7 @@ def test_classes_that_do_not_exist_get_nothing():
 @pytest.mark.parametrize("keep", RELATED)
 def test_a_missing_relation(keep, relation):
     student, teacher, target = batch(2)
-    with pytest.raises(TypeError, match=r"`relation` to be .*`luce.class_relations`"):
+    with pytest.raises(TypeError, match=r"`relation` to be .*`luce.losses.class_relations`"):
         luce.partial_kd_loss(student, teacher, target, keep=keep, relation=relation)
 
 
@@ -269,7 +270,7 @@ def test_a_negative_relation(keep):
     options = {"keep": keep, "relation": relation}
     for call in (
         lambda: luce.partial_kd_loss(student, teacher, target, **options),
-        lambda: luce.partial_target(teacher, target, **options),
+        lambda: partial_target(teacher, target, **options),
     ):
         with pytest.raises(ValueError, match=r"`relation` of numbers of at least 0, got -0.25"):
             call()
@@ -288,7 +289,7 @@ def test_topk_needs_a_number():
 
 def test_errors_about_the_teacher_of_a_target_name_it():
     with pytest.raises(TypeError, match="`teacher_logits` of a floating dtype"):
-        luce.partial_target(torch.ones(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+        partial_target(torch.ones(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long))
 
 
 # The battery over targets that need a relation, which modules have only once they are prepared
@@ -349,7 +350,7 @@ def test_a_relation_under_compile(keep):
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def targets(logits, labels):
-        return luce.partial_target(logits, labels, keep=keep, relation=RELATION)
+        return partial_target(logits, labels, keep=keep, relation=RELATION)
 
     assert targets(teacher, target).isnan().all(-1).tolist() == [False, False, True, False, False, False]
 
@@ -373,7 +374,7 @@ def test_class_relations_are_the_means_of_the_rows_of_each_class():
     _, teacher, target = batch(40)
     target[target == 3], target[0], target[1] = 2, UNLABELLED, IGNORED
     for temperature in (1.0, 2.5):
-        found = luce.class_relations(teacher, target, temperature)
+        found = class_relations(teacher, target, temperature)
         for label in range(5):
             rows = [formulas.softmax(t.tolist(), temperature) for t in teacher[target == label]]
             mean = (
@@ -381,48 +382,48 @@ def test_class_relations_are_the_means_of_the_rows_of_each_class():
             )
             assert found[label].tolist() == pytest.approx(mean, rel=1e-12)
         shuffled = torch.randperm(40)
-        assert_close(luce.class_relations(teacher[shuffled], target[shuffled], temperature), found)
+        assert_close(class_relations(teacher[shuffled], target[shuffled], temperature), found)
 
 
 def test_class_relations_of_many_rows_are_summed_piece_by_piece(monkeypatch):
     _, teacher, target = batch(23)
-    whole = luce.class_relations(teacher, target)
+    whole = class_relations(teacher, target)
     for numbers in (1, 15, 40):
         monkeypatch.setattr(partial, "CHUNK", numbers)
-        assert_close(luce.class_relations(teacher, target), whole)
+        assert_close(class_relations(teacher, target), whole)
 
 
 def test_class_relations_are_summed_in_float64():
     rows = 200_000
     teacher = torch.tensor([[math.log(0.7), math.log(0.3)]]).expand(rows, -1)
-    found = luce.class_relations(teacher, torch.zeros(rows, dtype=torch.long))
+    found = class_relations(teacher, torch.zeros(rows, dtype=torch.long))
     assert found.dtype == torch.float32
     assert_close(found[0], torch.tensor([0.7, 0.3]), rtol=2e-7, atol=0)
-    assert luce.class_relations(teacher[:2].bfloat16(), torch.tensor([0, 1])).dtype == torch.float32
-    assert luce.class_relations(teacher[:2].double(), torch.tensor([0, 1])).dtype == torch.float64
+    assert class_relations(teacher[:2].bfloat16(), torch.tensor([0, 1])).dtype == torch.float32
+    assert class_relations(teacher[:2].double(), torch.tensor([0, 1])).dtype == torch.float64
 
 
 def test_a_class_without_rows_relates_to_all_others_alike():
     _, teacher, target = batch(8)
     target[:] = 1
-    relation = luce.class_relations(teacher, target)
+    relation = class_relations(teacher, target)
     assert (relation[2] == 0).all()
     target[:] = 2
-    even = luce.partial_target(teacher, target, keep="class_mean", relation=relation)
+    even = partial_target(teacher, target, keep="class_mean", relation=relation)
     assert_close(even, torch.full_like(even, 0.2))
-    found = luce.partial_target(teacher, target, keep="true_prob+class_mean", relation=relation)
-    assert_close(found, luce.partial_target(teacher, target))
-    assert not luce.class_relations(teacher[:0], target[:0]).any()
+    found = partial_target(teacher, target, keep="true_prob+class_mean", relation=relation)
+    assert_close(found, partial_target(teacher, target))
+    assert not class_relations(teacher[:0], target[:0]).any()
 
 
 def test_class_relations_of_a_sure_teacher_leave_nothing_to_others():
     """And then what it does leave is spread evenly, instead of dividing by 0."""
     teacher = 1e4 * torch.eye(3)
-    relation = luce.class_relations(teacher, torch.arange(3))
+    relation = class_relations(teacher, torch.arange(3))
     assert_close(relation, torch.eye(3))
     unsure = torch.tensor([[1.0, 2.0, 3.0]])
-    target = luce.partial_target(unsure, torch.tensor([1]), keep="true_prob+class_mean", relation=relation)
-    assert_close(target, luce.partial_target(unsure, torch.tensor([1])))
+    target = partial_target(unsure, torch.tensor([1]), keep="true_prob+class_mean", relation=relation)
+    assert_close(target, partial_target(unsure, torch.tensor([1])))
 
 
 @pytest.mark.parametrize(
@@ -438,7 +439,7 @@ def test_class_relations_of_a_sure_teacher_leave_nothing_to_others():
 )
 def test_class_relations_refuse(logits, target, error, match):
     with pytest.raises(error, match=match):
-        luce.class_relations(logits, target)
+        class_relations(logits, target)
 
 
 def test_weight_similarity():
@@ -447,16 +448,16 @@ def test_weight_similarity():
     cosines = [[1.0, 0.0, -half], [0.0, 1.0, half], [-half, half, 1.0]]
     for alpha in (0.0, 1.0, 3.0):
         expected = [formulas.softmax([alpha * x for x in row]) for row in cosines]
-        found = luce.weight_similarity(weight, alpha)
+        found = weight_similarity(weight, alpha)
         assert_close(found, torch.tensor(expected, dtype=torch.float64))
         # The power of the plain similarity, normalised again.
-        power = luce.weight_similarity(weight) ** alpha
+        power = weight_similarity(weight) ** alpha
         assert_close(found, power / power.sum(-1, keepdim=True))
-        assert_close(found, luce.weight_similarity(weight * torch.tensor([[5.0], [1.0], [0.1]]), alpha))
-    nothing = luce.weight_similarity(torch.zeros(2, 3))
+        assert_close(found, weight_similarity(weight * torch.tensor([[5.0], [1.0], [0.1]]), alpha))
+    nothing = weight_similarity(torch.zeros(2, 3))
     assert_close(nothing, torch.full((2, 2), 0.5))
-    assert luce.weight_similarity(weight.half()).dtype == torch.float32
-    assert not luce.weight_similarity(weight.requires_grad_()).requires_grad
+    assert weight_similarity(weight.half()).dtype == torch.float32
+    assert not weight_similarity(weight.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -465,7 +466,7 @@ def test_weight_similarity():
 )
 def test_weight_similarity_refuses(weight, alpha, match):
     with pytest.raises(ValueError, match=match):
-        luce.weight_similarity(weight, alpha)
+        weight_similarity(weight, alpha)
 
 
 # Modules
@@ -482,7 +483,7 @@ def test_a_module_learns_the_class_means():
         target[0] = -7
         assert loss.prepare(teacher, target) == {}
         kept = (target != 4) & (target != -7)
-        relation = luce.class_relations(teacher[kept], target[kept], 2.0)
+        relation = class_relations(teacher[kept], target[kept], 2.0)
         assert_close(loss.relation, relation)
         options = {"keep": keep, "temperature": 2.0, "ignore_index": 4, "unlabelled_index": -7}
         expected = luce.partial_kd_loss(student, teacher, target, relation=relation, **options)
@@ -494,7 +495,7 @@ def test_preparing_again_forgets_the_teacher_before():
     loss = luce.PartialKDLoss(keep="class_mean")
     loss.prepare(torch.zeros_like(teacher), target)
     loss.prepare(teacher, target)
-    assert_close(loss.relation, luce.class_relations(teacher, target))
+    assert_close(loss.relation, class_relations(teacher, target))
 
 
 def test_a_module_uses_the_weight_of_the_teacher_s_last_layer():
@@ -511,7 +512,7 @@ def test_a_module_uses_the_weight_of_the_teacher_s_last_layer():
         assert not loss.needs_preparation
         loss.prepare(teacher, target)  # says nothing about it
         expected = luce.partial_kd_loss(
-            student, teacher, target, keep=keep, relation=luce.weight_similarity(weight, 2.0)
+            student, teacher, target, keep=keep, relation=weight_similarity(weight, 2.0)
         )
         assert_close(loss(student, teacher, target), expected)
     with pytest.raises(ValueError, match="`keep` with `weight_sim`"):

@@ -15,7 +15,7 @@ import luce
 from luce import CRDLoss, CrossEntropyLoss, FitNetLoss, KDLoss, VIDLoss, WeightedSum, models
 from luce.data import Examples
 from luce.errors import UserError
-from luce.losses.modules import FeatureLoss
+from luce.losses import FeatureLoss
 from luce.losses.modules.features import TeacherFeatures
 from luce.methods import FeatureMethod, FeatureTerm
 from luce.models import Classifier

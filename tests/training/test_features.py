@@ -25,7 +25,7 @@ from luce.cli import main
 from luce.config import parse
 from luce.data import load, split
 from luce.errors import UserError
-from luce.losses.modules import FeatureLoss
+from luce.losses import FeatureLoss
 from luce.methods import FeatureMethod, LogitMethod
 from luce.models import Classifier
 from luce.signals import LiveTeacher

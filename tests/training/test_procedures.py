@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from luce import FeatureLoss, FitNetLoss, IEKDLoss, KDLoss, PLDLoss
+from luce import FitNetLoss, IEKDLoss, KDLoss, PLDLoss
 from luce.config import parse
 from luce.data import Examples
 from luce.errors import UserError
+from luce.losses import FeatureLoss
 from luce.methods import FeatureMethod, LogitMethod, Method, MutualLearning, TrainingRows, TwoViewMethod
 from luce.methods.base import Batch
 from luce.models import Classifier

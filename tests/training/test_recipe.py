@@ -224,7 +224,7 @@ NAMES = [
     name
     for name in losses.modules.__all__
     if name not in ("LogitLoss", "Standardized")
-    and issubclass(getattr(losses.modules, name), losses.modules.LogitLoss)
+    and issubclass(getattr(losses.modules, name), losses.LogitLoss)
 ]
 """Those on features have a test of their own, in test_features.py."""
 
@@ -239,7 +239,7 @@ def test_every_loss_can_stand_in_a_recipe(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_can_be_standardized_in_a_recipe(name: str) -> None:
     student, teacher, target = torch.randn(5, 4), torch.randn(5, 4), torch.arange(5) % 4
-    scores = losses.functional.standardize(student), losses.functional.standardize(teacher)
+    scores = losses.standardize(student), losses.standardize(teacher)
     plain = getattr(losses.modules, name)()
     for standardize, logits in ((True, scores), (False, (student, teacher))):
         loss = build_loss({"term": {"loss": name, "weight": 2, "standardize": standardize}})

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..losses.modules import CRDLoss, FeatureLoss, WeightedSum
+from ..losses import FeatureLoss
+from ..losses.modules import CRDLoss, WeightedSum
 from ..losses.modules.weighted_sum import losses_of, warmed_up
 from ..models.hooks import Features
 from ..signals import Signal, Teacher
@@ -52,7 +53,7 @@ class FeatureMethod(Method):
 
     Raises:
         ValueError: If there is no term, a weight or a warm-up is negative, or a name cannot be used.
-        TypeError: If the loss of a term is no `luce.FeatureLoss`, or its paths are no lists.
+        TypeError: If the loss of a term is no `luce.losses.FeatureLoss`, or its paths are no lists.
 
     Example:
         >>> import luce
@@ -84,7 +85,7 @@ class FeatureMethod(Method):
         for name, term in self.terms.items():
             if not isinstance(term.loss, FeatureLoss):
                 raise TypeError(
-                    f"expected a luce.FeatureLoss as the loss of `{name}`, got {type(term.loss).__name__}"
+                    f"expected a FeatureLoss as the loss of `{name}`, got {type(term.loss).__name__}"
                 )
             if isinstance(term.student, str) or isinstance(term.teacher, str):
                 raise TypeError(

@@ -8,7 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..losses.modules import FeatureLoss, LogitLoss, WeightedSum
+from ..losses import FeatureLoss, LogitLoss
+from ..losses.modules import WeightedSum
 from ..signals import Signal, Teacher
 from .base import Method, TrainingRows
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import UserError
 from ..labels import UNLABELLED
-from ..losses.modules import LogitLoss, WeightedSum
+from ..losses import LogitLoss
+from ..losses.modules import WeightedSum
 from ..models.generators import Discriminator, Generator
 from ..remote import RemoteTeacher
 from ..signals import BlackBox, BudgetError, CachedTeacher, DenseSignal, Signal, Teacher

@@ -138,7 +138,7 @@ class RemoteTeacher(BlackBox):
         return len(missing)
 
     def told(self, inputs: Tensor) -> Tensor:
-        """The answers about these rows, ``(N, ...)``; see `luce.signals.tell`.
+        """The answers about these rows, ``(N, ...)``; see `luce.signals.blackbox.answer`.
 
         Raises:
             BudgetError: If the rows that are not known exceed the budget; nothing has been asked then.

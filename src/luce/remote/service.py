@@ -86,7 +86,7 @@ class Service:
         return {"probs": self.classes, "topk": 2 * (self.top_k or 0), "label": 1}[self.answers]
 
     def read_answers(self, content: Mapping[str, Any], rows: int) -> np.ndarray:
-        """The answers about so many rows, float32; see `luce.signals.tell`.
+        """The answers about so many rows, float32; see `luce.signals.blackbox.answer`.
 
         Raises:
             ValueError: If they cannot be what this server should tell.

@@ -131,7 +131,7 @@ def compare(
     Returns:
         How many runs there are, and how many of them were there before.
     Raises:
-        UserError: As `luce.training.run.run` does; all recipes are checked before the first run.
+        UserError: As `luce.training.run` does; all recipes are checked before the first run.
     """
     grid = {
         folder / setting / method / f"seed-{seed}": (setting, recipe.recipe(setting, method, seed))

@@ -42,7 +42,7 @@ def distill(
     Args:
         student: From inputs to logits ``(N, C)``; trained in place and left with the last epoch's weights.
         teacher: From the same inputs to logits ``(N, C)``; put into evaluation mode and otherwise untouched.
-            Or any `luce.signals.Teacher`, such as a `luce.signals.RemoteTeacher`.
+            Or any `luce.signals.Teacher`, such as a `luce.remote.RemoteTeacher`.
         train_data: Items are ``(input, label)``, or dicts with ``input`` and ``target``. A label of -1 marks
             a row without one.
         val_data: Likewise, to choose the best epoch by.

@@ -15,7 +15,8 @@ from torch import nn
 
 from .. import losses
 from ..errors import UserError, unknown_name
-from ..losses.modules import FeatureLoss, LogitLoss, SimKDLoss, Standardized, WeightedSum
+from ..losses import FeatureLoss, LogitLoss
+from ..losses.modules import SimKDLoss, Standardized, WeightedSum
 from ..methods import MEKD, FeatureMethod, FeatureTerm, LogitMethod, MetaDistil, Method, SimKD
 
 Terms = dict[str, dict[str, Any]]
@@ -266,7 +267,8 @@ def build_method(terms: Terms, procedures: Mapping[str, Callable[..., Method]] =
         >>> method.terms["hint"].teacher
         ['stages.0']
     """
-    around = [name for name, term in terms.items() if "method" in term]
+    # A loss may have an option called `method`: an entry that names a loss is never a procedure.
+    around = [name for name, term in terms.items() if "method" in term and "loss" not in term]
     if len(around) > 1:
         raise UserError(f"expected one entry with `method` in `loss`, got {around}")
     for name in around:

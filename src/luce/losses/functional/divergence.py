@@ -18,6 +18,8 @@ from ...ops.kd import forward_kl, jsd, kl_limit, reverse_kl
 from .._reduce import Blocks, Reduction
 from .._teacher import refuse_teacher_gradient
 
+__all__ = ["cross_entropy_loss", "dkd_loss", "hard_label_loss", "jsd_loss", "kd_loss", "reverse_kl_loss"]
+
 
 def cross_entropy_loss(
     student_logits: Tensor,

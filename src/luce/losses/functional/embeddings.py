@@ -19,6 +19,8 @@ from ... import checks
 from .. import _features
 from .._features import unit
 
+__all__ = ["cc_loss", "pkt_loss", "rkd_loss", "sp_loss"]
+
 
 def sp_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     r"""Similarity-preserving: rows that excite the teacher alike should excite the student alike.

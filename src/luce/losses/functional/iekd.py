@@ -10,6 +10,8 @@ from ... import checks
 from .. import _features
 from .._features import Two, unit
 
+__all__ = ["exploration_loss", "inheritance_loss"]
+
 Similarity = Literal["l1", "cosine"]
 SIMILARITIES = ("l1", "cosine")
 

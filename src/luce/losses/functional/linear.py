@@ -19,6 +19,8 @@ from .._reduce import Blocks, Reduction
 from .._teacher import refuse_teacher_gradient
 from .listwise import _pld_options
 
+__all__ = ["linear_kd_loss", "linear_pld_loss"]
+
 
 def _reduced(
     op: Callable[..., Tensor],

@@ -18,6 +18,8 @@ from ...ops._rows import wide_dtype
 from .. import _features
 from .._features import unit
 
+__all__ = ["lipschitz_loss"]
+
 ITERATIONS = 40
 """For 1e-3 of the value on 512 x 512 random matrices, the hardest we know; others need far fewer."""
 

@@ -13,6 +13,8 @@ from ...ops.pld import PldOptions, default_tolerance, label_first, pld, pld_with
 from ...ops.pld.options import Ties
 from .._reduce import Blocks, Reduction, Rows
 
+__all__ = ["listmle_loss", "listnet_loss", "p_listmle_loss", "pld_loss"]
+
 
 def teacher_order(teacher_logits: Tensor, *, class_dim: int = 1) -> Tensor:
     """The classes by falling teacher logit, the lower class index first among equals.

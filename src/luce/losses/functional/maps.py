@@ -20,6 +20,18 @@ from .._features import unit
 from .divergence import kd_loss
 from .lipschitz import transmitting_matrix
 
+__all__ = [
+    "at_loss",
+    "cwd_loss",
+    "fitnet_loss",
+    "fsp_loss",
+    "ickd_loss",
+    "mgd_loss",
+    "nst_loss",
+    "ofd_loss",
+    "vid_loss",
+]
+
 
 def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     r"""FitNet's hint: the mean squared difference of two maps of one shape.

@@ -7,6 +7,8 @@ from torch import Tensor
 from ...ops.kd.reference import kl_limit
 from .._reduce import Reduction, Rows
 
+__all__ = ["logit_matching_loss"]
+
 
 def logit_matching_loss(
     student_logits: Tensor,

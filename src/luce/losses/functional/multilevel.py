@@ -12,6 +12,8 @@ from ... import checks
 from ...ops.kd import forward_kl
 from .._reduce import Reduction, Rows
 
+__all__ = ["mlld_loss"]
+
 
 def mlld_loss(
     student_logits: Tensor,

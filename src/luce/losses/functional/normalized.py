@@ -12,6 +12,8 @@ from ...ops.dkd.reference import dkd
 from ...ops.kd.reference import forward_kl
 from .._reduce import Reduction, Rows
 
+__all__ = ["normdkd_loss", "normkd_loss"]
+
 
 def _spread(logits: Tensor, dim: int, unbiased: bool) -> tuple[Tensor, Tensor]:
     """Logits with mean 0 in units of their standard deviation along `dim`, and that deviation.

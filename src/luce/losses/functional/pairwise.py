@@ -16,6 +16,8 @@ from ...ops.rkkd import FORMS, Form, rkkd
 from ...ops.rkkd.reference import differences, nan_if_undefined, pairs_exist, widened
 from .._reduce import Blocks, Reduction, Rows
 
+__all__ = ["ranking_hinge_loss", "ranking_logistic_loss", "rkkd_loss"]
+
 Channels = Literal["all", "top", "bottom"]
 CHANNELS = ("all", "top", "bottom")
 

@@ -18,6 +18,8 @@ from ...ops._rows import wide_dtype
 from ...ops.kd.reference import forward_kl
 from .._reduce import Reduction, Rows, can_ask
 
+__all__ = ["decomposed_kd_loss", "partial_kd_loss"]
+
 Keep = Literal[
     "uniform",
     "true_prob",
@@ -419,7 +421,7 @@ def _relation_of(rows: Rows, relation: Tensor | None, keep: str) -> Tensor:
     if not isinstance(relation, Tensor):
         raise TypeError(
             f"expected `relation` to be a torch.Tensor for `keep={keep!r}`, got {type(relation).__name__}; "
-            "see `luce.class_relations` and `luce.weight_similarity`"
+            "see `luce.losses.class_relations` and `luce.losses.weight_similarity`"
         )
     classes = rows.teacher.shape[-1]
     if relation.shape != (classes, classes):

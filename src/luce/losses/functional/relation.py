@@ -8,6 +8,8 @@ from torch import Tensor
 from ... import checks
 from .._reduce import Reduction, Rows
 
+__all__ = ["dist_loss"]
+
 
 def _correlation(a: Tensor, b: Tensor, weight: Tensor, dim: int) -> Tensor:
     """Pearson correlation along `dim`, entries counted by their weight; 0 where one side is constant."""

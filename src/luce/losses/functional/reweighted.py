@@ -12,6 +12,8 @@ from ...labels import UNLABELLED
 from ...ops.kd.reference import forward_kl
 from .._reduce import Reduction, Rows
 
+__all__ = ["nkd_loss", "tfkd_loss", "tvd_loss", "wsld_loss"]
+
 
 def _is_target(rows: Rows) -> Tensor:
     """``(N, C)``: True at each row's label; nowhere in a row without one."""

@@ -12,6 +12,8 @@ from ...ops.rkkd.reference import widened
 from .._reduce import Reduction, Rows
 from .._teacher import refuse_teacher_gradient
 
+__all__ = ["rankdistil_loss"]
+
 
 def rankdistil_loss(
     student_logits: Tensor,

@@ -16,6 +16,8 @@ from ...labels import UNLABELLED
 from .. import _features
 from .features import FeatureLoss, Shapes, Tensors, through
 
+__all__ = ["CRDLoss"]
+
 NOWHERE = -1
 
 

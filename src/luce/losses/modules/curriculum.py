@@ -13,6 +13,8 @@ from .._teacher import refuse_teacher_gradient
 from ..functional.curriculum import tempered_kd
 from .base import LogitLoss
 
+__all__ = ["CTKDLoss"]
+
 HIDDEN = 64
 """Units between the logits and a row's temperature."""
 
@@ -135,7 +137,7 @@ class CTKDLoss(LogitLoss):
         target: Tensor | None = None,
         row_weight: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch; shapes and errors are those of `luce.losses.functional.tempered_kd`."""
+        """The loss of a batch; shapes and errors are those of `luce.losses.tempered_kd`."""
         checks.check_given("teacher_logits", teacher_logits)
         assert teacher_logits is not None
         return tempered_kd(

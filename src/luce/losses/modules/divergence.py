@@ -9,6 +9,8 @@ from ...ops.engines import Backend
 from ..functional import divergence
 from .base import LogitLoss
 
+__all__ = ["CrossEntropyLoss", "DKDLoss", "HardLabelLoss", "JSDLoss", "KDLoss", "ReverseKLLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class CrossEntropyLoss(LogitLoss):

@@ -13,6 +13,8 @@ from .. import _features
 from ..functional import embeddings
 from .features import FeatureLoss, Shapes, through
 
+__all__ = ["CCLoss", "PKTLoss", "RKDLoss", "SPLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class SPLoss(FeatureLoss):

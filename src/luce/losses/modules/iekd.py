@@ -16,6 +16,8 @@ from ..functional.embeddings import linear_cka
 from ..functional.iekd import SIMILARITIES, Similarity, exploration_loss, inheritance_loss
 from .features import FeatureLoss, Shapes, TeacherFeatures, Tensors, channels, through
 
+__all__ = ["IEKDLoss"]
+
 PREPARATION_BATCH = 128
 SLOPE = 0.1
 """Of the leaky ReLUs of the coders."""
@@ -51,9 +53,9 @@ class IEKDLoss(FeatureLoss):
     ``negative`` is set, which its configuration does not do; and a resumed run draws another random split,
     which here is saved with the weights. That maps may differ in size and channels be odd in number is ours.
 
-    An encoder can explore all by itself, with the features as they were. So ``cka_inheritance`` and
-    ``cka_exploration`` say how each part's channels compare with the teacher's map (`luce.linear_cka` over
-    the batch). The latter is meant to come out lower; nothing makes sure of that.
+    An encoder can explore alone while the features stay as they were. ``cka_inheritance`` and
+    ``cka_exploration`` therefore measure how each part's channels compare with the teacher's map
+    (`luce.losses.linear_cka` over the batch). The latter should come out lower; nothing enforces it.
 
     Args:
         inheritance: :math:`\lambda_i`, at least 0.

@@ -17,6 +17,8 @@ from ...ops.pld.options import Ties
 from .._reduce import Reduction
 from ..functional import linear
 
+__all__ = ["LinearKDLoss", "LinearPLDLoss"]
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class LinearLoss(nn.Module):

@@ -13,6 +13,8 @@ from ..functional.lipschitz import ITERATIONS, Iteration, lipschitz_loss
 from .features import FeatureLoss, Shapes, Tensors, channels, through
 from .maps import OFDLoss, convolution_and_norm
 
+__all__ = ["LONDONLoss", "LipschitzLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class LipschitzLoss(FeatureLoss):
@@ -26,7 +28,7 @@ class LipschitzLoss(FeatureLoss):
         connectors: Whether the student's maps go through a 1x1 convolution to the teacher's channels and
             batch normalisation first, as in OFD.
         relative: Whether each square is divided by the teacher's.
-        iterations: Of `luce.spectral_norm`.
+        iterations: Of `luce.losses.spectral_norm`.
         method: Likewise, ``"lanczos"`` or ``"power"``.
     Example:
         >>> loss = LipschitzLoss(relative=True)
@@ -95,7 +97,7 @@ class LONDONLoss(OFDLoss):
     Args:
         alpha: At least 0, of the Lipschitz term.
         relative: Whether each of its squares is divided by the teacher's.
-        iterations: Of `luce.spectral_norm`.
+        iterations: Of `luce.losses.spectral_norm`.
         method: Likewise, ``"lanczos"`` or ``"power"``.
     Example:
         >>> loss = LONDONLoss(alpha=1.0)

@@ -14,6 +14,8 @@ from ..functional import listwise
 from ..temperature import suggest_temperature
 from .base import LogitLoss
 
+__all__ = ["ListMLELoss", "ListNetLoss", "PLDLoss", "PListMLELoss"]
+
 
 @dataclass(eq=False, repr=False)
 class PLDLoss(LogitLoss):

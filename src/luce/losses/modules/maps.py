@@ -15,6 +15,18 @@ from .. import _features
 from ..functional import maps
 from .features import FeatureLoss, Shapes, Tensors, aligned, channels, through
 
+__all__ = [
+    "ATLoss",
+    "CWDLoss",
+    "FSPLoss",
+    "FitNetLoss",
+    "ICKDLoss",
+    "MGDLoss",
+    "NSTLoss",
+    "OFDLoss",
+    "VIDLoss",
+]
+
 
 @dataclass(eq=False, repr=False)
 class ATLoss(FeatureLoss):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ..functional import matching
 from .base import LogitLoss
 
+__all__ = ["LogitMatchingLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class LogitMatchingLoss(LogitLoss):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from ..functional import multilevel
 from .base import LogitLoss
 
+__all__ = ["MLLDLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class MLLDLoss(LogitLoss):

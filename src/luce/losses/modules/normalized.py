@@ -10,6 +10,8 @@ from ...labels import UNLABELLED
 from ..functional import normalized
 from .base import LogitLoss
 
+__all__ = ["NormDKDLoss", "NormKDLoss", "Standardized"]
+
 
 @dataclass(eq=False, repr=False)
 class NormKDLoss(LogitLoss):
@@ -41,7 +43,7 @@ class NormDKDLoss(LogitLoss):
 
 
 class Standardized(LogitLoss):
-    """Any loss on the z-scores of both networks' logits, `luce.standardize`.
+    """Any loss on the z-scores of both networks' logits, `luce.losses.standardize`.
 
     With KD and DKD this is logit standardization. It may help or harm other losses, and none of them then
     moves the spread of the student's logits: that is left to a term which sees them as they are, such as
@@ -49,9 +51,9 @@ class Standardized(LogitLoss):
 
     Args:
         loss: Gets the standardized logits; everything else about it stays as it is.
-        unbiased: As in `luce.standardize`.
+        unbiased: As in `luce.losses.standardize`.
     Raises:
-        TypeError: If `loss` is no `luce.LogitLoss`; of a sum, standardize its terms.
+        TypeError: If `loss` is no `luce.losses.LogitLoss`; of a sum, standardize its terms.
     Example:
         >>> import torch
         >>> from luce import KDLoss
@@ -70,7 +72,7 @@ class Standardized(LogitLoss):
         nn.Module.__init__(self)  # and not the dataclass's: the options are those of `loss`
         if not isinstance(loss, LogitLoss):
             raise TypeError(
-                f"expected `loss` to be a luce.LogitLoss, got {type(loss).__name__}; "
+                f"expected `loss` to be a luce.losses.LogitLoss, got {type(loss).__name__}; "
                 f"of a sum, standardize its terms"
             )
         self.loss = loss

@@ -10,6 +10,8 @@ from ..functional import pairwise
 from ..functional.pairwise import Channels
 from .base import LogitLoss
 
+__all__ = ["RKKDLoss", "RankingHingeLoss", "RankingLogisticLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class RKKDLoss(LogitLoss):

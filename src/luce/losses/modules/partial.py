@@ -14,17 +14,18 @@ from ..functional import partial
 from ..functional.partial import RELATED, Keep
 from .base import LogitLoss
 
+__all__ = ["DecomposedKDLoss", "PartialKDLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class PartialKDLoss(LogitLoss):
     """Module of `luce.partial_kd_loss`: KD from a target that keeps one kind of the teacher's knowledge.
 
-    Where ``keep`` names ``class_mean``, the relation between the classes is `luce.class_relations` of the
-    training rows as they look without augmentation, at this temperature. `luce distill` and `luce.distill`
-    take care of that; in a loop of your own, call `prepare` once before the first batch. Where it names
-    ``weight_sim``, call `use_weight` first; a recipe cannot, as not every teacher has a last linear layer to
-    be found, and takes ``class_mean`` instead. Either way the relation is a buffer, ``relation``, ``(C, C)``,
-    and is saved with the module.
+    Where ``keep`` names ``class_mean``, the relation between the classes is `luce.losses.class_relations` of
+    the training rows without augmentation, at this temperature. `luce distill` and `luce.distill` compute it;
+    in a loop of your own, call `prepare` once before the first batch. Where ``keep`` names ``weight_sim``,
+    call `use_weight` first. A recipe cannot call it, since not every teacher has a last linear layer; use
+    ``class_mean`` there. The relation is a buffer, ``relation`` of shape ``(C, C)``, saved with the module.
 
     Example:
         >>> loss = PartialKDLoss(keep="class_mean", temperature=2.0)

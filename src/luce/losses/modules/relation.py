@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ..functional import relation
 from .base import LogitLoss
 
+__all__ = ["DISTLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class DISTLoss(LogitLoss):

@@ -13,6 +13,8 @@ from ... import checks
 from .. import _features
 from .features import FeatureLoss, Shapes, Tensors, through
 
+__all__ = ["ReviewKDLoss"]
+
 LEVELS = (4, 2, 1)
 
 

@@ -8,6 +8,8 @@ from ...labels import UNLABELLED
 from ..functional import reweighted
 from .base import LogitLoss
 
+__all__ = ["NKDLoss", "TVDLoss", "TfKDLoss", "WSLDLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class NKDLoss(LogitLoss):

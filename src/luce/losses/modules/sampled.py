@@ -9,6 +9,8 @@ import torch
 from ..functional import sampled
 from .base import LogitLoss
 
+__all__ = ["RankDistilLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class RankDistilLoss(LogitLoss):

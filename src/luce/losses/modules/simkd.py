@@ -10,6 +10,8 @@ from .. import _features
 from ..functional.maps import fitnet_loss
 from .features import FeatureLoss, Shapes, channels
 
+__all__ = ["SimKDLoss"]
+
 
 @dataclass(eq=False, repr=False)
 class SimKDLoss(FeatureLoss):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ... import checks
 from .base import LogitLoss
 
+__all__ = ["WeightedSum"]
+
 
 class WeightedSum(nn.Module):
     """A weighted sum of losses that keeps its terms apart; those of weight 0 are 0.
@@ -62,7 +64,7 @@ class WeightedSum(nn.Module):
         return bool(self._to_prepare)
 
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
-        """Let each term learn what it must know of the teacher; see `luce.LogitLoss.prepare`."""
+        """Let each term learn what it must know of the teacher; see `luce.losses.LogitLoss.prepare`."""
         return {
             f"{name}.{key}": value
             for name, loss in self._to_prepare.items()
