@@ -49,7 +49,7 @@ def test_a_broken_loss_in_the_working_directory(luce) -> None:
     assert "2 held, 1 broken, 1 not applicable" in answer.out
     assert "--claims NAME,..." in answer.out
     assert "student_logits=[[0.0, 0.125]]" in answer.out
-    assert "Further classes to which both networks give no probability change nothing" in answer.out
+    assert "Extra classes of probability 0 in both networks change nothing" in answer.out
 
     found = json.loads(Path("out/found.json").read_text())
     assert found["loss"] == "kd"
@@ -65,7 +65,7 @@ def test_a_broken_loss_in_the_working_directory(luce) -> None:
     [broken] = [verdict for verdict in found["verdicts"] if verdict["state"] == "broken"]
     assert broken["example"]["extra_classes"] == 1
     assert broken["evidence"].startswith("value with a class at -10000 appended")
-    assert broken["statement"].startswith("Further classes")
+    assert broken["statement"].startswith("Extra classes")
 
 
 def test_a_sound_loss(luce) -> None:

@@ -1,6 +1,6 @@
-"""Losses broken on purpose, each against one law, beside what they should have been.
+"""Losses that break one law each, and sound losses that obey it.
 
-Each does what somebody's code did: the reports are named at the laws.
+Each defect was reported for public code; the laws name the reports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Mutant:
-    """A broken loss, the law that must catch it, and a sound one that the same law lets pass."""
+    """A broken loss, the law that must catch it, and a sound loss that obeys the law."""
 
     law: str
     broken: Callable[..., Any]
@@ -73,7 +73,7 @@ def terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dic
 
 
 def truncated(student_logits: Tensor, teacher_logits: Tensor, top_k: int | None = None) -> Tensor:
-    """KL over the teacher's favourites and one bucket for the rest."""
+    """KL over the teacher's top classes and one bucket for the rest."""
     k = student_logits.shape[-1] if top_k is None else top_k
     chosen = teacher_logits.topk(k).indices
     log_q, log_p = (x.log_softmax(-1).gather(-1, chosen) for x in (student_logits, teacher_logits))
@@ -81,7 +81,7 @@ def truncated(student_logits: Tensor, teacher_logits: Tensor, top_k: int | None 
     return ((log_p.exp() * (log_p - log_q)).sum(-1) + tail_p * (tail_p / tail_q).log()).mean()
 
 
-# The broken ones, in the order of the laws
+# Broken losses, in the order of the laws
 
 
 def gradient_two_percent_small(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ MUTANTS = (
     Mutant("huge_logits", exp_without_its_maximum, kd),
     Mutant("nothing_to_learn", divided_by_a_square_root, kd),
     Mutant("layout", memory_taken_for_contiguous, kd),
-    Mutant("inputs_kept", maximum_taken_off_in_place, kd),
+    Mutant("inputs_unchanged", maximum_taken_off_in_place, kd),
     Mutant("row_order", rows_weighted_by_their_place, kd),
     Mutant("unequal_classes", student_padded_with_zeros, kd),
     Mutant("terms", task_without_a_gradient, terms),
@@ -238,7 +238,7 @@ MUTANTS = (
     Mutant("shift_invariant", logits_pulled_to_zero, kd),
     Mutant("class_order", student_off_by_one_class, kd),
     Mutant("vanishing_classes", mean_over_elements, kd),
-    Mutant("impossible_classes", kd, kd_of_existing_classes),
+    Mutant("excluded_classes", kd, kd_of_existing_classes),
     Mutant("micro_batches", sum_over_rows, kd),
     Mutant("ignored_rows", shifted_mask, masked_kd),
     Mutant("ignored_rows", mean_over_all_rows, masked_kd),

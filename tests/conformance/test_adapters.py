@@ -1,4 +1,4 @@
-"""How losses of the usual signatures are called. The classes here have the signatures of public libraries."""
+"""Adapters: losses of the usual signatures. The classes here have the signatures of public libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import luce
-from luce.conformance import ADAPTERS, Loss, check, find
+from luce.conformance import ADAPTERS, Loss, check, load_loss
 from luce.conformance.adapters import adapter_name
 from luce.errors import UserError
 
@@ -188,8 +188,8 @@ def test_the_other_implementation_gets_the_options_it_has() -> None:
 
 
 def test_a_product_cannot_hold_infinity() -> None:
-    [found] = check(FusedLinear, laws=["impossible_classes"], claims=["impossible_classes"])
-    assert found.evidence == "the loss is given a product that cannot hold -inf"
+    [verdict] = check(FusedLinear, laws=["excluded_classes"], claims=["excluded_classes"])
+    assert verdict.evidence == "the loss receives its logits as a matrix product, which cannot hold -inf"
 
 
 def test_a_loss_that_takes_no_float64() -> None:
@@ -221,8 +221,8 @@ def test_a_loss_brings_its_adapter_options_and_claims() -> None:
 
 
 def test_finding_a_loss() -> None:
-    assert find("luce:kd_loss") is luce.kd_loss
-    assert find("luce.losses:functional.kd_loss") is luce.kd_loss
+    assert load_loss("luce:kd_loss") is luce.kd_loss
+    assert load_loss("luce.losses:functional.kd_loss") is luce.kd_loss
     for path, reason in {
         "luce.kd_loss": "expected `module:callable`",
         "luce:": "expected `module:callable`",
@@ -231,4 +231,4 @@ def test_finding_a_loss() -> None:
         "luce:__version__": "to name a loss, got an object of type str",
     }.items():
         with pytest.raises(UserError, match=reason):
-            find(path)
+            load_loss(path)

@@ -95,14 +95,14 @@ def main(words: Sequence[str]) -> int:
     import torch
     from rich.console import Console
 
-    from ..conformance import Loss, check, find, report
+    from ..conformance import Loss, check, load_loss, report
     from ..files import make_folder, write_text
 
-    loss = Loss.of(find(request.loss), request.adapter, options=request.options, claims=request.claims)
+    loss = Loss.of(load_loss(request.loss), request.adapter, options=request.options, claims=request.claims)
     settings = {n: getattr(request, n) for n in ("laws", "without", "examples", "seed")}
     verdicts = check(
         loss,
-        against=find(request.against) if request.against else None,
+        against=load_loss(request.against) if request.against else None,
         dtype=getattr(torch, request.dtype),
         **settings,
     )

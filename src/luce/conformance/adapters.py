@@ -1,4 +1,4 @@
-"""How a loss is called: adapters for the usual signatures, and a loss with what it claims."""
+"""Calling a loss: adapters for the usual signatures, and a loss together with its options and claims."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ LABELS = ("target", "targets", "label", "labels", "y", "y_true")
 
 @dataclass(frozen=True)
 class Adapter:
-    """From logits ``(N, C)`` of student and teacher and labels ``(N,)`` to a call of somebody's loss.
+    """Calls a loss with logits ``(N, C)`` of student and teacher and labels ``(N,)``.
 
     Attributes:
-        text: How the loss is called, for the help.
+        text: The call, for the help.
         call: ``call(loss, student_logits, teacher_logits, target)``.
-        takes_target: Whether the labels reach the loss.
-        takes_teacher: Whether the teacher's logits do.
-        takes_infinity: Whether a logit of -inf does; as a matrix product it cannot.
+        takes_target: Whether the adapter passes the labels.
+        takes_teacher: Whether it passes the teacher's logits.
+        takes_infinity: Whether it can pass a logit of -inf. A loss that multiplies inputs by weights cannot
+            receive one: 0 * inf is NaN.
     """
 
     text: str
@@ -42,7 +43,7 @@ class Adapter:
 
 
 def _everywhere(logits: Tensor) -> Mapping[str, Any]:
-    """The recorded inputs and outputs of a network whose every module gave the logits."""
+    """Recorded inputs and outputs of a network in which every module returned the logits."""
     return defaultdict(lambda: defaultdict(lambda: logits))
 
 
@@ -85,14 +86,14 @@ ADAPTERS: dict[str, Adapter] = {
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss under examination: a callable, how it is called, and what it claims.
+    """A loss under test: a callable, how to call it, and the laws that it claims.
 
     Attributes:
-        function: Gives a scalar tensor, or a mapping of named terms with their sum under ``"loss"``.
-        adapter: How it is called.
+        function: Returns a scalar tensor, or a mapping of named terms with their sum under ``"loss"``.
+        adapter: How to call it.
         options: Keyword arguments of the function, or of the constructor if it is a class.
-        claims: Laws, or groups of laws, that not every loss obeys and this one does.
-        name: As reports call it.
+        claims: Laws, or groups of laws, that a sound loss need not obey and this one does.
+        name: Its name in reports.
     """
 
     function: Callable[..., Any]
@@ -111,21 +112,21 @@ class Loss:
         claims: Collection[str] = (),
         name: str | None = None,
     ) -> Loss:
-        """Find out how to call it from its signature, unless the adapter is named.
+        """Wrap a callable; unless the adapter is named, choose it by the signature.
 
         Raises:
-            UserError: If there is no such adapter, or an option that the function does not take.
+            UserError: If the adapter is unknown, or the function does not accept an option.
         """
         if isinstance(function, Loss):
-            given = function
-            adapter = given.adapter if adapter == "auto" else adapter
-            options, claims = {**given.options, **(options or {})}, (*given.claims, *claims)
-            function, name = given.function, name or given.name
+            base = function
+            adapter = base.adapter if adapter == "auto" else adapter
+            options, claims = {**base.options, **(options or {})}, (*base.claims, *claims)
+            function, name = base.function, name or base.name
         name = name or str(getattr(function, "__name__", type(function).__name__))
-        known = parameters_of(function)
+        accepted = parameters_of(function)
         for option in options or {}:
-            if known is not None and option not in known:
-                raise unknown_name(f"option of `{name}`", option, known)
+            if accepted is not None and option not in accepted:
+                raise unknown_name(f"option of `{name}`", option, accepted)
         if isinstance(adapter, str):
             adapter = ADAPTERS[adapter_name(function, adapter)]
         return cls(function, adapter, dict(options or {}), tuple(claims), name)
@@ -134,7 +135,7 @@ class Loss:
         return f"{self.name} {json.dumps(self.options, default=str)}" if self.options else self.name
 
     def option(self, *names: str) -> inspect.Parameter | None:
-        """The first of these options that the function has."""
+        """The first of these parameters that the function has."""
         try:
             parameters = inspect.signature(self.function).parameters
         except (TypeError, ValueError):
@@ -142,7 +143,7 @@ class Loss:
         return next((parameters[name] for name in names if name in parameters), None)
 
     def with_options(self, **more: Any) -> Loss:
-        """The same loss, called or built with these options too."""
+        """The same loss with further options."""
         return replace(self, options={**self.options, **more})
 
     @cached_property
@@ -152,69 +153,78 @@ class Loss:
         return partial(self.function, **self.options) if self.options else self.function
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor) -> Any:
-        """What the function returns; what it draws at random it draws alike each time."""
+        """Call the function with a fixed random seed; the caller's random state is restored."""
         state = torch.random.get_rng_state()
         try:
-            torch.default_generator.manual_seed(0)  # torch.manual_seed also asks after every device
+            # `torch.manual_seed` would seed every GPU too, and start CUDA for it.
+            torch.default_generator.manual_seed(0)
             return self.adapter.call(self._callable, student, teacher, target)
         finally:
             torch.random.set_rng_state(state)
 
 
 def adapter_name(function: Callable[..., Any], name: str = "auto") -> str:
-    """`name`, or what the names of the parameters suggest where that is ``"auto"``."""
+    """Return `name`, or for ``"auto"`` the adapter that the names of the parameters suggest.
+
+    Raises:
+        UserError: If there is no adapter of this name.
+    """
     if name != "auto":
         if name not in ADAPTERS:
             raise unknown_name("adapter", name, [*ADAPTERS, "auto"])
         return name
     kind = function if inspect.isclass(function) else type(function)
     called = getattr(function, "forward", function) if issubclass(kind, nn.Module) else function
-    known = [word for word in parameters_of(called, even_if_any=True) or [] if word != "self"]
-    if "student_io_dict" in known:
+    parameters = [name for name in parameters_of(called, with_var_keyword=True) or [] if name != "self"]
+    if "student_io_dict" in parameters:
         return "torchdistill"
-    if "student_weight" in known:
+    if "student_weight" in parameters:
         return "liger"
-    if "num_items_in_batch" in known:
+    if "num_items_in_batch" in parameters:
         return "trl"
     if issubclass(kind, nn.KLDivLoss):
         return "log_probs"
-    if known[1:2] and known[1] in LABELS[:4]:
+    # `y_true` as the second of two is a teacher in ranking libraries, and labels only as a third parameter.
+    if parameters[1:2] and parameters[1] in LABELS[:4]:
         return "student"
-    return "plain" if known[2:3] and known[2] in LABELS else "unlabelled"
+    return "plain" if parameters[2:3] and parameters[2] in LABELS else "unlabelled"
 
 
-def parameters_of(function: Callable[..., Any], even_if_any: bool = False) -> list[str] | None:
-    """Names of what it takes; None if that cannot be told, or if it takes any keyword."""
+def parameters_of(function: Callable[..., Any], with_var_keyword: bool = False) -> list[str] | None:
+    """Names of the parameters; None if the function has no signature.
+
+    A function with ``**kwargs`` accepts any option: the result is None for it too, unless `with_var_keyword`.
+    """
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return None
-    any_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return None if any_keyword and not even_if_any else list(parameters)
+    var_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if var_keyword and not with_var_keyword else list(parameters)
 
 
-def find(path: str) -> Callable[..., Any] | Loss:
-    """What ``module:attribute`` names; importing the module runs its code.
+def load_loss(path: str) -> Callable[..., Any] | Loss:
+    """Import ``module:attribute``; this runs the module's code.
 
     Raises:
-        UserError: If there is no such module or attribute, or it cannot be called.
+        UserError: If there is no such module or attribute, or the attribute cannot be called.
     """
     module_name, _, attributes = path.partition(":")
     if not module_name or not attributes:
         raise UserError(f"expected `module:callable`, such as luce:kd_loss, got `{path}`")
     try:
-        found: Any = importlib.import_module(module_name)
-    # The user's module may fail in any way, or quit; the cause stays in the traceback.
+        value: Any = importlib.import_module(module_name)
+    # A user's module may raise anything, even SystemExit; the cause stays in the traceback of --debug.
     except (Exception, SystemExit) as error:
         raise UserError(
             f"could not import `{module_name}` for `{path}` ({type(error).__name__}: {error})"
         ) from error
     for attribute in attributes.split("."):
-        if not hasattr(found, attribute):
-            public = [name for name in dir(found) if not name.startswith("_")]
+        if not hasattr(value, attribute):
+            public = [name for name in dir(value) if not name.startswith("_")]
             raise unknown_name(f"attribute of `{module_name}`", attribute, public)
-        found = getattr(found, attribute)
-    if not callable(found):
-        raise UserError(f"expected `{path}` to name a loss, got an object of type {type(found).__name__}")
-    checked: Callable[..., Any] | Loss = found
-    return checked
+        value = getattr(value, attribute)
+    if not callable(value):
+        raise UserError(f"expected `{path}` to name a loss, got an object of type {type(value).__name__}")
+    loss: Callable[..., Any] | Loss = value
+    return loss

@@ -1,14 +1,13 @@
-"""All laws by name, each stated once, and the groups in which they are claimed."""
+"""The names of the laws, and groups of laws to claim together."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from ..errors import unknown_name
-from . import always, claimed  # noqa: F401  which declare their laws, in this order
+from . import always, claimed  # noqa: F401  importing registers the laws, in this order
 from .law import LAWS
 
-# Several claims at once, by what a loss is.
 GROUPS: dict[str, tuple[str, ...]] = {
     "divergence": (
         "shift_invariant",
@@ -28,14 +27,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "log_tail",
     ),
 }
+"""Claims for kinds of losses, by name."""
 GROUPS["all"] = tuple(name for name, one in LAWS.items() if one.claimed)
 
 
 def law_names(names: Collection[str]) -> frozenset[str]:
-    """The laws of these names.
+    """Return the names as a set.
 
     Raises:
-        UserError: If one is none.
+        UserError: If a name is no law.
     """
     for name in names:
         if name not in LAWS:
@@ -44,14 +44,14 @@ def law_names(names: Collection[str]) -> frozenset[str]:
 
 
 def claimed_laws(names: Collection[str]) -> frozenset[str]:
-    """The laws of these names and groups of names.
+    """Return the laws that these names of laws and groups stand for.
 
     Raises:
-        UserError: If one is neither a group nor a law to claim; those for every loss need no claim.
+        UserError: If a name is neither a group nor a law to claim. Laws for every loss need no claim.
     """
-    found: set[str] = set()
+    names_claimed: set[str] = set()
     for name in names:
         if name not in GROUPS and name not in GROUPS["all"]:
             raise unknown_name("claim", name, [*GROUPS, *GROUPS["all"]])
-        found.update(GROUPS.get(name, (name,)))
-    return frozenset(found)
+        names_claimed.update(GROUPS.get(name, (name,)))
+    return frozenset(names_claimed)

@@ -20,7 +20,7 @@ STYLES = {"held": "green", "broken": "bold red", "not applicable": "dim"}
 
 
 def counts(verdicts: Sequence[Verdict]) -> str:
-    """How many of each, in a line."""
+    """The number of verdicts of each state, on one line."""
     number = {state: sum(verdict.state == state for verdict in verdicts) for state in STYLES}
     return ", ".join(f"{count} {state}" for state, count in number.items())
 
@@ -31,7 +31,7 @@ def example(verdict: Verdict) -> str:
 
 
 def terminal(verdicts: Sequence[Verdict]) -> rich.console.Group:
-    """The table for ``rich.print``: broken laws with statement, evidence and counter-example."""
+    """The table for a terminal; a broken law shows evidence, counter-example and statement."""
     import rich.box
     from rich.console import Group
     from rich.table import Table
@@ -52,19 +52,20 @@ def terminal(verdicts: Sequence[Verdict]) -> rich.console.Group:
     parts: list[rich.console.RenderableType] = [table, Text(), Text(counts(verdicts))]
     if any(verdict.evidence == NOT_CLAIMED for verdict in verdicts):
         hint = (
-            "Not claimed: laws that not every sound loss obeys; --claims NAME,... where this one promises it."
+            "Not claimed: laws that a sound loss need not obey; --claims NAME,... adds those that this loss "
+            "should obey."
         )
         parts.append(Text(hint, style="dim"))
     return Group(*parts)
 
 
 def as_json(loss: Loss, verdicts: Sequence[Verdict], **settings: Any) -> str:
-    """Everything there is to know, as one JSON object."""
+    """Loss, settings, versions and verdicts, as one JSON object."""
     import hypothesis
 
     from .. import __version__
 
-    found = {
+    content = {
         "loss": str(loss),
         "called_as": loss.adapter.text,
         "claims": sorted(claimed_laws(loss.claims)),
@@ -72,4 +73,4 @@ def as_json(loss: Loss, verdicts: Sequence[Verdict], **settings: Any) -> str:
         "versions": {"luce": __version__, "torch": torch.__version__, "hypothesis": hypothesis.__version__},
         "verdicts": [{**vars(verdict), "statement": LAWS[verdict.law].statement} for verdict in verdicts],
     }
-    return json.dumps(found, indent=2, default=str) + "\n"
+    return json.dumps(content, indent=2, default=str) + "\n"
