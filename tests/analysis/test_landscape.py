@@ -102,8 +102,10 @@ def test_plain_values_and_pictures() -> None:
 def test_panels_without_a_loss_stay_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), savefig(figure, *a, **k))
+    )
     picture([look(luce.KDLoss(), points=3)] * 4)
     panels = [axes for axes in drawn[0].axes if axes.get_label() != "<colorbar>"]
     assert [axes.axison for axes in panels] == [True] * 4 + [False] * 2

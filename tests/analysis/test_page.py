@@ -16,13 +16,13 @@ from luce.reports.runs import Bin
 
 def report(
     classes: int = 4, *, held_out: bool = True, factor: float = 1.0, noise: float = 1.0
-) -> page.Report:
+) -> page.DiagnosisReport:
     random = torch.Generator().manual_seed(0)
     target = torch.arange(10 * classes) % classes
     teacher, student = torch.randn(2, len(target), classes, generator=random)
     teacher = factor * (noise * teacher + 3 * torch.nn.functional.one_hot(target, classes))
     found = diagnose(teacher, target, temperature=2.0, student_logits=student)
-    return page.Report(
+    return page.DiagnosisReport(
         teacher="runs/<b>teacher</b>",
         data="toy",
         classes=tuple(f"class {index} & <co>" for index in range(classes)),
@@ -39,7 +39,7 @@ def report(
     )
 
 
-def html(found: page.Report, tmp_path: Path) -> str:
+def html(found: page.DiagnosisReport, tmp_path: Path) -> str:
     text = page.write_html(found, tmp_path / "diagnose.html").read_text(encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["diagnose.html"]  # nothing is left beside it
     return text

@@ -163,7 +163,7 @@ def test_a_failed_report_leaves_the_old_one(folder, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("luce.reports.html.os.replace", full)
+    monkeypatch.setattr("luce.files.os.replace", full)
     with pytest.raises(UserError, match="no space left"):
         write_html(folder)
     assert out.read_bytes() == before

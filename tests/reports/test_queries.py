@@ -34,14 +34,14 @@ def test_samples_are_shown_with_what_the_teacher_said(run_folder, shape) -> None
     assert plot.svg.count("data:image/png") == len(images)
     assert "class <0> (100.0%)" in plot.alt
     page = write_html(run_folder).read_text()
-    assert "What the teacher was asked" in page
+    assert "Generated images and the teacher&#39;s answers" in page
     assert "class &lt;0&gt;" in page
     assert "class <0>" not in page
 
 
 def test_a_run_that_made_no_images_shows_none(run_folder) -> None:
     assert plots.samples(read_run(run_folder)) == []
-    assert "What the teacher was asked" not in write_html(run_folder).read_text()
+    assert "Generated images and the teacher&#39;s answers" not in write_html(run_folder).read_text()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from luce.models import Classifier
 from luce.spiking import Calibration, Chain, Record, SpikingNetwork, choose_exit, convert, early_exit, record
-from luce.spiking.report import Settings, as_json, examine, picture, write_html
+from luce.spiking.experiment import Settings, convert_and_simulate
+from luce.spiking.report import as_json, picture, write_html
 
 STEPS = 11
 
@@ -163,7 +164,7 @@ def test_the_report(source: nn.Module, images: Tensor, target: Tensor, tmp_path:
         yield lambda: steps.append(what)
 
     settings = Settings(steps=STEPS, percentile=99.0, lower=(90.0, 99.0))
-    report = examine(
+    report = convert_and_simulate(
         student,
         batches,
         batches,

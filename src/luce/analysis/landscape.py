@@ -11,7 +11,6 @@ References:
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..reports.canvas import INK, OTHERS, draw_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,36 +157,27 @@ def _scalar(value: Tensor | Mapping[str, Tensor]) -> float:
 
 
 def picture(landscapes: Sequence[Landscape]) -> bytes:
-    """A PNG with a panel for each landscape, three in a row."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    from ..reports.canvas import STYLE
-
+    """Return a PNG with a panel for each landscape, three in a row."""
     columns = min(3, len(landscapes))
     lines = math.ceil(len(landscapes) / columns)
-    style: Any = STYLE
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.3 * columns, 4.2 * lines + 0.6), layout="constrained")
+
+    def paint_all(figure: Figure) -> None:
         panels = figure.subplots(lines, columns, squeeze=False).ravel()
         for axes, found in zip(panels, landscapes, strict=False):
             _paint(figure, axes, found)
         for axes in panels[len(landscapes) :]:
             axes.set_axis_off()
-        marks = "plus: the student says what the teacher says\ndot: lowest point"
+        marks = "plus: the student's logits equal the teacher's\ndot: lowest point"
         if len(landscapes[0].teacher_logits) == 3:
-            marks += "; lines: the student's first choice changes"
+            marks += "; lines: the student's predicted class changes"
         figure.supxlabel(marks, fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+
+    return draw_png((4.3 * columns, 4.2 * lines + 0.6), paint_all)
 
 
 def _paint(figure: Figure, axes: Axes, found: Landscape) -> None:
     import numpy as np
     from matplotlib.ticker import MaxNLocator
-
-    from ..reports.canvas import INK
 
     values = np.ma.masked_invalid(found.values.numpy())
     steps, radius = found.steps.numpy(), found.radius
@@ -201,7 +192,7 @@ def _paint(figure: Figure, axes: Axes, found: Landscape) -> None:
     axes.plot(0, 0, "+", color="white", markersize=11, markeredgewidth=2.2, clip_on=False)
     a, b, value = found.minimum
     if math.isfinite(value) and not flat:
-        axes.plot(a, b, "o", color="#D55E00", markeredgecolor="white", markersize=7, clip_on=False, zorder=4)
+        axes.plot(a, b, "o", color=OTHERS[0], markeredgecolor="white", markersize=7, clip_on=False, zorder=4)
     where = "is flat" if flat else f"lowest {value:.3g}" + (" at the edge" if found.minimum_on_edge else "")
     axes.set_title("\n".join([*textwrap.wrap(found.name, 44), where]), fontsize=8.5, color=INK)
     axes.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..reports.canvas import BLUE, OTHERS, draw
-from ..reports.html import Gallery, write_page
+from ..reports.page import Gallery, Page, write_page
 from ..reports.plots import paint_reliability
 from ..reports.runs import Bin
 from ..reports.statistics import number
@@ -26,7 +26,7 @@ REFERENCES = {"label_smoothing": "label smoothing", "class_mean": "class_mean", 
 
 
 @dataclass(frozen=True)
-class Report:
+class DiagnosisReport:
     """Everything that is known of a teacher on some data.
 
     Attributes:
@@ -75,7 +75,7 @@ class Report:
         return findings(self.train, self.held_out)
 
 
-def answers(report: Report) -> list[str]:
+def answers(report: DiagnosisReport) -> list[str]:
     """What the figures say, a sentence each."""
     teacher, shares = report.train.teacher, report.train.teacher.terms.shares
     said = [
@@ -103,7 +103,7 @@ def answers(report: Report) -> list[str]:
 # The table --------------------------------------------------------------------------------------------------
 
 
-def table(report: Report) -> Table:
+def table(report: DiagnosisReport) -> Table:
     """Teacher and reference teachers side by side."""
     columns = report.columns
     return Table(
@@ -178,41 +178,33 @@ def _figure(value: float | None) -> str:
 # The page ---------------------------------------------------------------------------------------------------
 
 
-def write_html(report: Report, path: Path) -> Path:
+def write_html(report: DiagnosisReport, path: Path) -> Path:
     """Write the page; it needs no network.
 
     Raises:
         UserError: If it cannot be written.
     """
-    return write_page(
-        {
-            "title": f"{report.teacher} on {report.data}",
-            "kind": "Diagnosis of a teacher",
-            "question": "What does it know beyond the labels, and how much of that reaches a student?",
-            "answers": answers(report),
-            "warnings": [(finding.title, finding.text) for finding in report.findings],
-            "table": table(report),
-            "colours": {},
-            "galleries": _galleries(report),
-            "command": report.command,
-            "recipe": "",
-            "facts": [
-                (
-                    "rows",
-                    ", ".join(f"{found.teacher.rows:,} {name}" for name, found in report.splits.items()),
-                ),
-                *([("held-out rows", report.held_out_rows)] if report.held_out is not None else []),
-                ("temperature", f"{report.train.temperature:g}"),
-                ("student", report.student),
-                *report.facts,
-            ],
-            "footer": "Written by luce diagnose. It loads nothing from the network.",
-        },
-        path,
+    page = Page(
+        title=f"{report.teacher} on {report.data}",
+        kind="Diagnosis of a teacher",
+        question="What does the teacher know beyond the labels, and how much of it reaches a student?",
+        answers=answers(report),
+        warnings=[(finding.title, finding.text) for finding in report.findings],
+        table=table(report),
+        galleries=_galleries(report),
+        command=report.command,
+        facts=[
+            ("rows", ", ".join(f"{split.teacher.rows:,} {name}" for name, split in report.splits.items())),
+            *([("held-out rows", report.held_out_rows)] if report.held_out is not None else []),
+            ("temperature", f"{report.train.temperature:g}"),
+            ("student", report.student),
+            *report.facts,
+        ],
     )
+    return write_page(page, path)
 
 
-def _galleries(report: Report) -> list[Gallery]:
+def _galleries(report: DiagnosisReport) -> list[Gallery]:
     train = report.train
     pulls = {"teacher": train.teacher.pull} | {
         REFERENCES[name]: found.pull for name, found in train.references.items() if name == "label_smoothing"
@@ -292,7 +284,7 @@ def _galleries(report: Report) -> list[Gallery]:
     ]
 
 
-def strongest(report: Report, count: int = 5) -> str:
+def strongest(report: DiagnosisReport, count: int = 5) -> str:
     """The closest pairs of classes, in words."""
     pairs = plots.strongest(report.train.teacher, report.classes, count)
     return ", ".join(f"{one} as {other} {number(share)}%" for one, other, share in pairs) or "none"
@@ -301,7 +293,7 @@ def strongest(report: Report, count: int = 5) -> str:
 # Plain values -----------------------------------------------------------------------------------------------
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: DiagnosisReport) -> dict[str, Any]:
     """Everything as plain values; figures of six digits, what is not a number None."""
     content = {
         "teacher": report.teacher,

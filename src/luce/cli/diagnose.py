@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, unknown_name
 
 if TYPE_CHECKING:
-    from ..analysis.page import Report
+    from ..analysis.page import DiagnosisReport
     from ..data import Data, Examples
     from ..training.recipe import Recipe
 
@@ -175,7 +175,7 @@ def rows(recipe: Recipe, loaded: Data, held_out: str, *, split: bool) -> tuple[E
     return train.plain, validation if held_out == "validation" else test.plain
 
 
-def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, command: str) -> Report:
+def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, command: str) -> DiagnosisReport:
     """Load what is needed, ask the networks about all rows, and put the figures together.
 
     Raises:
@@ -184,7 +184,7 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
     import torch
 
     from .. import __version__, analysis, data, suggest_temperature
-    from ..analysis.page import Report
+    from ..analysis.page import DiagnosisReport
     from ..reports.runs import Bin
     from ..training import metrics
     from ..training.engine import new_accelerator
@@ -244,7 +244,7 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
         reliability[name] = [Bin(**bar) for bar in figures["reliability"]]
     count = known.description["parameters"]
     size = known.description["model"] + ("" if count is None else f", {count:,} parameters")
-    return Report(
+    return DiagnosisReport(
         teacher=request.teacher,
         data=request.data,
         classes=loaded.classes,

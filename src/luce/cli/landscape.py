@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> None:
             raise UserError(f"{name}: {error}") from error
     drawn = picture(found)
     files.make_folder(request.out.parent)
-    files.write(request.out, lambda aside: aside.write_bytes(drawn))
+    files.write_bytes(request.out, drawn)
     grids = request.out.with_suffix(".json")
     files.write_json(grids, {"landscapes": [one.as_dict() for one in found]})
     for one in found:

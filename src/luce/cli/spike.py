@@ -13,7 +13,7 @@ from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..models import Classifier
-    from ..spiking.report import Report
+    from ..spiking.experiment import SpikingResult
 
 USAGE = "luce spike RUN [--steps T] [--percentile P] [--lower P,P] [--rows N] [--out FOLDER] [...]"
 DESCRIPTION = """Convert the student of a finished run to integrate-and-fire neurons and simulate it on its
@@ -78,8 +78,7 @@ def main(words: Sequence[str]) -> None:
     with files.folder_for_work(out):
         found = examine(request, student, description, shlex.join(["luce", "spike", *words]))
     files.write_json(out / "spike.json", page.as_json(found))
-    drawn = page.picture(found)
-    files.write(out / "spike.png", lambda aside: aside.write_bytes(drawn))
+    files.write_bytes(out / "spike.png", page.picture(found))
     page.write_html(found, out / "spike.html")
     console = Console()
     console.print(terminal_table(page.table(found)))
@@ -106,7 +105,7 @@ def _check(request: argparse.Namespace) -> None:
 
 def examine(
     request: argparse.Namespace, student: Classifier, description: dict[str, Any], command: str
-) -> Report:
+) -> SpikingResult:
     """Load the data of the run that a request names, convert its student and simulate it.
 
     Raises:
@@ -116,8 +115,7 @@ def examine(
 
     from .. import __version__, data
     from ..config import parse
-    from ..spiking.report import Settings
-    from ..spiking.report import examine as simulate
+    from ..spiking.experiment import Settings, convert_and_simulate
     from ..training import Recipe
     from ..training.engine import new_accelerator
     from ..training.progress import Bar, progress_bars
@@ -158,7 +156,7 @@ def examine(
             with Bar(progress, what, total=request.steps * -(-rows // BATCH)) as bar:
                 yield bar.advance
 
-        return simulate(
+        return convert_and_simulate(
             student,
             batches(train),
             batches(validation),

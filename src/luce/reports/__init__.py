@@ -1,4 +1,4 @@
-"""From run folders to an answer: statistics over seeds, a table, plots and one self-contained page."""
+"""Reports of run folders: statistics over seeds, a table, plots and one self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -1,25 +1,22 @@
-"""One self-contained HTML page for a run or a comparison: no network, no scripts, no fonts to fetch."""
+"""The page of a run or a comparison."""
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..errors import UserError
 from . import plots
-from .canvas import Plot, colours
+from .canvas import colours
+from .page import Gallery, Page, write_page
 from .runs import Comparison, Network, Run, read_comparison, read_run
 from .statistics import number, summarise, verdict
 from .table import table
 
-# The order in which a reader asks; whatever else an environment holds follows.
+# Shown first, in this order; other fields of an environment follow.
 ENVIRONMENT = (
     "luce",
     "commit",
@@ -31,18 +28,6 @@ ENVIRONMENT = (
     "threads",
     "device",
 )
-FOOTER = "Written by Luce from the run folders alone. It loads nothing from the network."
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Plots of one kind: ``small`` panels stand four in a row where there is room, ``wide`` ones alone."""
-
-    heading: str
-    caption: str
-    plots: Sequence[Plot]
-    small: bool = False
-    wide: bool = False
 
 
 def write_html(folder: Path | str, out: Path | str | None = None) -> Path:
@@ -50,14 +35,14 @@ def write_html(folder: Path | str, out: Path | str | None = None) -> Path:
 
     Args:
         folder: Holds ``comparison.yaml`` or the files of a single run.
-        out: Where the page goes; ``report.html`` in the folder by default. A page that exists is replaced
-            only once the new one is complete.
+        out: Path of the page; ``report.html`` in the folder by default. An existing page is replaced
+            atomically.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: If the folder is of neither kind or a file in it cannot be read.
+        UserError: If the folder is of neither kind, a file in it cannot be read, or the page not written.
     """
     folder = Path(folder)
     out = folder / "report.html" if out is None else Path(out)
@@ -70,152 +55,113 @@ def write_html(folder: Path | str, out: Path | str | None = None) -> Path:
     return write_page(page, out)
 
 
-def write_page(page: Mapping[str, Any], out: Path) -> Path:
-    """Fill the template and put the page in its place once it is complete; returns the path.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    # Under a hidden name beside its goal: on one file system, so the last step cannot stop half way.
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(_render(page), encoding="utf-8")
-        os.replace(unfinished, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out} ({error}); name another place for the report") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return out
-
-
-def _render(page: Mapping[str, Any]) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = files("luce.reports").joinpath("template.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(page)
-
-
-def _comparison_page(comparison: Comparison) -> dict[str, Any]:
-    runs = comparison.finished()
+def _comparison_page(comparison: Comparison) -> Page:
     calibration = [
         Gallery(
             f"Calibration, {label}",
-            "Accuracy against confidence, pooled over seeds; larger dots hold more examples. "
-            "On the dashed line confidence is earned, below it the student is too sure.",
-            found,
+            "Accuracy against confidence, pooled over seeds; larger dots hold more examples. On the dashed "
+            "line confidence equals accuracy; below it the student is overconfident.",
+            panels,
             small=True,
         )
-        for label, found in plots.reliability(comparison).items()
+        for label, panels in plots.reliability(comparison).items()
     ]
-    galleries = [
-        Gallery(
-            "Learning curves",
-            "Mean over seeds, band of one standard deviation; dashed, the teacher on the test set. "
-            "Look for who climbs sooner and who ends higher.",
-            plots.accuracy_curves(comparison),
-        ),
-        Gallery(
-            f"Gain over {comparison.baseline}",
-            "Small dots are seeds, bars 95% intervals. Right of zero is better; "
-            "a filled circle is beyond noise after Holm's correction, a hollow one is not.",
-            plots.differences(comparison),
-        ),
-        Gallery(
-            "Accuracy against queries",
-            "Test accuracy at the last epoch against the images that the teacher was asked about, mean over "
-            "seeds, band of one standard deviation. Further left is cheaper, higher is better.",
-            plots.queries(comparison),
-        ),
-        Gallery(
-            "Distance from the teacher",
-            "How often student and teacher choose differently, and the KL divergence from the teacher to the "
-            "student. Shorter is closer.",
-            plots.fidelity(comparison),
-        ),
-        *calibration,
-    ]
-    return {
-        "title": comparison.title,
-        "kind": "Comparison",
-        "question": comparison.question,
-        "answers": list(verdict(summarise(comparison)).values()),
-        "table": table(comparison),
-        "colours": colours(comparison),
-        "galleries": [gallery for gallery in galleries if gallery.plots],
-        "warnings": [("Incomplete.", _missing(comparison))] if comparison.missing else [],
-        "command": comparison.command,
-        "recipe": yaml.safe_dump(dict(comparison.recipe), sort_keys=False, allow_unicode=True),
-        "facts": _facts(runs),
-        "footer": FOOTER,
-    }
+    return Page(
+        title=comparison.title,
+        kind="Comparison",
+        question=comparison.question,
+        answers=list(verdict(summarise(comparison)).values()),
+        table=table(comparison),
+        colours=colours(comparison),
+        galleries=[
+            Gallery(
+                "Learning curves",
+                "Validation accuracy: mean over seeds, with a band of one standard deviation. The dashed "
+                "line is the teacher's test accuracy.",
+                plots.accuracy_curves(comparison),
+            ),
+            Gallery(
+                f"Gain over {comparison.baseline}",
+                "Small dots are seeds, bars 95% intervals. Right of zero is better. A filled circle marks a "
+                "difference beyond noise after Holm's correction, a hollow one a difference within noise.",
+                plots.differences(comparison),
+            ),
+            Gallery(
+                "Accuracy against queries",
+                "Test accuracy at the last epoch against the number of images sent to the teacher: mean over "
+                "seeds, with a band of one standard deviation. Further left is cheaper, higher is better.",
+                plots.queries(comparison),
+            ),
+            Gallery(
+                "Distance from the teacher",
+                "Share of test examples on which student and teacher predict different classes, and the KL "
+                "divergence from the teacher to the student. A shorter bar is closer to the teacher.",
+                plots.fidelity(comparison),
+            ),
+            *calibration,
+        ],
+        warnings=[("Incomplete.", _missing(comparison))] if comparison.missing else [],
+        command=comparison.command,
+        recipe=yaml.safe_dump(dict(comparison.recipe), sort_keys=False, allow_unicode=True),
+        facts=_facts(comparison.finished()),
+    )
 
 
-def _told_of(teacher: Network) -> str:
-    """The teacher in half a sentence, as far as it is known."""
+def _run_page(run: Run) -> Page:
+    command = "train" if run.teacher is None else "distill"
+    return Page(
+        title=f"{run.method}, seed {run.seed}",
+        kind="Run",
+        answers=[
+            f"{run.student.model} with {run.student.parameters:,} parameters reached "
+            f"{number(run.last.test.accuracy)}% test accuracy at the last epoch"
+            f"{'' if run.teacher is None else _teacher_clause(run.teacher)}. "
+            "One run cannot tell how much of this is chance."
+        ],
+        table=table(run),
+        galleries=[
+            Gallery(
+                "Learning curves",
+                "Validation accuracy, with the teacher's test accuracy as a dashed line, and the terms of "
+                "the loss.",
+                [*plots.accuracy_curves(run), *plots.loss_curves(run)],
+            ),
+            Gallery(
+                "Generated images and the teacher's answers",
+                "A sample of the images sent to the teacher, each with the class that the teacher predicts "
+                "and its probability. The probability is 100% if the teacher returns class labels only.",
+                plots.samples(run),
+                wide=True,
+            ),
+            Gallery(
+                "Calibration",
+                "Accuracy against confidence; larger dots hold more examples. On the dashed line confidence "
+                "equals accuracy; below it the student is overconfident.",
+                [plot for panels in plots.reliability(run).values() for plot in panels],
+                small=True,
+            ),
+        ],
+        command=f"luce {command} {shlex.quote(str(run.folder / 'recipe.yaml'))}",
+        recipe=yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True),
+        facts=_facts([run]),
+    )
+
+
+def _teacher_clause(teacher: Network) -> str:
+    """Return the end of the answer: the teacher's accuracy, model, size and queries as far as known."""
     score = "" if teacher.accuracy is None else f"{number(teacher.accuracy)}% for "
     size = "" if teacher.parameters is None else f" with {teacher.parameters:,} parameters"
-    asked = "" if teacher.queries is None else f", a black box that was asked about {teacher.queries:,} rows"
-    return f", {'against' if score else 'with'} {score}its teacher, {teacher.model}{size}{asked}"
-
-
-def _run_page(run: Run) -> dict[str, Any]:
-    last = run.last.test
-    teacher = "" if run.teacher is None else _told_of(run.teacher)
-    answer = (
-        f"{run.student.model} with {run.student.parameters:,} parameters reached {number(last.accuracy)}% "
-        f"test accuracy at the last epoch{teacher}. "
-        "One run cannot say how much of this is chance."
-    )
-    calibration = [plot for found in plots.reliability(run).values() for plot in found]
-    galleries = [
-        Gallery(
-            "Learning curves",
-            "Validation accuracy, with the teacher's test accuracy dashed, and the terms of the loss.",
-            [*plots.accuracy_curves(run), *plots.loss_curves(run)],
-        ),
-        Gallery(
-            "What the teacher was asked",
-            "Some of the images, with the class that the teacher sees in each and its probability, which is "
-            "100% where the teacher tells a class alone.",
-            plots.samples(run),
-            wide=True,
-        ),
-        Gallery(
-            "Calibration",
-            "Larger dots hold more examples. "
-            "On the dashed line confidence is earned, below it the student is too sure.",
-            calibration,
-            small=True,
-        ),
-    ]
-    command = "train" if run.teacher is None else "distill"
-    return {
-        "title": f"{run.method}, seed {run.seed}",
-        "kind": "Run",
-        "question": "",
-        "answers": [answer],
-        "table": table(run),
-        "colours": {},
-        "galleries": [gallery for gallery in galleries if gallery.plots],
-        "warnings": [],
-        "command": f"luce {command} {shlex.quote(str(run.folder / 'recipe.yaml'))}",
-        "recipe": yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True),
-        "facts": _facts([run]),
-        "footer": FOOTER,
-    }
+    queries = "" if teacher.queries is None else f", a black box that answered {teacher.queries:,} queries"
+    return f", {'against' if score else 'with'} {score}its teacher, {teacher.model}{size}{queries}"
 
 
 def _missing(comparison: Comparison) -> str:
     names = ", ".join(path.relative_to(comparison.folder).as_posix() for path in comparison.missing)
-    return f"Not run or not finished, and so not in any figure below: {names}."
+    return f"These runs have not finished, so no figure below includes them: {names}."
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What the runs ran on; a value that changed between runs shows every value it had."""
+    """Return the runs' hardware and versions; a field that differs between runs lists all its values."""
     known = dict.fromkeys([*ENVIRONMENT, *(name for run in runs for name in run.environment)])
     known.pop("started", None)
     facts = [("runs", str(len(runs))), ("training time", f"{sum(run.seconds for run in runs):,.1f} s")]
