@@ -66,7 +66,7 @@ def measure(run: Path, rows: int, rounds: int, concurrency: int) -> dict[str, An
         for _ in range(rounds + 1):
             inputs = torch.rand(rows, *description["input_shape"], generator=generator)
             started = time.perf_counter()
-            teacher.told(inputs)
+            teacher.query(inputs)
             seconds["remote"].append(time.perf_counter() - started)
             local.stdin.write("\n")
             local.stdin.flush()

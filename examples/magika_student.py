@@ -41,7 +41,7 @@ class MagikaTeacher(BlackBox):
         self.names = sorted(map(str, self.magika.get_model_content_types()))
         self.classes = len(self.names)
 
-    def told(self, inputs: Tensor) -> Tensor:
+    def query(self, inputs: Tensor) -> Tensor:
         self.check_budget(len(inputs))
         found = [self.magika.identify_bytes(bytes(row[row != PADDING].tolist())) for row in inputs]
         self.queries += len(found)

@@ -174,7 +174,7 @@ def test_killed_on_either_side_nothing_is_paid_for_twice(
     with served("--port", str(port)):
         answer = luce(*words)
     assert answer.status == 0, answer.err
-    assert f"({some} rows need no question)" in answer.err
+    assert f"({some} are cached)" in answer.err
     found = json.loads((place / "out" / "result.json").read_text())["teacher"]
     assert found["queries"] == paid(cache)
     assert found["queries"] <= 90

@@ -75,7 +75,7 @@ def test_a_step_is_one_forward_pass_and_all_terms() -> None:
     assert len(calls) == 1
     assert list(found) == ["task", "kd", "first", "crossed", "loss"]
 
-    inner, other = student.body, teacher.model.body
+    inner, other = student.body, teacher.network.body
     mse = nn.functional.mse_loss
     stem, their_stem = inner.stem(rows["input"]), other.stem(rows["input"])
     first = mse(inner.stages[0](stem), other.stages[0](their_stem))
@@ -202,16 +202,16 @@ def test_building_leaves_no_trace() -> None:
     student.train()
     student.body.stages[1].eval()
     modes = [module.training for module in student.modules()]
-    before, theirs = everything_of(student), everything_of(teacher.model)
+    before, theirs = everything_of(student), everything_of(teacher.network)
     method = FeatureMethod(None, {"vector": (1.0, luce.RKDLoss(), ["pool"], ["pool"])})  # learns nothing
     rows, state = batch(), torch.get_rng_state()
     method.build(student, teacher, rows, rows)
     assert torch.equal(torch.get_rng_state(), state)
     assert same(everything_of(student), before)
-    assert same(everything_of(teacher.model), theirs)
+    assert same(everything_of(teacher.network), theirs)
     assert [module.training for module in student.modules()] == modes
     assert all(parameter.grad is None for parameter in student.parameters())
-    assert not any(m._forward_hooks for n in (student, teacher.model) for m in n.modules())
+    assert not any(m._forward_hooks for n in (student, teacher.network) for m in n.modules())
 
 
 def test_a_network_that_draws_random_numbers_even_in_evaluation() -> None:
@@ -229,7 +229,7 @@ def test_a_network_that_draws_random_numbers_even_in_evaluation() -> None:
 
 def test_training_changes_nothing_of_the_teacher() -> None:
     student, teacher = networks()
-    before = everything_of(teacher.model)
+    before = everything_of(teacher.network)
     method = FeatureMethod(
         WeightedSum(CE_AND_KD), {"hint": (100.0, FitNetLoss(), ["stages.1"], ["stages.1"])}
     )
@@ -241,9 +241,9 @@ def test_training_changes_nothing_of_the_teacher() -> None:
             optimizer.zero_grad()
             method.step(student.train(), rows, teacher.signal(rows))["loss"].backward()
             optimizer.step()
-    assert same(everything_of(teacher.model), before)
-    assert all(parameter.grad is None for parameter in teacher.model.parameters())
-    assert not teacher.model.training
+    assert same(everything_of(teacher.network), before)
+    assert all(parameter.grad is None for parameter in teacher.network.parameters())
+    assert not teacher.network.training
     assert teacher.signal(batch()).features == {}
 
 
@@ -252,7 +252,7 @@ def test_no_feature_outlives_its_step() -> None:
     method = FeatureMethod(None, {"map": (1.0, MSELoss(), ["stem"], ["stem"])})
     method.build(student, teacher, rows, rows)
     born: list[weakref.ref[Tensor]] = []
-    for network in (student.body, teacher.model.body):
+    for network in (student.body, teacher.network.body):
         network.stem.register_forward_hook(lambda module, inputs, output: born.append(weakref.ref(output)))
     gc.disable()
     try:
@@ -272,7 +272,7 @@ def test_hooks_go_when_a_training_breaks_off() -> None:
     method.build(student, teacher, rows, rows)
     with pytest.raises(ZeroDivisionError), method.hooks(student, teacher):
         1 / 0  # noqa: B018
-    assert not any(m._forward_hooks for n in (student, teacher.model) for m in n.modules())
+    assert not any(m._forward_hooks for n in (student, teacher.network) for m in n.modules())
     assert teacher.signal(rows).features == {}
     with pytest.raises(RuntimeError, match=r"within `with method\.attached"):
         method.step(student, rows, teacher.signal(rows))
@@ -316,7 +316,7 @@ def test_preparation_reaches_the_loss_on_logits() -> None:
     rows = TrainingBatches(Examples(TensorDataset(inputs, targets), range(300)), torch.device("cpu"))
     teacher = LiveTeacher(nn.Linear(4, 2))
     assert method.prepare(teacher, rows) == {"found": 3.0}
-    assert_close(loss.heard[0], teacher.model(inputs).detach())
+    assert_close(loss.heard[0], teacher.network(inputs).detach())
     assert torch.equal(loss.heard[1], targets)
 
 

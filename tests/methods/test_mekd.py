@@ -144,7 +144,7 @@ def test_only_the_student_learns() -> None:
     terms = method.step(student.train(), Rows().all, None)
     terms["loss"].backward()
     assert all(parameter.grad is None for parameter in method.parameters())
-    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    assert all(parameter.grad is None for parameter in teacher.network.parameters())
     assert all(parameter.grad.abs().sum() > 0 for parameter in student.parameters())
     assert not any(module.training for module in method.generator.modules())
     for name, value in method.state_dict().items():

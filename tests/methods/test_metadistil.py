@@ -60,13 +60,13 @@ def batches(count: int, seed: int = 0, rows: int = 8) -> list[dict[str, Tensor]]
 
 def taught(teacher: LiveTeacher, batch: dict[str, Tensor], epochs: int = 60) -> LiveTeacher:
     """A teacher that knows its rows."""
-    optimizer = torch.optim.AdamW(teacher.model.parameters(), lr=0.01)
-    teacher.model.train()
+    optimizer = torch.optim.AdamW(teacher.network.parameters(), lr=0.01)
+    teacher.network.train()
     for _ in range(epochs):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(teacher.model(batch["input"]), batch["target"]).backward()
+        nn.functional.cross_entropy(teacher.network(batch["input"]), batch["target"]).backward()
         optimizer.step()
-    teacher.model.eval().zero_grad()
+    teacher.network.eval().zero_grad()
     return teacher
 
 
@@ -158,7 +158,7 @@ def test_the_teachers_step_is_the_gradient_of_the_quiz_loss(clip_norm: float | N
     rows, quiz = batches(1), batches(2, seed=1)
     line = method.before_round(student, rows, quiz, 0.1)
 
-    twin = copy.deepcopy(teacher.model)
+    twin = copy.deepcopy(teacher.network)
     said = twin(rows[0]["input"])
     quiz_loss, cotangents = look_ahead(
         student, lambda s, t, b: WeightedSum(KD)(s, t, b["target"])["loss"], rows, [said], quiz, 0.2
@@ -178,7 +178,7 @@ def test_the_real_step_follows_the_teacher_as_it_has_become() -> None:
     method = built(student, teacher, teacher_lr=1.0, max_drop=1.0)
     (batch,), quiz = batches(1), batches(1, seed=1)
     method.before_round(student, [batch], quiz, 0.5)
-    now, then = method.teacher(batch["input"]), teacher.model(batch["input"])
+    now, then = method.teacher(batch["input"]), teacher.network(batch["input"])
     assert not torch.equal(now, then)
     torch.manual_seed(0)
     found = method.step(student, batch, None)
@@ -201,15 +201,15 @@ def test_a_round_looks_at_a_part_of_its_rows(rows: float, seen: list[int]) -> No
 
 def test_the_given_teacher_and_all_statistics_of_the_copy_stay() -> None:
     student, teacher = networks()
-    given = state(teacher.model)
+    given = state(teacher.network)
     method = built(student, teacher, teacher_lr=0.1, max_drop=1.0)
     train(student, method)
     assert not any(module.training for module in method.teacher.modules())
-    assert same(state(teacher.model), given)
+    assert same(state(teacher.network), given)
     now = state(method.teacher)
-    for name, value in teacher.model.named_buffers():
+    for name, value in teacher.network.named_buffers():
         assert torch.equal(now[name], value)
-    for name, value in teacher.model.named_parameters():
+    for name, value in teacher.network.named_parameters():
         assert not torch.equal(now[name], value), name
     assert list(method.co_trained) == list(method.optimizers) == ["teacher"]
     held = [p for group in method.optimizers["teacher"].param_groups for p in group["params"]]
@@ -272,7 +272,7 @@ def test_a_learning_rate_that_destroys_the_teacher_does_not_ruin_the_run() -> No
         with torch.no_grad():
             return (network.eval()(test["input"]).argmax(-1) == test["target"]).float().mean().item()
 
-    assert accuracy(teacher.model) > 0.9
+    assert accuracy(teacher.network) > 0.9
     figures = {}
     for max_drop in (0.02, 1.0):
         pupil = copy.deepcopy(student)
@@ -297,7 +297,7 @@ def test_a_restored_teacher_is_what_it_was_and_learns_more_slowly() -> None:
     line = method.before_round(student, rows, quiz, 0.1)
     assert line["teacher_restored"] == 1
     assert line["teacher_drift"] == 0
-    assert same(state(method.teacher), state(teacher.model))
+    assert same(state(method.teacher), state(teacher.network))
     assert not method.optimizers["teacher"].state
 
     method.before_round(student, rows, quiz, 0.1)  # at a rate of 1, and so on, down to one that does no harm
@@ -307,7 +307,7 @@ def test_a_restored_teacher_is_what_it_was_and_learns_more_slowly() -> None:
     assert 2 <= method.record["restored"] <= 6
     step = max(
         (new - old).abs().max()
-        for new, old in zip(method.teacher.parameters(), teacher.model.parameters(), strict=True)
+        for new, old in zip(method.teacher.parameters(), teacher.network.parameters(), strict=True)
     )
     assert_close(step, torch.tensor(10.0 * 0.1 ** method.record["restored"]), rtol=0.1, atol=0)
 
@@ -325,7 +325,7 @@ def test_chance_is_no_reason_to_restore() -> None:
     student, teacher = networks()
     method = built(student, teacher)
     quiz = batches(1, seed=1)
-    answers = teacher.model(quiz[0]["input"]).argmax(-1)
+    answers = teacher.network(quiz[0]["input"]).argmax(-1)
     quiz[0]["target"] = answers  # the original has all of them right
 
     def lose(count: int) -> None:
@@ -379,7 +379,7 @@ def test_under_autocast_the_taught_teacher_is_not_a_memory_of_the_old_one() -> N
     terms["loss"].backward()
     assert all(p.grad.isfinite().all() for p in student.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        afresh, before = method.teacher(batch["input"]), teacher.model(batch["input"])
+        afresh, before = method.teacher(batch["input"]), teacher.network(batch["input"])
     assert torch.equal(in_the_round, afresh)
     assert not torch.equal(afresh, before)
     assert line["teacher_gradient"] > 0

@@ -58,7 +58,7 @@ def test_all_but_the_classifier_learns() -> None:
     method = SimKD(CrossEntropyLoss(), {"simkd": (1.0, SimKDLoss(), ["neck"], ["neck"])})
     rows = batch()
     method.build(student, teacher, rows, rows)
-    before = teacher.model.head.weight.clone()
+    before = teacher.network.head.weight.clone()
     optimizer = torch.optim.AdamW([*student.parameters(), *method.parameters()], lr=0.1, weight_decay=0.5)
     with method.hooks(student, teacher):
         method.step(student, rows, teacher.signal(rows))["loss"].backward()
@@ -66,9 +66,9 @@ def test_all_but_the_classifier_learns() -> None:
     learning = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert {name for name, _ in student.named_parameters()} - learning == {"head.weight", "head.bias"}
     assert torch.equal(student.head.weight, before)
-    assert teacher.model.head.weight.requires_grad  # the teacher is left as it was
+    assert teacher.network.head.weight.requires_grad  # the teacher is left as it was
     student.head.weight.data.zero_()
-    assert torch.equal(teacher.model.head.weight, before)
+    assert torch.equal(teacher.network.head.weight, before)
 
 
 def test_the_projector() -> None:

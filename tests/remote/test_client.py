@@ -55,8 +55,8 @@ def test_it_tells_what_the_network_would(offer: dict[str, Any]) -> None:
         answer, expected = remote.signal(batch), local.signal(batch)
     assert answer.kind == offer["answers"]
     if "decimals" in offer:
-        told = torch.tensor(local.told(batch["input"]).numpy().round(3))
-        torch.testing.assert_close(remote.told(batch["input"]), told)
+        told = torch.tensor(local.query(batch["input"]).numpy().round(3))
+        torch.testing.assert_close(remote.query(batch["input"]), told)
     else:
         torch.testing.assert_close(answer.logits, expected.logits, rtol=1e-4, atol=1e-4)
     assert remote.queries == 40
@@ -72,7 +72,7 @@ def test_bytes_and_token_ids_travel_as_they_are() -> None:
     with puppet(watch, input_shape=None) as server:
         teacher = ask(server.url)
         for dtype in (torch.uint8, torch.int32, torch.float64, torch.bfloat16):
-            seen.append(teacher.told(torch.ones(2, 3).to(dtype)).shape)
+            seen.append(teacher.query(torch.ones(2, 3).to(dtype)).shape)
     assert seen == [(2, 4)] * 4
     # As floats, both of the last are the same row; all rows of a batch are equal here, and asked about once.
     assert server.asked == [1, 1, 1]
@@ -83,8 +83,8 @@ def test_equal_rows_are_asked_about_once() -> None:
     with serving(network) as url:
         teacher = ask(url)
         inputs = rows(6)[[0, 1, 0, 2, 1, 0]]
-        answers = teacher.told(inputs)
-        again = teacher.told(inputs[:4])
+        answers = teacher.query(inputs)
+        again = teacher.query(inputs[:4])
     assert sorted(network.rows) == sorted({tuple(row) for row in inputs.tolist()})
     assert torch.equal(answers[0], answers[2])
     assert torch.equal(again, answers[:4])
@@ -106,21 +106,21 @@ def test_requests_wait_side_by_side() -> None:
         good(handler, count)
 
     with puppet(together) as server:
-        ask(server.url, batch_size=1, concurrency=4, timeout=30.0).told(rows(12))
+        ask(server.url, batch_size=1, concurrency=4, timeout=30.0).query(rows(12))
     assert most == 4
     assert server.asked == [1] * 12
 
 
 def test_the_largest_batch_of_a_server_is_kept_to() -> None:
     with puppet(good, max_batch=5) as server:
-        ask(server.url).told(rows(11))
+        ask(server.url).query(rows(11))
     assert sorted(server.asked) == [1, 5, 5]
 
 
 def test_asking_draws_no_random_number() -> None:
     with puppet(lambda handler, _: handler.json({}, 503), good) as server:
         before = torch.get_rng_state()
-        ask(server.url).told(rows(4))
+        ask(server.url).query(rows(4))
         assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -130,9 +130,9 @@ def test_asking_draws_no_random_number() -> None:
 def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     cache, network = tmp_path / "answers.sqlite", Network()
     with serving(network) as url:
-        first = ask(url, cache=cache).told(rows(20))
+        first = ask(url, cache=cache).query(rows(20))
         teacher = ask(url, cache=cache, account="another")
-        assert torch.equal(teacher.told(rows(20)), first)
+        assert torch.equal(teacher.query(rows(20)), first)
         assert (
             teacher.price([{"input": rows(20)}, {"input": rows(9, seed=1)}, {"input": rows(9, seed=1)}]) == 9
         )
@@ -145,12 +145,12 @@ def test_answers_of_another_model_kind_or_place_are_others(tmp_path: Path) -> No
     with torch.no_grad():
         other.weight += 1
     with serving() as url:
-        ask(url, cache=cache).told(rows(5))
+        ask(url, cache=cache).query(rows(5))
         port = int(url.rpartition(":")[2])
     for network, offer in ((other, {}), (Network(), {"answers": "label"}), (Network(), {"decimals": 2})):
         with serving(network, port, **offer) as url:
             teacher = ask(url, cache=cache)
-            teacher.told(rows(5))
+            teacher.query(rows(5))
             assert teacher.queries == 5
     with serving() as url:
         assert ask(url, cache=cache).price([{"input": rows(5)}]) == 5
@@ -162,11 +162,11 @@ def test_what_was_answered_before_a_failure_is_kept(tmp_path: Path) -> None:
     cache = tmp_path / "answers.sqlite"
     with puppet(good, good, good, lambda handler, _: handler.json({"error": "no more"}, 403)) as server:
         with pytest.raises(RemoteError, match=r"status 403, `no more`.*all answers before it are kept"):
-            ask(server.url, cache=cache, batch_size=2, concurrency=1).told(rows(20))
+            ask(server.url, cache=cache, batch_size=2, concurrency=1).query(rows(20))
         server.script = [good]
         teacher = ask(server.url, cache=cache, batch_size=2)
         assert teacher.queries == 6  # on the same account
-        teacher.told(rows(20))
+        teacher.query(rows(20))
     assert sum(server.asked) == 20 + 2
     assert teacher.queries == 20
 
@@ -179,7 +179,7 @@ def test_others_on_their_way_are_waited_for_and_kept(tmp_path: Path) -> None:
     with puppet(lambda handler, _: handler.json({}, 401), late) as server:
         teacher = ask(server.url, batch_size=2, concurrency=3)
         with pytest.raises(RemoteError, match="status 401"):
-            teacher.told(rows(20))
+            teacher.query(rows(20))
         assert server.asked == [2, 2, 2]  # nothing new was begun
         assert teacher.price([{"input": rows(20)}]) == 16
     assert teacher.queries == 4
@@ -200,7 +200,7 @@ def test_who_waits_to_ask_again_does_not_once_another_has_failed(monkeypatch: py
 
     with puppet(later, refuses) as server:
         with pytest.raises(RemoteError, match="status 403"):
-            ask(server.url, batch_size=2, concurrency=2, timeout=20.0).told(rows(4))
+            ask(server.url, batch_size=2, concurrency=2, timeout=20.0).query(rows(4))
         assert server.asked == [2, 2]
 
 
@@ -214,7 +214,7 @@ def test_a_slow_disk_makes_no_answer_late(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(Answers, "keep", spy)
     with puppet(good) as server:
-        ask(server.url).told(rows(4))
+        ask(server.url).query(rows(4))
     assert threads
     assert "luce-remote" not in threads
 
@@ -222,10 +222,10 @@ def test_a_slow_disk_makes_no_answer_late(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_cache_with_an_answer_of_another_length_is_damaged() -> None:
     with puppet(good) as server:
         teacher = ask(server.url)
-        teacher.told(rows(1))
+        teacher.query(rows(1))
         teacher.service = teacher.service.__class__(**{**vars(teacher.service), "classes": 5})
         with pytest.raises(UserError, match=r"damaged .*wrong length"):
-            teacher.told(rows(1))
+            teacher.query(rows(1))
 
 
 # The budget -------------------------------------------------------------------------------------------------
@@ -235,19 +235,19 @@ def test_a_budget_is_looked_at_before_anything_is_asked(tmp_path: Path) -> None:
     cache, network = tmp_path / "answers.sqlite", Network()
     with serving(network) as url:
         teacher = ask(url, cache=cache, budget=10)
-        teacher.told(rows(8))
+        teacher.query(rows(8))
         with pytest.raises(BudgetError, match=r"expected at most 10 rows .* got 12 more after 8"):
-            teacher.told(rows(20))
+            teacher.query(rows(20))
         assert len(network.rows) == 8
-        teacher.told(torch.cat([rows(8), rows(2, seed=1)]))  # eight of them are free
+        teacher.query(torch.cat([rows(8), rows(2, seed=1)]))  # eight of them are free
         again = ask(url, cache=cache, budget=10)  # as after a crash
         assert again.queries == 10
         with pytest.raises(BudgetError):
-            again.told(rows(1, seed=2))
+            again.query(rows(1, seed=2))
         other = again.account("another run")
-        other.told(rows(10, seed=3))
+        other.query(rows(10, seed=3))
         with pytest.raises(BudgetError, match="1 more after 10"):
-            other.told(rows(1, seed=4))
+            other.query(rows(1, seed=4))
     assert len(network.rows) == 20
 
 
@@ -353,12 +353,12 @@ def test_a_wrong_answer_is_told_and_not_asked_for_again(name: str) -> None:
     with puppet(reply) as server:
         teacher = ask(server.url)
         with pytest.raises(RemoteError, match=message) as raised:
-            teacher.told(rows(3))
+            teacher.query(rows(3))
         assert len(str(raised.value)) < 500
         assert server.asked == [3]
         assert teacher.queries == 0
         server.script = [good]
-        assert teacher.told(rows(3)).shape == (3, 4)
+        assert teacher.query(rows(3)).shape == (3, 4)
 
 
 @pytest.mark.parametrize("name", REPEATED)
@@ -369,14 +369,14 @@ def test_no_answer_is_asked_for_again_a_few_times(name: str) -> None:
         if "drip" in name:
             teacher._line.timeout = 0.4
         with pytest.raises(RemoteError, match=message) as raised:
-            teacher.told(rows(3))
+            teacher.query(rows(3))
         assert "it was asked 3 times" in str(raised.value)
         assert server.asked == [3, 3, 3]
         assert (teacher.cost["requests"], teacher.cost["retries"], teacher.queries) == (4, 2, 0)
         # One that comes to its senses loses nothing.
         teacher._line.timeout = 30.0
         server.script = [good] if "drip" in name else [reply] * (len(server.asked) + 1) + [good]
-        assert teacher.told(rows(3)).shape == (3, 4)
+        assert teacher.query(rows(3)).shape == (3, 4)
         assert teacher.queries == 3
 
 
@@ -397,7 +397,7 @@ def test_no_answer_is_asked_for_again_a_few_times(name: str) -> None:
 )  # fmt: skip
 def test_wrong_answers_of_other_kinds(said: Any, answer: Any, message: str) -> None:
     with puppet(says(answer), **said) as server, pytest.raises(RemoteError, match=message):
-        ask(server.url).told(rows(3))
+        ask(server.url).query(rows(3))
 
 
 @pytest.mark.parametrize(
@@ -428,13 +428,13 @@ def test_servers_that_introduce_themselves_badly(said: Any, message: str) -> Non
 def test_a_flood_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MOST_BYTES", 2**20)
     with puppet(floods) as server, pytest.raises(RemoteError, match="an answer of more than 1048576 bytes"):
-        ask(server.url).told(rows(3))
+        ask(server.url).query(rows(3))
 
 
 def test_a_server_that_asks_for_time_gets_it() -> None:
     with puppet(says({}, 429, Retry_After="0.3"), good) as server:
         started = time.monotonic()
-        ask(server.url).told(rows(3))
+        ask(server.url).query(rows(3))
         assert time.monotonic() - started > 0.29
     assert server.asked == [3, 3]
 
@@ -447,7 +447,7 @@ def test_a_server_may_name_a_date() -> None:
 @pytest.mark.parametrize("after", ["soon", "", "nan", "-5"])
 def test_a_server_that_asks_for_nonsense_is_asked_as_usual(after: str) -> None:
     with puppet(says({}, 503, Retry_After=after), good) as server:
-        ask(server.url).told(rows(3))
+        ask(server.url).query(rows(3))
     assert server.asked == [3, 3]
 
 
@@ -477,10 +477,10 @@ def test_a_wrong_token_and_none() -> None:
 def test_what_others_pay_for_on_one_account_counts(tmp_path: Path) -> None:
     with puppet(good) as server:
         one, two = (ask(server.url, cache=tmp_path / "answers", budget=10) for _ in range(2))
-        one.told(rows(8))
+        one.query(rows(8))
         with pytest.raises(BudgetError, match="got 5 more after 8"):
-            two.told(rows(5, seed=1))
-        two.told(rows(2, seed=1))
+            two.query(rows(5, seed=1))
+        two.query(rows(2, seed=1))
         one.close()
     assert one.queries == two.queries == 10
 
@@ -489,7 +489,7 @@ def test_a_secret_is_shown_nowhere(tmp_path: Path) -> None:
     cache = tmp_path / "answers.sqlite"
     with serving() as url:
         teacher = ask(url, cache=cache)
-        teacher.told(rows(2))
+        teacher.query(rows(2))
         assert TOKEN not in repr(teacher) + json.dumps(teacher.cost)
         teacher.close()
     assert TOKEN.encode() not in cache.read_bytes()

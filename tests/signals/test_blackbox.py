@@ -150,7 +150,7 @@ def test_a_budget_is_looked_at_before_anything_is_asked() -> None:
 
 def test_a_network_in_16_bits_is_softened_in_32() -> None:
     logits = torch.randn(5, 4).bfloat16()
-    assert torch.equal(box(answers="probs").told(logits), logits.float().softmax(-1))
+    assert torch.equal(box(answers="probs").query(logits), logits.float().softmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_network_in_16_bits_is_softened_in_32() -> None:
         ({"answers": "topk"}, r"expected `top_k` in 1 \.\. 4"),
         ({"answers": "topk", "top_k": 5}, r"expected `top_k` in 1 \.\. 4"),
         ({"answers": "topk", "top_k": True}, r"expected `top_k` in 1 \.\. 4"),
-        ({"answers": "probs", "top_k": 2}, "expected `top_k` with `answers: topk` alone"),
+        ({"answers": "probs", "top_k": 2}, "expected `top_k` only with `answers: topk`"),
         ({"answers": "probs", "budget": -1}, "expected a `budget` of at least 0"),
     ],
 )
@@ -173,7 +173,7 @@ def test_what_a_black_box_may_not_be(options: dict[str, Any], message: str) -> N
 def test_nobody_looks_inside() -> None:
     student = nn.Sequential(nn.Linear(4, 4))
     method = FeatureMethod(None, {"hint": (1.0, luce.FitNetLoss(), ["0"], ["0"])})
-    with pytest.raises(UserError, match="got a black box that tells label alone"):
+    with pytest.raises(UserError, match="got a black box that answers with label only"):
         method.build(student, box(answers="label"), rows(2), rows(2))
     learning = MetaDistil(luce.methods.LogitMethod(luce.KDLoss()), quiz=0.1)
     with pytest.raises(UserError, match="got a black box"):

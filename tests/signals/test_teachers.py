@@ -71,7 +71,7 @@ def test_a_remembered_teacher_does_not_hold_what_it_was_made_from() -> None:
     live, rows = LiveTeacher(network()), batch()
     remembered = CachedTeacher.of(live, [rows], rows=6)
     before = remembered.signal(rows).logits.clone()
-    nn.init.zeros_(live.model[2].weight)
+    nn.init.zeros_(live.network[2].weight)
     assert torch.equal(remembered.signal(rows).logits, before)
     remembered.to(torch.device("cpu"))
     assert torch.equal(remembered.signal(rows).logits, before)

@@ -139,7 +139,7 @@ def test_studies_of_what_is_told(make_recipe: Make, tmp_path: Path) -> None:
     ("teacher", "message"),
     [
         ({"answers": "topk"}, r"expected `top_k` in 1 \.\. 4"),
-        ({"answers": "probs", "top_k": 2}, "expected `top_k` with `answers: topk` alone"),
+        ({"answers": "probs", "top_k": 2}, "expected `top_k` only with `answers: topk`"),
         ({"answers": "labels"}, "label"),
         ({"budget": 3}, "expected `teacher.budget` with `teacher.answers` or `teacher.url` alone"),
         ({"floor": 0.1}, "expected `teacher.floor` with"),
@@ -156,7 +156,7 @@ def test_features_of_a_black_box(make_recipe: Make, tmp_path: Path) -> None:
     recipe = make_recipe(
         loss={"pld": {"loss": "FitNetLoss", "student": "body.0"}}, teacher={"answers": "label"}
     )
-    with pytest.raises(UserError, match="got a black box that tells label alone"):
+    with pytest.raises(UserError, match="got a black box that answers with label only"):
         run(recipe, tmp_path / "run")
 
 
@@ -173,7 +173,7 @@ def test_a_remembered_server_is_asked_once_about_each_row(
     assert (teacher["test"], teacher["parameters"]) == (None, None)
     assert "agreement" not in result["last"]["test"]
     assert (
-        f"{ROWS} rows to ask about now (0 rows need no question); budget 100, 0 of it used"
+        f"{ROWS} rows to query now (0 are cached); budget 100, 0 of it used"
         in capsys.readouterr().err
     )
     # KD learns from probabilities what it learns from logits.
@@ -197,7 +197,7 @@ def test_rows_that_change_cost_each_time(
     remote: Make, network: Counting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(remote(data={"augment": "crop_flip"}, training={"epochs": 2}), tmp_path / "run")
-    assert f"up to {ROWS} rows x 2 epochs, as they change each time; no budget" in capsys.readouterr().err
+    assert f"up to {ROWS} rows x 2 epochs, which change each time; no budget" in capsys.readouterr().err
     assert ROWS < result["teacher"]["queries"] == network.asked <= 2 * ROWS
 
 

@@ -490,7 +490,7 @@ def test_two_views_need_a_second_one_and_a_teacher_that_sees_it() -> None:
         with pytest.raises(UserError, match="expected `strong_augment` for a method of two views"):
             two_views(wrong, live, **options)
     remembered = CachedTeacher(torch.zeros(16, CLASSES))
-    with pytest.raises(UserError, match="asked about a second view, got one that remembers"):
+    with pytest.raises(UserError, match="answers a second view, got one with cached outputs"):
         two_views(TwoViewMethod(method), remembered, strong_augment=torch.neg)
     alone = TwoViewMethod(LogitMethod(CrossEntropyLoss()))  # asks nobody
     assert two_views(alone, remembered, strong_augment=torch.neg).lines

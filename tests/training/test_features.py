@@ -378,7 +378,7 @@ def in_the_loop(toy: ModuleType, **options: Any) -> tuple[FeatureMethod, Classif
 
 
 def test_regressors_and_variances_learn_and_the_teacher_does_not(toy: ModuleType) -> None:
-    fresh = LiveTeacher(Classifier(teacher(4, (1, 8, 8)))).model.state_dict()
+    fresh = LiveTeacher(Classifier(teacher(4, (1, 8, 8)))).network.state_dict()
     method, _, source = in_the_loop(toy)
     untrained = VIDLoss()
     with torch.random.fork_rng():
@@ -388,13 +388,13 @@ def test_regressors_and_variances_learn_and_the_teacher_does_not(toy: ModuleType
     assert before.keys() == after.keys()
     assert all((after[name] != before[name]).all() for name in before if name.startswith("raw_variances"))
     assert all((after[name] != before[name]).any() for name in before)
-    assert all(torch.equal(value, fresh[name]) for name, value in source.model.state_dict().items())
-    assert not source.model.training
+    assert all(torch.equal(value, fresh[name]) for name, value in source.network.state_dict().items())
+    assert not source.network.training
 
 
 def test_a_training_leaves_no_hooks(toy: ModuleType) -> None:
     _, student, source = in_the_loop(toy, ema=0.9)
-    for network in (student, source.model):
+    for network in (student, source.network):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
     assert source.signal({"input": torch.zeros(1, 1, 8, 8)}).features == {}
 

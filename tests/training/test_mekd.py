@@ -128,13 +128,13 @@ def test_an_interrupted_run_ends_in_the_same_numbers_and_asks_no_more(
 def test_real_rows_are_sent_to_nobody(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    told, seen = LocalBlackBox.told, []
+    query, seen = LocalBlackBox.query, []
 
     def spy(self: LocalBlackBox, inputs: torch.Tensor) -> torch.Tensor:
         seen.append(inputs)
-        return told(self, inputs)
+        return query(self, inputs)
 
-    monkeypatch.setattr(LocalBlackBox, "told", spy)
+    monkeypatch.setattr(LocalBlackBox, "query", spy)
     run(with_mekd(make_recipe, teacher={"answers": "probs"}), tmp_path / "run")
     source = data.load("python:toy.images").train
     rows = Examples(source, torch.arange(len(source))).batch(list(range(len(source))))["input"]

@@ -140,7 +140,7 @@ def test_the_guard_tells_in_a_run(make_recipe: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": {"cache_outputs": True}}, "for MetaDistil, got one that remembers"),
+        ({"teacher": {"cache_outputs": True}}, "for MetaDistil, got one with cached outputs"),
         ({"training": {"accumulate": 2}}, "`training.accumulate: 1` for MetaDistil"),
         ({"data": {"labels_per_class": 1}}, "no rows for the `quiz` of MetaDistil"),
         ({"terms": {"rank": {"loss": "ListMLELoss"}}}, "smoothly with the teacher's logits for MetaDistil"),

@@ -26,9 +26,7 @@ from ..labels import UNLABELLED
 from ..losses import LogitLoss
 from ..losses.modules import WeightedSum
 from ..models.generators import Discriminator, Generator
-from ..remote import RemoteTeacher
-from ..signals import BlackBox, BudgetError, CachedTeacher, DenseSignal, Signal, Teacher
-from ..signals.signal import Kind
+from ..signals import BudgetError, DenseSignal, Signal, Teacher
 from ._processes import as_first
 from .base import Batch, Method, Samples, TrainingRows
 from .features import without_side_effects
@@ -217,10 +215,9 @@ class MEKD(Method):
         """Make the generator and room for the pool; nobody is asked yet."""
         if teacher is None:
             raise UserError("expected a teacher for MEKD; add `teacher` to the recipe")
-        if isinstance(teacher, CachedTeacher):
+        if not teacher.answers_new_inputs:
             raise UserError(
-                "expected a teacher that can be asked about images that were made for MEKD, got one that "
-                "remembers its answers; set `teacher.cache_outputs: false`"
+                f"expected a teacher that answers generated images for MEKD, got {teacher.description}"
             )
         inputs = sample["input"]
         if inputs.ndim != 4 or not inputs.is_floating_point():
@@ -229,7 +226,7 @@ class MEKD(Method):
                 f"{tuple(inputs.shape[1:])} and {inputs.dtype}"
             )
         self.teacher, self.shape, self.rows = teacher, inputs.shape[1:], len(rows["index"])
-        self.kind: Kind = getattr(teacher, "answers", "logits")
+        self.kind = teacher.kind
         if self.source == "real" and self.plan.pool > self.rows:
             raise UserError(
                 f"expected at most {self.rows} `queries`, one for each training row, got {self.queries}"
@@ -275,9 +272,8 @@ class MEKD(Method):
             self.pool = _some(rows, plan.pool, plan.pool if rows.trial else self.rows)
         else:
             self.pool = self._new(plan.pool)
-        many = teacher.batch_size * teacher.concurrency if isinstance(teacher, RemoteTeacher) else AT_ONCE
-        said = [self._ask(teacher, self._images(part)) for part in self.pool.split(many)]
-        self.answers = torch.cat(said)
+        parts = self.pool.split(teacher.preferred_batch)
+        self.answers = torch.cat([self._ask(teacher, self._images(part)) for part in parts])
         spread = self._find_tau()
         if self.method.needs_preparation:
             assert isinstance(self.method.loss, (LogitLoss, WeightedSum))
@@ -295,18 +291,17 @@ class MEKD(Method):
 
     def _check_budget(self, teacher: Teacher) -> None:
         """Refuse a plan that the whole budget is too small for; what was paid for before may come free."""
-        budget = teacher.budget if isinstance(teacher, BlackBox) else None
-        if budget is None:
+        if teacher.budget is None:
             return
         if self.queries is None:
             raise BudgetError(
                 "expected a number of `queries` for a teacher with a budget, got none, which asks about new "
                 "images at every step"
             )
-        if self.queries > budget:
+        if self.queries > teacher.budget:
             raise BudgetError(
-                f"expected at most {budget} `queries`, the teacher's budget, got {self.queries}; lower them, "
-                "or raise `teacher.budget`"
+                f"expected at most {teacher.budget} `queries`, the teacher's budget, got {self.queries}; "
+                "lower them, or raise `teacher.budget`"
             )
 
     def _find_range(self, rows: TrainingRows) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import UserError
 from ..losses.functional import kd_loss
-from ..signals import BlackBox, DenseSignal, LiveTeacher, Signal, Teacher
+from ..signals import DenseSignal, Signal, Teacher
 from ._processes import mean_over_processes
 from .base import Batch, Method, TrainingRows
 from .features import without_side_effects
@@ -153,16 +153,12 @@ class MetaDistil(Method):
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
         """Copy the teacher, and look ahead once, to hear now of what cannot be differentiated."""
-        if not isinstance(teacher, LiveTeacher):
-            what = "none; add `teacher` to the recipe"
-            if isinstance(teacher, BlackBox):
-                what = "a black box; leave out `teacher.answers` or `teacher.url`"
-            elif teacher is not None:
-                what = "one that remembers its answers; set `teacher.cache_outputs: false`"
-            raise UserError(f"expected a teacher that can be trained for MetaDistil, got {what}")
+        if teacher is None or teacher.network is None:
+            description = "none; add `teacher` to the recipe" if teacher is None else teacher.description
+            raise UserError(f"expected a teacher that can be trained for MetaDistil, got {description}")
         self.method.build(student, teacher, sample, rows)
         self.original = teacher
-        self.teacher = copy.deepcopy(teacher.model).requires_grad_(True).eval()
+        self.teacher = copy.deepcopy(teacher.network).requires_grad_(True).eval()
         parameters, rate, decay = self.teacher.parameters(), self.teacher_lr, self.teacher_weight_decay
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=decay)
@@ -293,7 +289,8 @@ class MetaDistil(Method):
         noise = 2 * math.sqrt(lost + gained)
         if math.isfinite(self.record["drift"]) and lost - gained - noise <= self.max_drop * rows:
             return
-        self.teacher.load_state_dict(self.original.model.state_dict())
+        assert self.original.network is not None
+        self.teacher.load_state_dict(self.original.network.state_dict())
         self.optimizer.state.clear()
         torch.clear_autocast_cache()
         self.record |= dict.fromkeys(("rounds", "rows", "lost", "gained", "drift"), 0.0)

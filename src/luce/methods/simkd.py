@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..models.hooks import find
-from ..signals import LiveTeacher, Teacher
+from ..signals import Teacher
 from .base import Batch
 from .features import FeatureMethod
 
@@ -24,6 +24,7 @@ class SimKD(FeatureMethod):
     Example:
         >>> import torch
         >>> from luce import SimKDLoss, models
+        >>> from luce.signals import LiveTeacher
         >>> options = {"classes": 10, "input_shape": (1, 8, 8)}
         >>> teacher = LiveTeacher(models.build("cnn", widths=[8, 16, 32], **options))
         >>> student = models.build(
@@ -32,7 +33,7 @@ class SimKD(FeatureMethod):
         >>> method = SimKD(None, {"simkd": (1.0, SimKDLoss(), ["neck"], ["neck"])})
         >>> batch = {"input": torch.rand(4, 1, 8, 8), "target": torch.arange(4)}
         >>> method.build(student, teacher, batch, batch)
-        >>> torch.equal(student.head.weight, teacher.model.head.weight)
+        >>> torch.equal(student.head.weight, teacher.network.head.weight)
         True
 
     References:
@@ -41,8 +42,9 @@ class SimKD(FeatureMethod):
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
         super().build(student, teacher, sample, rows)
-        assert isinstance(teacher, LiveTeacher)  # no other has features
-        ours, theirs = find(student, "head"), find(teacher.model, "head")
+        assert teacher is not None
+        assert teacher.network is not None  # no other has features
+        ours, theirs = find(student, "head"), find(teacher.network, "head")
         try:
             ours.load_state_dict(theirs.state_dict())
         except RuntimeError as error:

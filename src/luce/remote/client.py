@@ -51,6 +51,8 @@ class RemoteTeacher(BlackBox):
         RemoteError: If the server cannot be asked, or is not what is expected.
     """
 
+    repeats_are_free = True
+
     def __init__(
         self,
         url: str,
@@ -67,7 +69,7 @@ class RemoteTeacher(BlackBox):
         token: str | None = None,
         floor: float | None = None,
     ) -> None:
-        self.url = checked_url(url)
+        self.url = self.address = checked_url(url)
         check_limits(budget, floor)
         if min(concurrency, batch_size) < 1 or retries < 0 or not 0 < timeout < math.inf:
             raise UserError(
@@ -89,6 +91,7 @@ class RemoteTeacher(BlackBox):
         self.answers, self.top_k = self.service.answers, self.service.top_k
         self.classes = self.service.classes
         self.batch_size = min(batch_size, self.service.max_batch or batch_size)
+        self.preferred_batch = self.batch_size * concurrency
         rounding = self.service.decimals
         self.floor = floor or (FLOOR if rounding is None else max(FLOOR, 0.5 * 10.0**-rounding))
         self.budget = budget
@@ -137,8 +140,8 @@ class RemoteTeacher(BlackBox):
             missing |= keys - self.known.find(keys).keys()
         return len(missing)
 
-    def told(self, inputs: Tensor) -> Tensor:
-        """The answers about these rows, ``(N, ...)``; see `luce.signals.blackbox.answer`.
+    def query(self, inputs: Tensor) -> Tensor:
+        """Return the answers to these rows, ``(N, ...)``; see `luce.signals.blackbox.answer`.
 
         Raises:
             BudgetError: If the rows that are not known exceed the budget; nothing has been asked then.

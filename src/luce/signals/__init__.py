@@ -1,4 +1,4 @@
-"""Teacher signals and where they come from: live networks, cached answers, and black boxes."""
+"""Teacher signals and their sources: live networks, cached outputs, and black boxes."""
 
 from .blackbox import BlackBox, BudgetError, LocalBlackBox, answer, logits_from
 from .signal import DenseSignal, Kind, Signal

@@ -1,59 +1,58 @@
-"""Teachers that tell only part of what they know, and charge for it."""
+"""Teachers that reveal only part of their output, and may charge for each query."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, unknown_name
-from .signal import DenseSignal
+from .signal import DenseSignal, Kind
 from .teachers import Batch, Teacher
 
 AnswerKind: TypeAlias = Literal["probs", "topk", "label"]
-"""What a black box tells of a row: every class's probability, those of its best classes, or its best class.
+"""Form of an answer: all class probabilities, those of the best classes, or the best class.
 
-A row of such answers is a row of numbers: the C probabilities; the k best classes, then their
-probabilities; or the class alone.
+One answer is a row of numbers: the C probabilities; the k best classes, then their probabilities; or the
+class alone.
 """
 
 FLOOR = 1e-12
-"""Smallest probability that is told apart from 0: no class is put further below another than 27.6 nats."""
+"""Probabilities below it count as it, which bounds the log-probabilities at -27.6 nats."""
 
 GAP = 1000.0
-"""Nats between the class that a label names and all others: certain up to temperatures of ten and more."""
+"""Nats between the class that a label names and all others: certain at temperatures up to about 20."""
 
 
 class BudgetError(UserError):
-    """A teacher would have to be asked more often than it may be."""
+    """A plan that needs more queries than the teacher's budget allows."""
 
 
 def check_answers(answers: object, top_k: int | None, classes: int) -> None:
-    """Refuse a kind of answers that there is not, or a number of classes that does not go with it.
+    """Refuse an unknown kind of answers, or a `top_k` that does not fit it.
 
     Raises:
-        UserError: If there is anything to refuse.
+        UserError: On either.
     """
     if answers not in get_args(AnswerKind):
         raise unknown_name("kind of `answers`", answers, get_args(AnswerKind))
     if answers != "topk" and top_k is not None:
-        raise UserError(f"expected `top_k` with `answers: topk` alone, got {top_k!r} with {answers}")
+        raise UserError(f"expected `top_k` only with `answers: topk`, got {top_k!r} with {answers}")
     if answers == "topk" and not (type(top_k) is int and 1 <= top_k <= classes):
         raise UserError(f"expected `top_k` in 1 .. {classes} with `answers: topk`, got {top_k!r}")
 
 
 def answer(logits: Tensor, answers: AnswerKind, top_k: int | None = None) -> Tensor:
-    """What a network with these logits says where it tells only this.
+    """Reduce logits to the answer of a black box.
 
     Args:
         logits: ``(N, C)``.
         answers: See `AnswerKind`.
-        top_k: How many classes ``"topk"`` tells, best first.
+        top_k: Number of classes in an answer of kind ``"topk"``, best first.
     Returns:
         ``(N, C)`` probabilities; ``(N, 2 k)``, classes and then probabilities; or ``(N, 1)`` classes.
     Example:
@@ -70,23 +69,24 @@ def answer(logits: Tensor, answers: AnswerKind, top_k: int | None = None) -> Ten
     return torch.cat([best.indices.to(probs.dtype), best.values], dim=-1)
 
 
-def logits_from(told: Tensor, answers: AnswerKind, classes: int, *, floor: float = FLOOR) -> Tensor:
-    r"""The logits that stand for what a black box has told, with mean 0 in every row.
+def logits_from(answers: Tensor, kind: AnswerKind, classes: int, *, floor: float = FLOOR) -> Tensor:
+    r"""Convert the answers of a black box to logits with mean 0 in every row.
 
-    * Of probabilities, :math:`\log p_c - \frac1C \sum_i \log p_i`: the true logits but for their mean, which
+    * Probabilities become :math:`\log p_c - \frac1C \sum_i \log p_i`: the true logits up to their mean, which
       no softmax sees.
-    * Of the best classes likewise; what is left of the probability, at least `floor`, is spread evenly over
-      the others, none of which gets more than the last class that was told. ``PLDLoss(top_k=k)``
-      looks at what was told alone, but for the probability of a label that is not among it.
-    * Of a label, a teacher as good as certain of it: all other classes stand `GAP` nats below, so that KD is
-      the cross-entropy with the label, at any usual temperature, and nothing is infinite.
+    * Probabilities of the best classes likewise; the remaining probability, at least `floor`, is spread
+      evenly over the other classes, none of which gets more than the last class of the answer.
+      ``PLDLoss(top_k=k)`` uses only the classes of the answer, except for the probability of a label that is
+      not among them.
+    * A label becomes a teacher that is certain of it: all other classes are `GAP` nats below, so that KD
+      equals cross-entropy with the label at any usual temperature, and all logits are finite.
 
     Args:
-        told: See `answer`.
-        answers: See `AnswerKind`.
+        answers: See `answer`.
+        kind: Of the answers.
         classes: C, of the teacher.
-        floor: Probabilities that were told count as it if they are below; half of the last decimal where
-            they were rounded.
+        floor: Smaller probabilities in an answer count as it; half of the last decimal where the teacher
+            rounds.
     Returns:
         ``(N, C)``.
     Example:
@@ -94,83 +94,90 @@ def logits_from(told: Tensor, answers: AnswerKind, classes: int, *, floor: float
         >>> logits_from(answer(logits, "probs"), "probs", classes=4)
         tensor([[ 1.2500, -1.2500, -0.2500,  0.2500]])
     """
-    if answers == "label":
-        log_probs = told.new_full((len(told), classes), -GAP).scatter(1, told.long(), 0.0)
-    elif answers == "probs":
-        log_probs = told.clamp(min=floor).log()
+    if kind == "label":
+        log_probs = answers.new_full((len(answers), classes), -GAP).scatter(1, answers.long(), 0.0)
+    elif kind == "probs":
+        log_probs = answers.clamp(min=floor).log()
     else:
-        chosen, probs = told.chunk(2, dim=-1)
+        best, probs = answers.chunk(2, dim=-1)
         others = max(1, classes - probs.shape[-1])
         probs = probs.clamp(min=floor)
-        left = (1 - probs.sum(-1, keepdim=True)).clamp(min=floor) / others
-        each = torch.minimum(left, probs.amin(-1, keepdim=True)).clamp(min=min(floor, FLOOR))
-        log_probs = each.expand(-1, classes).scatter(1, chosen.long(), probs).log()
+        rest = (1 - probs.sum(-1, keepdim=True)).clamp(min=floor) / others
+        # Rounded answers may sum to less than 1; without the minimum an unnamed class could beat a named one.
+        each = torch.minimum(rest, probs.amin(-1, keepdim=True)).clamp(min=min(floor, FLOOR))
+        log_probs = each.expand(-1, classes).scatter(1, best.long(), probs).log()
     return log_probs - log_probs.mean(-1, keepdim=True)
 
 
 class BlackBox(Teacher):
-    """A teacher that answers questions and shows nothing else: no logits, no features, no gradient.
+    """A teacher that answers queries and reveals nothing else: no logits, no features, no gradient.
 
     Attributes:
-        answers: What it tells; see `AnswerKind`.
-        top_k: How many classes ``"topk"`` tells.
+        answers: Form of the answers; see `AnswerKind`.
+        top_k: Number of classes in an answer of kind ``"topk"``.
         classes: C.
-        queries: Rows that were really asked about, and paid for, on this account.
-        budget: How many there may be; None for any number.
+        queries: Rows that were queried and paid for on this account.
+        budget: Largest number of queries; None for no limit.
         floor: See `logits_from`.
+        repeats_are_free: Whether a row that was answered once is never paid for again.
+        address: Where the answers come from, for messages.
     """
 
     answers: AnswerKind
     top_k: int | None
     classes: int
     queries: int
-    budget: int | None
     floor: float
+    repeats_are_free: bool = False
+    address: str = "at hand"
 
     def signal(self, batch: Batch) -> DenseSignal:
-        """What stands for the answers about the rows of a batch; see `logits_from`.
+        """Query the rows of a batch and convert the answers to logits; see `logits_from`.
 
         Raises:
-            BudgetError: If this would exceed the budget; nothing has been asked then.
+            BudgetError: If this would exceed the budget; no row has been queried then.
         """
         inputs = batch["input"]
-        logits = logits_from(self.told(inputs), self.answers, self.classes, floor=self.floor)
+        logits = logits_from(self.query(inputs), self.answers, self.classes, floor=self.floor)
         return DenseSignal(logits.to(inputs.device), kind=self.answers)
 
     @abstractmethod
-    def told(self, inputs: Tensor) -> Tensor:
-        """The answers themselves, ``(N, ...)``; see `answer`."""
+    def query(self, inputs: Tensor) -> Tensor:
+        """Return the unconverted answers, ``(N, ...)``; see `answer`."""
 
     @abstractmethod
     def account(self, name: str) -> BlackBox:
-        """The same teacher for somebody else, whose queries are counted by themselves."""
+        """The same teacher with a query count of its own."""
 
     @abstractmethod
     def price(self, batches: Iterable[Batch]) -> int:
-        """Rows that would have to be paid for to learn the answers about these batches; nobody is asked."""
+        """Count the rows that querying these batches would cost, without querying any."""
+
+    @property
+    def kind(self) -> Kind:
+        return self.answers
+
+    @property
+    def description(self) -> str:
+        return (
+            f"a black box that answers with {self.answers} only; leave out `teacher.answers` or `teacher.url`"
+        )
 
     @property
     def cost(self) -> dict[str, Any]:
-        """What asking has cost on this account, for a report."""
         return {"answers": self.answers, "top_k": self.top_k, "queries": self.queries, "budget": self.budget}
 
     def check_budget(self, rows: int) -> None:
-        """Refuse to ask about so many rows more.
+        """Refuse to query this number of further rows.
 
         Raises:
             BudgetError: If the budget does not allow it.
         """
         if self.budget is not None and self.queries + rows > self.budget:
             raise BudgetError(
-                f"expected at most {self.budget} rows to ask the teacher about, its `budget`, got {rows} "
-                f"more after {self.queries}; raise `teacher.budget`, or ask about fewer"
+                f"expected at most {self.budget} rows to query the teacher for, its `budget`, got {rows} "
+                f"more after {self.queries}; raise `teacher.budget`, or query fewer rows"
             )
-
-    def record_features(self, paths: Iterable[str]) -> AbstractContextManager[None]:
-        raise UserError(
-            f"expected a teacher whose inside can be looked at, for a loss on features, got a black box that "
-            f"tells {self.answers} alone; leave out `teacher.answers` or `teacher.url`"
-        )
 
 
 def check_limits(budget: int | None, floor: float | None) -> None:
@@ -181,17 +188,17 @@ def check_limits(budget: int | None, floor: float | None) -> None:
 
 
 class LocalBlackBox(BlackBox):
-    """A network at hand that answers as if it were a black box, for studies and tests.
+    """A network in this process that answers like a black box, for studies and tests.
 
     Args:
-        model: From inputs to logits ``(N, C)``. Put into evaluation mode, where it stays.
-        answers: What it tells; see `AnswerKind`.
+        model: From inputs to logits ``(N, C)``. Set to evaluation mode for good.
+        answers: Form of the answers; see `AnswerKind`.
         classes: C.
-        top_k: How many classes ``"topk"`` tells.
-        budget: Rows that it answers in all; None for any number. A row that comes again counts again.
+        top_k: Number of classes in an answer of kind ``"topk"``.
+        budget: Rows that it answers in total; None for no limit. A repeated row counts again.
         floor: See `logits_from`.
     Raises:
-        UserError: On an option that makes no sense.
+        UserError: On an option out of range.
     Example:
         >>> teacher = LocalBlackBox(nn.Identity(), answers="label", classes=3, budget=2)
         >>> teacher.signal({"input": torch.tensor([[0.0, 2.0, 1.0]])}).logits.softmax(-1)
@@ -228,10 +235,10 @@ class LocalBlackBox(BlackBox):
         return sum(len(batch["input"]) for batch in batches)
 
     @torch.no_grad()
-    def told(self, inputs: Tensor) -> Tensor:
+    def query(self, inputs: Tensor) -> Tensor:
         self.check_budget(len(inputs))
         logits: Tensor = self.model(inputs)
         if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
+            logits = logits.float()  # 16-bit probabilities of many classes would not sum to 1
         self.queries += len(inputs)
         return answer(logits, self.answers, self.top_k)

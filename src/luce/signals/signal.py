@@ -1,4 +1,4 @@
-"""What a teacher said about a batch."""
+"""A teacher's answer to a batch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 Kind: TypeAlias = Literal["logits", "probs", "topk", "label"]
-"""What a teacher tells: logits, every class's probability, those of its best classes, or its best class."""
+"""Form of a teacher's answer: logits, all probabilities, those of the best classes, or the best class."""
 
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """What a network said, without gradient.
+    """Logits of every class, and features where they are recorded; none of them carries a gradient.
 
     Attributes:
-        logits: Of every class, ``(N, C)``, about the batch's ``input``.
-        features: By path, of the modules that are watched; see `luce.signals.Teacher.record_features`.
-        strong: What the teacher said about the batch's ``strong`` view; None if there is none.
-        kind: What the teacher really told; unless ``"logits"``, the logits stand for that; see
-            `luce.signals.BlackBox`.
+        logits: For the batch's ``input``, ``(N, C)``.
+        features: Recorded features by module path; see `luce.signals.Teacher.record_features`.
+        strong: Answer to the batch's ``strong`` view; None without one.
+        kind: Form of the answer before it was converted to logits; see `luce.signals.BlackBox`.
     """
 
     logits: Tensor
@@ -31,4 +30,4 @@ class DenseSignal:
 
 
 Signal: TypeAlias = DenseSignal
-"""Any answer a method may get; what was told of it is in its ``kind``."""
+"""Any answer that a method may receive."""

@@ -1,10 +1,11 @@
-"""Where a teacher's signals come from."""
+"""Teachers: sources of signals for training batches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,49 +15,90 @@ from ..models.hooks import Features
 from ..models.substitute import forward_with
 from .signal import DenseSignal, Kind, Signal
 
+if TYPE_CHECKING:
+    from .blackbox import BlackBox
+
 Batch = Mapping[str, Tensor]
 
 
 class Teacher(ABC):
-    """Answers a batch with a signal. It is no module: nothing trains, saves or wraps it."""
+    """Answers a batch with a signal. It is no module: nothing trains, saves or wraps it.
+
+    The attributes tell a method or a training loop what a teacher can do, so that neither depends on its
+    class.
+
+    Attributes:
+        network: The network that answers, for methods that train a copy of it or reuse a part; None where
+            only answers are available.
+        answers_new_inputs: Whether it answers inputs that are no row of the data, such as a second view or a
+            generated image.
+        preferred_batch: Number of rows that it answers most efficiently in one call.
+        budget: Largest number of rows that may be queried; None for no limit.
+    """
+
+    network: nn.Module | None = None
+    answers_new_inputs: bool = True
+    preferred_batch: int = 256
+    budget: int | None = None
 
     @abstractmethod
     def signal(self, batch: Batch) -> Signal:
-        """What the teacher says about the rows of a batch."""
+        """Return the teacher's answer to the rows of a batch."""
 
     @abstractmethod
     def to(self, device: torch.device) -> None:
-        """Work on this device from now on."""
+        """Compute on this device from now on."""
+
+    @property
+    def kind(self) -> Kind:
+        """Form of the answers; see `luce.signals.DenseSignal`."""
+        return "logits"
+
+    @property
+    def description(self) -> str:
+        """The kind of teacher and the setting that changes it, to end an error message with."""
+        return "one that gives logits only"
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Queries and their cost so far, for a report; empty for a teacher that answers free of charge."""
+        return {}
+
+    def account(self, name: str) -> BlackBox | None:
+        """The same teacher with a query count of its own; None for one that answers free of charge."""
+        return None
 
     def record_features(self, paths: Iterable[str]) -> AbstractContextManager[None]:
-        """In this ``with`` block signals bring the features at these paths; see `luce.models.hooks`.
+        """Add the features at these paths to all signals of a ``with`` block; see `luce.models.hooks`.
 
         Raises:
-            UserError: If this teacher has none to give, or no such module.
+            UserError: If this teacher has no features, or no such module.
         """
         raise UserError(
-            "expected a teacher that is asked anew for every batch, for a loss on features, which nobody "
-            "remembers; set `teacher.cache_outputs: false`"
+            f"expected a teacher whose features can be recorded, for a loss on features, got "
+            f"{self.description}"
         )
 
 
 class LiveTeacher(Teacher):
-    """A network asked anew for every batch, as the student sees it, augmentation included.
+    """A network that is evaluated on every batch as the student sees it, augmentation included.
 
     Args:
-        model: From inputs to logits. Put into evaluation mode, where it stays; nothing else of it changes.
+        network: From inputs to logits. Set to evaluation mode for good; nothing else of it changes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval()
+    network: nn.Module
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.eval()
         self._features: Features | None = None
 
     def to(self, device: torch.device) -> None:
-        self.model.to(device)
+        self.network.to(device)
 
     @contextmanager
     def record_features(self, paths: Iterable[str]) -> Iterator[None]:
-        with Features(self.model, paths) as self._features:
+        with Features(self.network, paths) as self._features:
             try:
                 yield
             finally:
@@ -71,18 +113,18 @@ class LiveTeacher(Teacher):
         return DenseSignal(logits, features)
 
     def _answer(self, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.model(inputs)
+        logits: Tensor = self.network(inputs)
         return logits
 
 
 class LearningTeacher(LiveTeacher):
-    """A network that is itself being trained, asked in the mode in which it is.
+    """A network that is being trained itself, evaluated in its current mode.
 
-    In training mode it normalises by the statistics of the batch and drops units out, as when it learns, but
-    what it counts (the running statistics of batch normalisation, any buffer) stays as it was.
+    In training mode it normalises with the batch's statistics and applies dropout, as it does when it learns,
+    but its buffers (such as the running statistics of batch normalisation) stay unchanged.
 
     Args:
-        model: From inputs to logits. Unchanged, its mode too.
+        network: From inputs to logits. Left unchanged, its mode included.
     Example:
         >>> norm = nn.BatchNorm1d(2)
         >>> rows = {"input": torch.tensor([[1.0, 5.0], [3.0, 9.0]])}
@@ -93,45 +135,53 @@ class LearningTeacher(LiveTeacher):
         tensor([0., 0.])
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
         self._features = None
 
     def _answer(self, inputs: Tensor) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return forward_with(self.model, buffers, inputs)
+        buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        return forward_with(self.network, buffers, inputs)
 
 
 class CachedTeacher(Teacher):
-    """Logits computed once for a whole source and found again by the ``index`` of each row.
+    """Logits computed once for every row of a source and looked up by the ``index`` of each row.
 
-    Right only where a row always looks the same: without augmentation.
+    Correct only where a row always looks the same: without augmentation.
 
     Args:
-        logits: ``(rows of the source, C)``; NaN in rows nobody asked about.
-        kind: What they stand for.
+        logits: ``(rows of the source, C)``; NaN in rows that were not queried.
+        kind: Form of the answers that the logits were made from.
     """
+
+    answers_new_inputs = False
+    kind: Kind = "logits"
 
     def __init__(self, logits: Tensor, kind: Kind = "logits") -> None:
         self.logits, self.kind = logits, kind
 
-    def to(self, device: torch.device) -> None:
-        """The answers stay where they are: they may not fit elsewhere, and a batch of them moves quickly."""
-
     @classmethod
     def of(cls, teacher: Teacher, batches: Iterable[Batch], rows: int) -> CachedTeacher:
-        """Ask a teacher about all batches of a source that has so many rows."""
+        """Query a teacher for all batches of a source with this number of rows."""
         logits: Tensor | None = None
         kind: Kind = "logits"
         for batch in batches:
             signal = teacher.signal(batch)
-            answer, kind = signal.logits, signal.kind
+            kind = signal.kind
             if logits is None:
-                logits = torch.full((rows, answer.shape[-1]), torch.nan, dtype=answer.dtype)
-            logits[batch["index"].cpu()] = answer.cpu()
+                shape = (rows, signal.logits.shape[-1])
+                logits = torch.full(shape, torch.nan, dtype=signal.logits.dtype)
+            logits[batch["index"].cpu()] = signal.logits.cpu()
         if logits is None:
-            raise UserError("expected at least one batch to ask the teacher about, got none")
+            raise UserError("expected at least one batch to query the teacher for, got none")
         return cls(logits, kind)
+
+    @property
+    def description(self) -> str:
+        return "one with cached outputs; set `teacher.cache_outputs: false`"
+
+    def to(self, device: torch.device) -> None:
+        """Leave the logits where they are: all may not fit on the device, and one batch moves quickly."""
 
     def signal(self, batch: Batch) -> DenseSignal:
         index = batch["index"]

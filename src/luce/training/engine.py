@@ -23,7 +23,7 @@ from ..data import Examples
 from ..errors import UserError, import_optional, unknown_name
 from ..methods import Method
 from ..models import Classifier
-from ..signals import CachedTeacher, Teacher
+from ..signals import Teacher
 from . import checkpoint, metrics
 from .processes import processes
 from .progress import Bar
@@ -98,10 +98,8 @@ def fit(
     """
     if method.two_views != (strong_augment is not None):
         raise UserError("expected `strong_augment` for a method of two views, and for no other")
-    if method.two_views and method.needs_teacher and isinstance(teacher, CachedTeacher):
-        raise UserError(
-            "expected a teacher that can be asked about a second view, got one that remembers its answers"
-        )
+    if method.two_views and method.needs_teacher and teacher and not teacher.answers_new_inputs:
+        raise UserError(f"expected a teacher that answers a second view, got {teacher.description}")
     if options.trackers and folder is None:
         raise UserError("expected a folder to track the training in, got none; give one or no `trackers`")
     check_own_steps(method, options)

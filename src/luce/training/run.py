@@ -22,24 +22,10 @@ from .. import checks, data, files, models
 from ..config import parse
 from ..data import Data, Examples
 from ..errors import UserError
-from ..methods import (
-    FeatureMethod,
-    LogitMethod,
-    MetaDistil,
-    Method,
-    MutualLearning,
-    Samples,
-    TwoViewMethod,
-)
+from ..methods import Method, MutualLearning, Samples, TwoViewMethod
 from ..models.loaders import fresh_weights_expected
 from ..models.text import check_tokens
-from ..remote import RemoteTeacher
-from ..signals import (
-    BlackBox,
-    CachedTeacher,
-    LiveTeacher,
-    Teacher,
-)
+from ..signals import LiveTeacher, Teacher
 from . import checkpoint, metrics
 from .engine import Fit, build, check_own_steps, divide, fit, new_accelerator
 from .environment import environment
@@ -49,6 +35,7 @@ from .rows import TrainingBatches
 from .session import checked_step, make_optimizer, refusals, signal_of
 from .teachers import (
     EVALUATION_BATCH,
+    CacheStandIn,
     LoadedTeacher,
     accuracy,
     announce,
@@ -235,19 +222,21 @@ def with_budget_account(materials: RunInputs, recipe: Recipe, method: Method, fo
         BudgetError: If a method that asks about the training rows would ask about too many.
     """
     teacher = materials.teacher
-    if teacher is None or not isinstance(teacher.train, BlackBox):
+    box = None if teacher is None else teacher.train.account(str(folder.resolve()))
+    if teacher is None or box is None:
         return materials
-    box = teacher.train.account(str(folder.resolve()))
-    if isinstance(box, RemoteTeacher) and isinstance(method, LogitMethod) and method.needs_teacher:
+    if box.repeats_are_free and method.needs_teacher:
         rows, options = materials.train, recipe.data
         rows = rows if method.uses_unlabelled else rows.labelled
-        if rows.random or options.augment != "none":
+        if rows.random or options.augment != "none" or method.two_views:
+            views = "two views of " if method.two_views else ""
             announce(
-                box, f"up to {len(rows)} rows x {recipe.training.epochs} epochs, as they change each time"
+                box,
+                f"up to {views}{len(rows)} rows x {recipe.training.epochs} epochs, which change each time",
             )
         else:
             price = box.price(in_order(rows))
-            announce(box, f"{price} rows to ask about in training ({len(rows) - price} need no question)")
+            announce(box, f"{price} rows to query in training ({len(rows) - price} are cached)")
             box.check_budget(price)
     return dataclasses.replace(materials, teacher=dataclasses.replace(teacher, train=box))
 
@@ -314,14 +303,14 @@ def dry_run(recipe: Recipe, materials: RunInputs) -> None:
                 teacher = LiveTeacher(network)
                 if options.answers is not None:
                     teacher = local_box(network, options, classes)
-            if options.cache_outputs and isinstance(method, (FeatureMethod, MetaDistil)):
-                teacher = CachedTeacher(torch.empty(0))
+            if options.cache_outputs:
+                teacher = CacheStandIn(teacher)
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)
     train, quiz = divide(method, materials.train, recipe.training.seed)
     row = build(method, student, teacher, train, cpu, seed=0)
-    if isinstance(teacher, BlackBox):
-        teacher.budget = None  # a rehearsal costs nothing
+    if teacher is not None:
+        teacher.budget = None  # a dry run pays for no query
     if method.two_views:
         row = {**row, "strong": row["input"]}
     asked = [row] * method.quiz_batches if quiz is not None else []

@@ -17,8 +17,9 @@ from .. import data
 from ..data import Data, Examples
 from ..errors import UserError
 from ..remote import RemoteTeacher
-from ..signals import BlackBox, CachedTeacher, LocalBlackBox, Teacher
+from ..signals import BlackBox, CachedTeacher, Kind, LocalBlackBox, Signal, Teacher
 from ..signals.blackbox import FLOOR
+from ..signals.teachers import Batch
 from . import metrics
 from .processes import processes
 from .recipe import DataOptions, TeacherOptions
@@ -46,7 +47,7 @@ class LoadedTeacher:
     @property
     def described(self) -> dict[str, Any]:
         """The description, with what a black box has cost by now."""
-        return self.description | (self.train.cost if isinstance(self.train, BlackBox) else {})
+        return self.description | self.train.cost
 
 
 def local_box(network: nn.Module, options: TeacherOptions, classes: int) -> LocalBlackBox:
@@ -107,7 +108,7 @@ def load_remote_teacher(
     if fixed:
         price = box.price(batch for rows in fixed for batch in in_order(rows))
         known = sum(map(len, fixed)) - price
-        announce(box, f"{price} rows to ask about now ({known} rows need no question)")
+        announce(box, f"{price} rows to query now ({known} are cached)")
         box.check_budget(price)
     size = box.batch_size * box.concurrency * REQUESTS_EACH
     with processes().main_process_first():  # the others find the answers in the cache
@@ -142,11 +143,11 @@ def check_service(box: RemoteTeacher, loaded: Data) -> None:
         )
 
 
-def announce(box: RemoteTeacher, what: str) -> None:
-    """Say what is about to be spent."""
+def announce(box: BlackBox, plan: str) -> None:
+    """Print the queries that are about to be made and the budget that is left."""
     if processes().is_main_process:
         limit = "no budget" if box.budget is None else f"budget {box.budget}, {box.queries} of it used"
-        print(f"teacher {box.url} tells {box.answers}: {what}; {limit}", file=sys.stderr)
+        print(f"teacher {box.address} answers with {box.answers}: {plan}; {limit}", file=sys.stderr)
 
 
 def _token(options: TeacherOptions) -> str | None:
@@ -177,6 +178,29 @@ def stand_in(options: TeacherOptions, classes: int) -> LocalBlackBox:
         top_k=options.top_k,
         budget=options.budget,
     )
+
+
+class CacheStandIn(Teacher):
+    """Answers like another teacher, with the limits of a `CachedTeacher`; for a dry run without a cache."""
+
+    answers_new_inputs = False
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    @property
+    def kind(self) -> Kind:
+        return self.teacher.kind
+
+    @property
+    def description(self) -> str:
+        return CachedTeacher(torch.empty(0)).description
+
+    def to(self, device: torch.device) -> None:
+        self.teacher.to(device)
+
+    def signal(self, batch: Batch) -> Signal:
+        return self.teacher.signal(batch)
 
 
 class _Silent(nn.Module):
