@@ -1,4 +1,4 @@
-"""Pictures of what a teacher was asked, and accuracy against how much of it."""
+"""Generated images with the teacher's answers, and accuracy against queries."""
 
 from __future__ import annotations
 

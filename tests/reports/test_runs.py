@@ -119,7 +119,7 @@ def test_unfinished_runs_and_holes_in_the_grid_are_missing_not_fatal(tmp_path, w
 def test_a_comparison_without_any_finished_run_is_refused(tmp_path, write_comparison):
     folder = write_comparison(tmp_path, {"few": {"cross-entropy": [0.7]}})
     (folder / "few" / "cross-entropy" / "seed-0" / "result.json").unlink()
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="expected a finished run"):
         read_comparison(folder)
 
 

@@ -29,7 +29,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
 @pytest.mark.parametrize("name", ["collect.py", "temperature.py"])
 def test_a_comparison_without_a_finished_run(name: str, script, write_comparison, tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "none", {"all": {}}, methods=["cross-entropy"], seeds=[0])
-    assert script(name, folder, tmp_path / "out").startswith(f"no finished run under {folder}: ")
+    assert script(name, folder, tmp_path / "out").startswith(f"expected a finished run under {folder}, ")
     assert script(name, tmp_path / "nowhere", tmp_path / "out").startswith("cannot read ")
     assert not (tmp_path / "out").exists()
 

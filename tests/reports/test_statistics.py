@@ -132,7 +132,7 @@ def test_verdict_says_when_pld_is_worse(tmp_path, write_comparison):
 def test_verdict_when_the_baseline_is_best(tmp_path, write_comparison):
     methods = {"cross-entropy": [0.9, 0.91, 0.92], "PLD": [0.8, 0.82, 0.81]}
     text = sentences(tmp_path, write_comparison, methods)
-    assert "no method passed cross-entropy, which reached 91.0%" in text
+    assert "no method exceeded cross-entropy, which reached 91.0%" in text
     assert "PLD reached 81.0%; against cross-entropy, −10.0 points" in text
 
 
@@ -167,7 +167,7 @@ def test_verdict_with_equal_gains_in_every_seed(tmp_path, write_comparison):
 
 def test_verdict_without_pld(tmp_path, write_comparison):
     text = sentences(tmp_path, write_comparison, {"cross-entropy": [0.9, 0.9], "KD": [0.8, 0.82]})
-    assert "no method passed cross-entropy" in text
+    assert "no method exceeded cross-entropy" in text
     assert "KD reached 81.0%, no difference beyond noise: −9.0 points" in text
     assert "PLD" not in text
 

@@ -1,6 +1,6 @@
-"""The plots of a report, one panel each, so that a page can set them side by side or one below the other.
+"""The plots of a report, one per panel.
 
-Matplotlib draws without a backend or global state, and is imported when the first plot is.
+Matplotlib draws without a backend or global state, and is imported with the first plot.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Curve(NamedTuple):
 
 
 def accuracy_curves(source: Run | Comparison) -> list[Plot]:
-    """Validation accuracy over epochs, mean and band over seeds; a panel for each setting."""
+    """Plot validation accuracy over epochs, mean and band over seeds; a panel for each setting."""
     plots = []
     for index, (setting, methods) in enumerate(panels(source).items()):
         curves = {method: curve for method, runs in methods.items() if len((curve := _curve(runs)).epochs)}
@@ -65,7 +65,7 @@ def accuracy_curves(source: Run | Comparison) -> list[Plot]:
 
 
 def loss_curves(run: Run) -> list[Plot]:
-    """The terms of the training loss and the validation loss over epochs."""
+    """Plot the terms of the training loss and the validation loss over epochs."""
     names = dict.fromkeys(name for epoch in run.epochs for name in epoch.train)
     lines = {f"train {name}": [epoch.train.get(name, np.nan) for epoch in run.epochs] for name in names}
     lines["validation"] = [epoch.validation.get("loss", np.nan) for epoch in run.epochs]
@@ -79,12 +79,12 @@ def loss_curves(run: Run) -> list[Plot]:
 
 
 def differences(comparison: Comparison) -> list[Plot]:
-    """Paired differences to the baseline: each seed, the mean, its 95% interval; a panel per setting."""
+    """Plot paired differences to the baseline: seeds, mean and 95% interval; a panel per setting."""
     plots = []
-    for index, found in enumerate(summarise(comparison).settings):
+    for index, summary in enumerate(summarise(comparison).settings):
         shown = [
             difference
-            for (_, reference), difference in found.differences.items()
+            for (_, reference), difference in summary.differences.items()
             if reference == comparison.baseline and difference.each
         ]
         if not shown:
@@ -93,17 +93,17 @@ def differences(comparison: Comparison) -> list[Plot]:
         alt = f"Test accuracy over {comparison.baseline}: {points}."
         paint = partial(_paint_differences, shown=shown, palette=colours(comparison))
         size = (WIDE, 0.8 + 0.42 * len(shown))
-        plots.append(draw(f"differences-{index}", found.setting.label, alt, size, paint))
+        plots.append(draw(f"differences-{index}", summary.setting.label, alt, size, paint))
     return plots
 
 
 def fidelity(comparison: Comparison) -> list[Plot]:
-    """How far each student is from its teacher: disagreement and KL; a panel per setting."""
+    """Plot disagreement with the teacher and KL divergence from it; a panel per setting."""
     plots = []
-    for index, found in enumerate(summarise(comparison).settings):
+    for index, summary in enumerate(summarise(comparison).settings):
         shown = {
             method: (spreads["agreement"], spreads["kl"])
-            for method, spreads in found.spreads.items()
+            for method, spreads in summary.spreads.items()
             if "agreement" in spreads and "kl" in spreads and np.isfinite(spreads["kl"].mean)
         }
         if not shown:
@@ -112,14 +112,14 @@ def fidelity(comparison: Comparison) -> list[Plot]:
         alt = f"Agreement with the teacher, and KL from it: {values}."
         paint = partial(_paint_fidelity, shown=shown, palette=colours(comparison))
         size = (WIDE, 0.8 + 0.36 * len(shown))
-        plots.append(draw(f"fidelity-{index}", found.setting.label, alt, size, paint))
+        plots.append(draw(f"fidelity-{index}", summary.setting.label, alt, size, paint))
     return plots
 
 
 def reliability(source: Run | Comparison) -> dict[str, list[Plot]]:
-    """Accuracy against confidence at the last epoch, pooled over seeds; by setting, a panel per method."""
+    """Plot accuracy against confidence at the last epoch, pooled over seeds; a panel per method."""
     palette = colours(source)
-    found: dict[str, list[Plot]] = {}
+    by_setting: dict[str, list[Plot]] = {}
     for index, (setting, methods) in enumerate(panels(source).items()):
         for rank, (method, runs) in enumerate(methods.items()):
             bins = pool([bar for run in runs for bar in run.last.test.reliability])
@@ -132,50 +132,50 @@ def reliability(source: Run | Comparison) -> dict[str, list[Plot]]:
                 (2.3, 2.2),
                 partial(paint_reliability, bins=bins, colour=palette[method]),
             )
-            found.setdefault(setting.label, []).append(plot)
-    return found
+            by_setting.setdefault(setting.label, []).append(plot)
+    return by_setting
 
 
 def queries(comparison: Comparison) -> list[Plot]:
-    """Test accuracy against what the teacher was asked; a panel per setting where somebody asked differently.
+    """Plot test accuracy against queries of the teacher; a panel per setting in which they differ.
 
-    Methods whose names differ by this number at the end, such as ``KD, 500`` and ``KD, 2000``, are one line.
+    Methods whose names differ only in the number of queries at the end, such as ``KD, 500`` and ``KD, 2000``,
+    form one line.
     """
     plots = []
     for index, (setting, methods) in enumerate(panels(comparison).items()):
         lines: dict[str, dict[float, Spread]] = {}
         for method, runs in methods.items():
-            asked = {run.prepared.get("queries") for run in runs}
-            if len(asked) == 1 and (number_asked := asked.pop()):
-                found = spread([run.last.test.accuracy for run in runs])
-                line = re.sub(rf"\W*(?<!\d){number_asked:.0f}$", "", method) or method
-                lines.setdefault(line, {})[number_asked] = found
+            counts = {run.prepared.get("queries") for run in runs}
+            if len(counts) == 1 and (count := counts.pop()):
+                line = re.sub(rf"\W*(?<!\d){count:.0f}$", "", method) or method
+                lines.setdefault(line, {})[count] = spread([run.last.test.accuracy for run in runs])
         if all(len(line) < 2 for line in lines.values()):
             continue
-        told = "; ".join(
+        values = "; ".join(
             f"{name}: " + ", ".join(f"{number(line[x].mean)}% at {x:,.0f}" for x in sorted(line))
             for name, line in lines.items()
         )
         teacher = comparison.teacher_accuracy(setting.name)
-        alt = f"Test accuracy against queries of the teacher. {told}."
+        alt = f"Test accuracy against queries of the teacher. {values}."
         paint = partial(_paint_queries, lines=lines, teacher=teacher)
         plots.append(draw(f"queries-{index}", setting.label, alt, (WIDE, 3.2), paint))
     return plots
 
 
 def samples(run: Run, columns: int = 12) -> list[Plot]:
-    """Images that the method has made, each under the teacher's answer."""
+    """Show images that the method generated, each under the teacher's answer."""
     if not run.samples:
         return []
     rows = math.ceil(len(run.samples) / columns)
-    seen = ", ".join(f"{sample.label} ({number(sample.confidence)}%)" for sample in run.samples)
-    alt = f"Images and what the teacher sees in them: {seen}."
+    answers = ", ".join(f"{sample.label} ({number(sample.confidence)}%)" for sample in run.samples)
+    alt = f"Generated images and the teacher's answers: {answers}."
     paint = partial(_paint_samples, samples=run.samples, rows=rows, columns=columns)
     return [draw("samples", "", alt, (2 * WIDE, 0.95 * rows), paint)]
 
 
 def pool(bins: Sequence[Bin], cells: int = 10) -> list[Bin]:
-    """Join the bars of several seeds by confidence, each weighing as its examples; empty cells vanish.
+    """Merge the bars of several seeds by confidence, weighted by their examples; drop empty cells.
 
     Example:
         >>> pool([Bin(0.75, 0.5, 1), Bin(0.75, 1.0, 3)])
@@ -202,8 +202,8 @@ def _curve(runs: Sequence[Run]) -> Curve:
                 values.setdefault(epoch.number, []).append(100 * epoch.validation["accuracy"])
     epochs = sorted(values)
     spreads = [spread(values[epoch]) for epoch in epochs]
-    mean = np.array([found.mean for found in spreads])
-    return Curve(np.array(epochs), mean, np.array([found.deviation or 0.0 for found in spreads]))
+    mean = np.array([each.mean for each in spreads])
+    return Curve(np.array(epochs), mean, np.array([each.deviation or 0.0 for each in spreads]))
 
 
 def _interval(difference: Difference) -> str:
@@ -223,7 +223,7 @@ def _paint_curves(
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.14, linewidth=0)
         axes.plot(epochs, mean, color=colour, linewidth=2.2 if method == FOCUS else 1.5)
         names.append((method, mean[-1], colour))
-    # The first quarter of training would press everything that matters against the top.
+    # Including the first quarter of training would squeeze the later differences against the top.
     heights = np.concatenate([curve.mean[len(curve.mean) // 4 :] for curve in curves.values()])
     if teacher is not None:
         axes.axhline(100 * teacher, color=INK, linewidth=1, linestyle=DASHED)
@@ -243,11 +243,11 @@ def _paint_queries(
     names = []
     for index, (name, line) in enumerate(lines.items()):
         colour = palette[index % len(palette)]
-        asked = sorted(line)
-        mean = np.array([100 * line[x].mean for x in asked])
-        deviation = np.array([100 * (line[x].deviation or 0.0) for x in asked])
-        axes.fill_between(asked, mean - deviation, mean + deviation, color=colour, alpha=0.14, linewidth=0)
-        axes.plot(asked, mean, color=colour, linewidth=1.6, marker="o", markersize=3.5)
+        counts = sorted(line)
+        mean = np.array([100 * line[x].mean for x in counts])
+        deviation = np.array([100 * (line[x].deviation or 0.0) for x in counts])
+        axes.fill_between(counts, mean - deviation, mean + deviation, color=colour, alpha=0.14, linewidth=0)
+        axes.plot(counts, mean, color=colour, linewidth=1.6, marker="o", markersize=3.5)
         names.append((name, mean[-1], colour))
     if teacher is not None:
         axes.axhline(100 * teacher, color=INK, linewidth=1, linestyle=DASHED)
@@ -266,7 +266,7 @@ def _paint_samples(figure: Figure, *, samples: Sequence[Sample], rows: int, colu
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, sample in zip(grid.flat, samples, strict=False):
-        # As a colour image, or the mean of channels that are no colours.
+        # Three channels are colours; any other number is shown as its mean in grey.
         pixels = sample.pixels if len(sample.pixels) == 3 else sample.pixels.mean(0, keepdims=True)
         image = np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0).astype(np.uint8)
         axes.imshow(image, interpolation="none")
@@ -295,7 +295,7 @@ def _paint_differences(figure: Figure, *, shown: Sequence[Difference], palette: 
         if difference.low is not None and difference.high is not None:
             ends = [100 * difference.low, 100 * difference.high]
             axes.plot(ends, [row, row], color=colour, linewidth=2)
-        # Filled where the claim stands, hollow where it does not.
+        # Filled: beyond noise; hollow: within noise.
         fill = colour if difference.beyond_noise else "white"
         axes.scatter(
             100 * difference.mean, row, s=44, facecolor=fill, edgecolor=colour, linewidths=1.6, zorder=3
@@ -330,7 +330,7 @@ def _bar(axes: Axes, row: int, mean: float, deviation: float, colour: str, text:
 
 
 def paint_reliability(figure: Figure, *, bins: Sequence[Bin], colour: str) -> None:
-    """Accuracy against confidence."""
+    """Draw accuracy against confidence."""
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle=DASHED)
     confidence = [100 * bar.confidence for bar in bins]

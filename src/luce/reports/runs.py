@@ -1,6 +1,6 @@
-"""Run folders and comparison folders, read once into plain values.
+"""Read run folders and comparison folders into plain values.
 
-Nothing else in this package opens a result file: the statistics, the tables and the plots all start here.
+Statistics, tables and plots start from these values; no other module of this package opens a result file.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Bin:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a student did on the test set.
+    """Test figures of a student.
 
     Rates are fractions in [0, 1], ``nll`` and ``kl`` are nats per example, Kendall's tau lies in [-1, 1].
-    From `agreement` on, figures compare with the teacher and are None without one.
+    From `agreement` on, figures compare the student with its teacher and are None without one.
     """
 
     accuracy: float
@@ -73,7 +73,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Moment:
-    """The student as it was after one epoch."""
+    """Validation and test figures of the student after one epoch."""
 
     epoch: int
     validation: Mapping[str, float]
@@ -82,9 +82,9 @@ class Moment:
 
 @dataclass(frozen=True)
 class Network:
-    """A model's name and size; ``accuracy`` on the test set where it is a teacher, as far as it is known.
+    """A model's name and size; for a teacher also its test accuracy if known.
 
-    A black box tells no number of parameters. `queries` is how many rows it was asked about.
+    ``parameters`` is None for a black box; ``queries`` is the number of rows sent to it.
     """
 
     model: str
@@ -95,7 +95,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image that a method has made, bytes ``(channels, height, width)``, and what the teacher saw."""
+    """An image that a method generated, bytes ``(channels, height, width)``, and the teacher's answer."""
 
     pixels: np.ndarray
     label: str
@@ -106,8 +106,8 @@ class Sample:
 class Run:
     """One finished training run.
 
-    ``prepared`` is what the method found out before it, ``co_trained`` the test accuracy, at the last epoch,
-    of networks that were trained along.
+    ``prepared`` holds figures that the method measured before training, ``co_trained`` the test accuracy at
+    the last epoch of networks trained together with the student.
     """
 
     folder: Path
@@ -136,7 +136,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The description where there is one, else the name."""
+        """The description if there is one, else the name."""
         return self.description or self.name
 
 
@@ -145,7 +145,7 @@ class Comparison:
     """Several methods under several settings, each with one run per seed.
 
     ``runs[setting][method]`` holds the finished runs in the order of their seeds, possibly none;
-    ``missing`` names the run folders that the full grid has and this folder lacks.
+    ``missing`` lists the run folders of the full grid that have no finished run.
     """
 
     folder: Path
@@ -161,11 +161,11 @@ class Comparison:
     missing: tuple[Path, ...]
 
     def finished(self) -> tuple[Run, ...]:
-        """Every finished student run."""
+        """Return every finished student run."""
         return tuple(run for methods in self.runs.values() for runs in methods.values() for run in runs)
 
     def teacher_accuracy(self, setting: str) -> float | None:
-        """The teacher's test accuracy as the students of a setting knew it, in [0, 1]."""
+        """Return the teacher's test accuracy as recorded by the students of a setting, in [0, 1]."""
         for runs in self.runs[setting].values():
             for run in runs:
                 if run.teacher is not None:
@@ -258,8 +258,8 @@ def read_comparison(folder: Path | str) -> Comparison:
     for setting, method in grid:
         places = [folder / setting / method / f"seed-{seed}" for seed in seeds]
         runs[setting][method] = tuple(read_run(place) for place in places if place not in missing)
-    if not any(found for cell in runs.values() for found in cell.values()):
-        raise UserError(f"no finished run under {folder}: run the comparison first, then report on it")
+    if not any(finished for cell in runs.values() for finished in cell.values()):
+        raise UserError(f"expected a finished run under {folder}, got none; run the comparison first")
 
     teacher = folder / "teacher"
     finished = (teacher / "result.json").exists()
@@ -310,15 +310,15 @@ def _moment(fields: Mapping[str, Any]) -> Moment:
 
 
 def _read_samples(path: Path) -> tuple[Sample, ...]:
-    """None where the method made no images."""
+    """Read the images that a method generated; empty if there are none."""
     if not path.exists():
         return ()
     content = _read_json(path)
     with _fields_of(path):
         pixels = np.frombuffer(base64.b64decode(content["pixels"]), dtype=np.uint8)
         images = pixels.reshape(content["shape"])
-        said = zip(images, content["classes"], content["confidence"], strict=True)
-        return tuple(Sample(*each) for each in said)
+        answers = zip(images, content["classes"], content["confidence"], strict=True)
+        return tuple(Sample(*each) for each in answers)
 
 
 def _read_epochs(path: Path) -> tuple[Epoch, ...]:
@@ -326,7 +326,7 @@ def _read_epochs(path: Path) -> tuple[Epoch, ...]:
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         with _fields_of(f"{path}, line {number}"):
             fields = json.loads(line)
-            # A resumed run writes the interrupted epochs again; the later line is the one that counts.
+            # A resumed run writes the interrupted epoch again; the later line replaces the earlier one.
             epochs[int(fields["epoch"])] = Epoch(
                 number=int(fields["epoch"]),
                 step=int(fields["step"]),
@@ -356,7 +356,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         return _mapping(yaml.safe_load(text))
     except (yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{path} is not a YAML mapping ({error}); write it again") from error
+        raise UserError(f"expected {path} to be a YAML mapping ({error}); correct it") from error
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -367,7 +367,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 @contextmanager
 def _fields_of(source: Path | str) -> Iterator[None]:
-    """Say which file it was when a field is missing or is not what it should be."""
+    """Name the file in the error when a field is missing or has a wrong type."""
     try:
         yield
     except UserError:
@@ -375,11 +375,11 @@ def _fields_of(source: Path | str) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{source} has no field {error}; run it again with this version of Luce") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{source} is not what Luce writes ({error}); restore it or run it again") from error
+        raise UserError(f"{source} is damaged ({error}); restore it or run it again") from error
 
 
 def panels(source: Run | Comparison) -> Mapping[Setting, Mapping[str, Sequence[Run]]]:
-    """The runs of either kind of folder by setting and method: a single run is a grid of one."""
+    """Return the runs by setting and method; a single run is a grid of one."""
     if isinstance(source, Run):
         return {Setting("", ""): {source.method: (source,)}}
     return {

@@ -1,11 +1,11 @@
-"""Means, spreads and paired differences over seeds, and what may be claimed from them.
+"""Means, spreads and paired differences over seeds, with intervals and corrected p-values.
 
-Two runs with the same seed share their start and the order of their data, so methods are compared seed by
-seed: the difference within a pair has far less noise than the difference of two means. Intervals are
+Two runs with the same seed share their initial weights and the order of their data, so methods are compared
+seed by seed: the difference within a pair has far less noise than the difference of two means. Intervals are
 Student's t at 95%, one comparison at a time. Claims are stricter: a difference is beyond noise if its
 p-value is below 0.05 after Holm's correction for all comparisons of its setting. These are each method
-against the baseline and PLD against each method, all that `verdict` could name, so that picking the best
-method after the fact does not make chance look like progress.
+against the baseline and PLD against each method. `verdict` can name any of them, so correcting for fewer
+would let it present the luckiest of several chance differences as progress.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .runs import Comparison, Run, Setting
 FOCUS = "PLD"
 LEVEL = 0.95
 METRICS = ("accuracy", "nll", "calibration_error", "agreement", "kl", "kendall_tau", "topk_overlap")
-# Rates differ by at least one test example in millions; a smaller spread is rounding.
+# Two different accuracies differ by at least 1e-6 (one of a million test rows); a smaller spread is rounding.
 ROUNDING = 1e-12
 
 At = Literal["last", "best"]
@@ -40,9 +40,9 @@ class Spread:
 class Difference:
     """Test accuracy of ``method`` minus that of ``reference``, paired by seed; fractions, not points.
 
-    ``low``, ``high`` (the 95% interval) are None below two pairs, ``mean`` is NaN without any. ``pvalue`` is
-    None where the t test has nothing to go by: below two pairs, or the same difference in every pair.
-    ``adjusted`` is Holm's.
+    ``low`` and ``high`` (the 95% interval) are None below two pairs; ``mean`` is NaN without a pair.
+    ``pvalue`` is None if the t test is undefined: below two pairs, or with the same difference in every pair.
+    ``adjusted`` is the p-value after Holm's correction.
     """
 
     method: str
@@ -56,7 +56,7 @@ class Difference:
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the adjusted p-value allows a claim."""
+        """Whether the adjusted p-value is below 0.05."""
         return self.adjusted is not None and self.adjusted < 1 - LEVEL
 
 
@@ -69,7 +69,7 @@ class SettingSummary:
     differences: Mapping[tuple[str, str], Difference]
 
     def accuracy(self, method: str) -> float:
-        """Mean test accuracy, in [0, 1]."""
+        """Return the mean test accuracy, in [0, 1]."""
         return self.spreads[method]["accuracy"].mean
 
 
@@ -83,7 +83,7 @@ class Summary:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation.
+    """Return mean, sample standard deviation and count.
 
     Example:
         >>> spread([1.0, 2.0, 3.0])
@@ -96,11 +96,11 @@ def spread(values: Sequence[float]) -> Spread:
 def paired_difference(
     method: str, values: Mapping[int, float], reference: str, reference_values: Mapping[int, float]
 ) -> Difference:
-    """The difference over the seeds that both have, with its 95% t interval and two-sided p-value.
+    """Return the difference over shared seeds, with its 95% t interval and two-sided p-value.
 
     Args:
-        method, reference: Their names.
-        values, reference_values: From seed to test accuracy, in [0, 1].
+        method, reference: Names of the two methods.
+        values, reference_values: Test accuracy, in [0, 1], by seed.
 
     Example:
         >>> paired_difference("PLD", {0: 0.5, 1: 0.75}, "KD", {0: 0.25, 1: 0.5}).mean
@@ -112,28 +112,29 @@ def paired_difference(
     if len(each) < 2:
         mean = each[0] if each else math.nan
         return Difference(method, reference, mean, None, None, None, None, each)
-    found = spread(each)
-    error = (found.deviation or 0.0) / math.sqrt(found.count)
+    pairs = spread(each)
+    error = (pairs.deviation or 0.0) / math.sqrt(pairs.count)
+    # Without spread the t statistic is 0/0 or infinite: equal results count as p = 1, others have no p-value.
     if error < ROUNDING:
-        pvalue = 1.0 if abs(found.mean) < ROUNDING else None
-        return Difference(method, reference, found.mean, found.mean, found.mean, pvalue, None, each)
-    student = stats.t(found.count - 1)
+        pvalue = 1.0 if abs(pairs.mean) < ROUNDING else None
+        return Difference(method, reference, pairs.mean, pairs.mean, pairs.mean, pvalue, None, each)
+    student = stats.t(pairs.count - 1)
     margin = float(student.ppf((1 + LEVEL) / 2)) * error
-    pvalue = 2 * float(student.sf(abs(found.mean) / error))
+    pvalue = 2 * float(student.sf(abs(pairs.mean) / error))
     return Difference(
-        method, reference, found.mean, found.mean - margin, found.mean + margin, pvalue, None, each
+        method, reference, pairs.mean, pairs.mean - margin, pairs.mean + margin, pvalue, None, each
     )
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, which hold the chance of any false claim among them.
+    """Return Holm's step-down adjusted p-values, which bound the chance of any false claim among them.
 
     Example:
         >>> holm([0.25, 0.125])
         [0.25, 0.25]
     """
     adjusted = [0.0] * len(pvalues)
-    largest = 0.0
+    largest = 0.0  # the running maximum keeps a larger p-value from ending below a smaller one
     for rank, index in enumerate(sorted(range(len(pvalues)), key=pvalues.__getitem__)):
         largest = max(largest, (len(pvalues) - rank) * pvalues[index])
         adjusted[index] = min(1.0, largest)
@@ -141,20 +142,20 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 
 
 def summarise(comparison: Comparison, at: At = "last") -> Summary:
-    """Every figure of a comparison.
+    """Return every figure of a comparison.
 
     Args:
-        comparison: As `read_comparison` gives it.
-        at: ``"last"``, which selects nothing, or ``"best"``, the epoch that the validation data chose.
+        comparison: From `read_comparison`.
+        at: ``"last"``, the last epoch, or ``"best"``, the epoch chosen on validation rows.
     """
     return Summary(at, comparison.baseline, tuple(_setting(comparison, s, at) for s in comparison.settings))
 
 
 def _setting(comparison: Comparison, setting: Setting, at: At) -> SettingSummary:
-    runs = {method: found for method, found in comparison.runs[setting.name].items() if found}
-    spreads = {method: _spreads(found, at) for method, found in runs.items()}
+    runs = {method: seeds for method, seeds in comparison.runs[setting.name].items() if seeds}
+    spreads = {method: _spreads(seeds, at) for method, seeds in runs.items()}
     accuracy = {
-        method: {run.seed: getattr(run, at).test.accuracy for run in found} for method, found in runs.items()
+        method: {run.seed: getattr(run, at).test.accuracy for run in seeds} for method, seeds in runs.items()
     }
     baseline = comparison.baseline
     pairs = [(method, baseline) for method in runs if method != baseline and baseline in runs]
@@ -174,61 +175,61 @@ def _setting(comparison: Comparison, setting: Setting, at: At) -> SettingSummary
 def _spreads(runs: Sequence[Run], at: At) -> dict[str, Spread]:
     tests = [getattr(run, at).test for run in runs]
     values = {name: [v for test in tests if (v := getattr(test, name)) is not None] for name in METRICS}
-    return {name: spread(found) for name, found in values.items() if found}
+    return {name: spread(numbers) for name, numbers in values.items() if numbers}
 
 
 def verdict(summary: Summary) -> dict[str, str]:
-    """From each setting's name to the answer in plain words.
+    """Return the result of each setting in sentences, by the setting's name.
 
-    It names the best method against the baseline, PLD against the baseline, and PLD against the best other
-    method, whichever way they fall. Percentages are means over all seeds of a method, differences over the
-    seeds that two methods share.
+    They compare the best method with the baseline, PLD with the baseline, and PLD with the best other method,
+    for better or worse. Percentages are means over all seeds of a method, differences are over the seeds that
+    two methods share.
     """
-    return {found.setting.name: _sentence(found, summary) for found in summary.settings}
+    return {setting.setting.name: _sentence(setting, summary) for setting in summary.settings}
 
 
-def _sentence(found: SettingSummary, summary: Summary) -> str:
-    setting, baseline = found.setting, summary.baseline
+def _sentence(result: SettingSummary, summary: Summary) -> str:
+    setting, baseline = result.setting, summary.baseline
     opening = f"With {setting.description}" if setting.description else f"In {setting.name}"
-    if not found.spreads:
+    if not result.spreads:
         return f"{opening}, no run has finished."
-    reached = {method: f"{100 * found.accuracy(method):.1f}%" for method in found.spreads}
-    ranking = sorted(found.spreads, key=found.accuracy, reverse=True)
+    reached = {method: f"{100 * result.accuracy(method):.1f}%" for method in result.spreads}
+    ranking = sorted(result.spreads, key=result.accuracy, reverse=True)
     what = f"test accuracy at the {summary.at} epoch"
     if baseline not in reached:
         return f"{opening}, {ranking[0]} reached {reached[ranking[0]]} {what}; {baseline} has not finished."
     if len(ranking) == 1:
         return f"{opening}, {baseline} reached {reached[baseline]} {what}; no other method has finished."
 
-    # On equal means the baseline counts as best: a tie is no gain.
-    best = baseline if found.accuracy(baseline) >= found.accuracy(ranking[0]) else ranking[0]
+    # On equal means the baseline counts as best: a tie is not a gain.
+    best = baseline if result.accuracy(baseline) >= result.accuracy(ranking[0]) else ranking[0]
     if best == baseline:
-        first = f"{opening}, no method passed {baseline}, which reached {reached[baseline]} {what}."
+        first = f"{opening}, no method exceeded {baseline}, which reached {reached[baseline]} {what}."
     else:
         first = (
             f"{opening}, {best} reached {reached[best]} {what} against {reached[baseline]} for {baseline}"
-            f"{_gain(found, best, baseline, after=True)}."
+            f"{_gain(result, best, baseline, after=True)}."
         )
     others = [method for method in ranking if method != FOCUS]
     if FOCUS not in reached or baseline == FOCUS:
         if best != baseline:
             return first
         runner_up = next(method for method in ranking if method != baseline)
-        gain = _gain(found, runner_up, baseline, after=True)
+        gain = _gain(result, runner_up, baseline, after=True)
         return f"{first} {runner_up} reached {reached[runner_up]}{gain}."
     if best == FOCUS:
         if others[0] == baseline:
             return first
-        gain = _gain(found, FOCUS, others[0])
+        gain = _gain(result, FOCUS, others[0])
         return f"{first} Against {others[0]}, the best other method with {reached[others[0]]}: {gain}."
     rivals = [baseline] if best == baseline else [baseline, best]
-    gains = "; ".join(f"against {rival}, {_gain(found, FOCUS, rival)}" for rival in rivals)
+    gains = "; ".join(f"against {rival}, {_gain(result, FOCUS, rival)}" for rival in rivals)
     return f"{first} {FOCUS} reached {reached[FOCUS]}; {gains}."
 
 
-def _gain(found: SettingSummary, method: str, reference: str, *, after: bool = False) -> str:
-    """One difference in words; ``after=True`` adds the comma or colon that joins it to a sentence."""
-    difference = found.differences[method, reference]
+def _gain(result: SettingSummary, method: str, reference: str, *, after: bool = False) -> str:
+    """Describe one difference; ``after=True`` adds the comma or colon that joins it to a sentence."""
+    difference = result.differences[method, reference]
     pairs = len(difference.each)
     points = f"{signed(difference.mean)} points"
     comma, colon = (", ", ": ") if after else ("", "")
@@ -241,14 +242,15 @@ def _gain(found: SettingSummary, method: str, reference: str, *, after: bool = F
     interval = f"(95% interval {number(difference.low)} to {number(difference.high)}, {pairs} seeds, paired)"
     if difference.beyond_noise:
         return f"{colon}{points} {interval}"
-    # The interval looks at one comparison, the claim at all of them: say so where the two part.
-    comparisons = sum(d.pvalue is not None for d in found.differences.values())
+    # The interval covers one comparison, the claim all of them: explain an interval without 0 that is no
+    # claim.
+    comparisons = sum(d.pvalue is not None for d in result.differences.values())
     noise = f"the noise of {comparisons} comparisons" if difference.pvalue < 1 - LEVEL else "noise"
     return f"{comma}no difference beyond {noise}: {points} {interval}"
 
 
 def number(fraction: float) -> str:
-    """A fraction in percent or points with one decimal and a true minus sign.
+    """Format a fraction in percent or points with one decimal and a true minus sign.
 
     Example:
         >>> number(-0.0123), number(-0.0001)
@@ -258,7 +260,7 @@ def number(fraction: float) -> str:
 
 
 def signed(fraction: float) -> str:
-    """As `number`, with a plus sign before gains.
+    """Format as `number` does, with a plus sign before gains.
 
     Example:
         >>> signed(0.072), signed(0.0)

@@ -1,4 +1,4 @@
-"""One table, three faces: the terminal, Markdown and HTML."""
+"""Tables of figures for the terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
-    """Finished text; the first column names the rows, all others are figures."""
+    """Formatted text; the first column names the rows, the others hold figures."""
 
     headers: tuple[str, ...]
     sections: tuple[Section, ...]
@@ -33,12 +33,12 @@ class Table:
 
 
 def table(source: Run | Comparison) -> Table:
-    """The figures of a run or of a comparison, in percent, points and nats as the headers say."""
+    """Return the figures of a run or a comparison, in the units that the headers name."""
     return _run_table(source) if isinstance(source, Run) else _comparison_table(source)
 
 
 def terminal_table(source: Run | Comparison | Table) -> rich.console.Group:
-    """The table for ``rich.print``, one for each setting with the same columns; 80 characters as a rule."""
+    """Return the table for ``rich.print``, one per setting with the same columns."""
     import rich.box
     from rich.console import Group
     from rich.table import Table as Grid
@@ -46,13 +46,13 @@ def terminal_table(source: Run | Comparison | Table) -> rich.console.Group:
 
     content = source if isinstance(source, Table) else table(source)
     columns = zip(*(map(_tight, row) for section in content.sections for row in section.rows), strict=True)
-    # Headers give way to figures: a column is as wide as its widest cell in any setting.
+    # Wrapping headers keeps the table within 80 characters: a column is as wide as its widest cell.
     widths = [max(5, *map(len, cells)) for cells in columns]
     parts: list[Grid | Text] = []
     for section in content.sections:
         grid = Grid(box=rich.box.SIMPLE_HEAD, show_edge=False, padding=0)
         for header, width in zip(content.headers, widths, strict=True):
-            # As `Text` here and below, since a method may be called "[bold]".
+            # `Text`, here and below, because a plain string "[bold]" would be read as markup.
             wrapped = Text(textwrap.fill(header, width, break_long_words=False))
             justify: Literal["left", "right"] = "right" if grid.columns else "left"
             grid.add_column(wrapped, justify=justify, vertical="bottom")
@@ -69,7 +69,7 @@ def _tight(cell: str) -> str:
 
 
 def markdown_table(source: Run | Comparison) -> str:
-    """The table in GitHub's Markdown, one for each setting under its own heading."""
+    """Return the table in GitHub's Markdown, one per setting under its own heading."""
     content = table(source)
     rule = "| :-- |" + " --: |" * (len(content.headers) - 1)
     parts = []
@@ -136,7 +136,7 @@ def _method_row(method: str, last: SettingSummary, best: SettingSummary, baselin
 
 
 def _percent(spread: Spread) -> str:
-    # A cell is one word to whoever wraps lines: no-break spaces.
+    # No-break spaces keep a cell on one line.
     deviation = (
         "" if spread.deviation is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{number(spread.deviation)}"
     )
@@ -149,8 +149,8 @@ def _mean(spread: Spread | None, *, percent: bool = False) -> str:
     return number(spread.mean) if percent else f"{spread.mean:.3f}".replace("-", "−")
 
 
-def _difference(found: SettingSummary, method: str, baseline: str) -> str:
-    difference = found.differences.get((method, baseline))
+def _difference(summary: SettingSummary, method: str, baseline: str) -> str:
+    difference = summary.differences.get((method, baseline))
     if difference is None or not difference.each:
         return NOTHING
     points = signed(difference.mean)
