@@ -287,7 +287,7 @@ def test_unlabelled_rows(case):
 
 def looks_at_the_label(case):
     """Not at which it is if that is among the largest that are kept, or if KD's three parts weigh alike."""
-    in_parts = case.loss.function is luce.decomposed_kd_loss and "w_guidance" not in case.options
+    in_parts = case.loss.function is luce.decomposed_kd_loss and "guidance_weight" not in case.options
     return case.options.get("keep") != "topk" and not in_parts
 
 

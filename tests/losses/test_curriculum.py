@@ -39,13 +39,13 @@ def test_one_temperature_for_all_is_kd(reduction, dtype):
     options = {"target": target, "row_weight": weight, "reduction": reduction}
     expected = luce.kd_loss(student, teacher, temperature=3.0, backend="reference", **options)
     for temperature in (torch.tensor(3.0), torch.full((6,), 3.0)):
-        assert_close(tempered_kd(student, teacher, temperature, **options), expected)
+        assert_close(tempered_kd(student, teacher, temperature=temperature, **options), expected)
 
 
 def test_a_temperature_per_row_is_kd_row_by_row():
     student, teacher, _ = batch(3)
     temperature = double(0.5, 1.0, 4.0)
-    values = tempered_kd(student, teacher, temperature, reduction="none")
+    values = tempered_kd(student, teacher, temperature=temperature, reduction="none")
     for i, expected in enumerate(temperature.tolist()):
         row = luce.kd_loss(student[i], teacher[i], temperature=expected)
         assert_close(values[i], row)
@@ -56,9 +56,9 @@ def test_temperatures_have_the_shape_of_the_rows(rows, class_dim):
     student, teacher, target = batch(*rows)
     temperature = 0.5 + torch.rand(rows, dtype=torch.float64)
     flat = (x.flatten(0, -2) for x in (student, teacher))
-    expected = tempered_kd(*flat, temperature.flatten(), reduction="none")
+    expected = tempered_kd(*flat, temperature=temperature.flatten(), reduction="none")
     moved = (x.movedim(-1, class_dim) for x in (student, teacher))
-    values = tempered_kd(*moved, temperature, target, class_dim=class_dim, reduction="none")
+    values = tempered_kd(*moved, target, temperature=temperature, class_dim=class_dim, reduction="none")
     assert values.shape == rows
     assert_close(values.flatten(), expected)
 
@@ -69,7 +69,7 @@ def test_gradcheck_towards_student_and_temperature():
     weight = double(1.0, 2.0, 0.5, 3.0)
     for temperature in (double(0.7, 1.0, 2.0, 5.0), torch.tensor(2.0, dtype=torch.float64)):
         torch.autograd.gradcheck(
-            lambda s, t: tempered_kd(s, teacher, t, target, row_weight=weight),
+            lambda s, t: tempered_kd(s, teacher, target, temperature=t, row_weight=weight),
             (student.clone().requires_grad_(), temperature.requires_grad_()),
         )
 
@@ -79,7 +79,7 @@ def test_the_temperature_of_a_row_that_does_not_count_does_not_matter():
     target[1] = IGNORED
     temperature = double(1.0, nan, 2.0).requires_grad_()
     student[1] = nan
-    value = tempered_kd(student, teacher, temperature, target)
+    value = tempered_kd(student, teacher, target, temperature=temperature)
     assert value.isfinite()
     (result,) = torch.autograd.grad(value, temperature)
     assert result.isfinite().all()
@@ -89,9 +89,9 @@ def test_the_temperature_of_a_row_that_does_not_count_does_not_matter():
 def test_temperatures_that_cannot_be():
     student, teacher, _ = batch(3)
     with pytest.raises(TypeError, match=r"`temperature`.*float"):
-        tempered_kd(student, teacher, 4.0)
+        tempered_kd(student, teacher, temperature=4.0)
     with pytest.raises(ValueError, match=r"`temperature` of shape \(3,\).*got \(2,\)"):
-        tempered_kd(student, teacher, torch.ones(2))
+        tempered_kd(student, teacher, temperature=torch.ones(2))
 
 
 # A temperature that is learned against the student
@@ -202,7 +202,7 @@ def test_the_student_gets_no_gradient_through_the_temperature():
     temperature = loss.temperatures(student, teacher).detach()
     assert len(set(temperature.tolist())) == 4
     results = []
-    for function in (loss, lambda s, t, y: tempered_kd(s, t, temperature, y)):
+    for function in (loss, lambda s, t, y: tempered_kd(s, t, y, temperature=temperature)):
         s = student.clone().requires_grad_()
         results.append(torch.autograd.grad(function(s, teacher, target), s)[0])
     assert_close(results[0], results[1])

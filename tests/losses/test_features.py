@@ -81,7 +81,7 @@ def test_gradients_against_finite_differences(entry):
     if issubclass(entry.module, luce.OFDLoss):  # its margins move with every batch in training mode
         loss(*entry.batch(4))
         loss.eval()
-    if entry.options.get("method") == "power":  # the gradient is that of the limit
+    if entry.options.get("algorithm") == "power":  # the gradient is that of the limit
         loss.iterations = 300
     student, teacher = entry.batch(4)
     # The code of IE-KD is a target, which no gradient passes.
@@ -186,12 +186,12 @@ def test_the_text_of_a_module_is_the_call_that_makes_it(entry):
     [
         (luce.ATLoss, "p", 0.5),
         (luce.ATLoss, "p", math.inf),
-        (luce.NSTLoss, "kernel", "gaussian"),
+        (luce.NSTLoss, "form", "gaussian"),
         (luce.VIDLoss, "initial_variance", 0.0),
         (luce.CWDLoss, "temperature", 0.0),
         (luce.MGDLoss, "mask_ratio", 1.0),
         (luce.MGDLoss, "mask_ratio", -0.1),
-        (luce.MGDLoss, "mask", "rows"),
+        (luce.MGDLoss, "masked", "rows"),
         (luce.PKTLoss, "eps", 0.0),
         (luce.RKDLoss, "distance_weight", -1.0),
         (luce.RKDLoss, "angle_weight", math.nan),

@@ -451,7 +451,7 @@ def test_partial_targets(options, expected):
 )
 def test_kd_in_three_parts(temperature, parts, whole):
     options = {"temperature": temperature, "scale_by_temperature": False}
-    names = ("w_guidance", "w_smooth", "w_relation")
+    names = ("guidance_weight", "smooth_weight", "relation_weight")
     found = [
         value(
             luce.decomposed_kd_loss,
@@ -495,25 +495,27 @@ def test_the_gradient_that_a_teacher_rescales(temperature, expected):
 )
 def test_mlld(rows, temperature, batch, classes):
     s, t = S3[:rows], T3[:rows]
-    off = {"w_instance": 0.0, "w_batch": 0.0, "w_class": 0.0}
+    off = {"instance_weight": 0.0, "batch_weight": 0.0, "class_weight": 0.0}
     instance, of_rows, of_classes = (
         value(luce.mlld_loss, s, t, temperatures=[temperature], **{**off, name: 1.0}) for name in off
     )
     assert instance == pytest.approx(value(luce.kd_loss, s, t, temperature=temperature), rel=1e-12)
     assert of_rows == digits(batch)
     assert of_classes == digits(classes)
-    weights = {"w_instance": 0.5, "w_batch": 3.0, "w_class": 0.25}
+    weights = {"instance_weight": 0.5, "batch_weight": 3.0, "class_weight": 0.25}
     whole = value(luce.mlld_loss, s, t, temperatures=[temperature], **weights)
     assert whole == pytest.approx(0.5 * instance + 3 * of_rows + 0.25 * of_classes)
 
 
 def test_mlld_spelled_out():
     """One row, two classes: a student that knows nothing, a teacher that is sure."""
-    options = {"temperatures": [1.0], "w_instance": 0.0}
+    options = {"temperatures": [1.0], "instance_weight": 0.0}
     sure, even = [[200.0, 0.0]], [[0.0, 0.0]]
     # 1 x 1: (1 - 1/2)^2; 2 x 2: [[1, 0], [0, 0]] against quarters, over two classes.
-    assert value(luce.mlld_loss, even, sure, w_class=0.0, **options) == pytest.approx(0.25)
-    assert value(luce.mlld_loss, even, sure, w_batch=0.0, **options) == pytest.approx((9 / 16 + 3 / 16) / 2)
+    assert value(luce.mlld_loss, even, sure, class_weight=0.0, **options) == pytest.approx(0.25)
+    assert value(luce.mlld_loss, even, sure, batch_weight=0.0, **options) == pytest.approx(
+        (9 / 16 + 3 / 16) / 2
+    )
 
 
 def test_the_temperatures_of_mlld_add_up():

@@ -20,7 +20,7 @@ from luce.losses.modules.iekd import AutoEncoder, coder
 
 laws = settings(max_examples=20, deadline=None, derandomize=True)
 both = pytest.mark.parametrize("function", [inheritance_loss, exploration_loss], ids=lambda f: f.__name__)
-each_similarity = pytest.mark.parametrize("similarity", ["l1", "cosine"])
+each_form = pytest.mark.parametrize("form", ["l1", "cosine"])
 
 STUDENT, TEACHER = (6, 4, 4), (8, 4, 4)
 
@@ -89,9 +89,9 @@ def test_the_numbers_of_the_smallest_factors() -> None:
     l1, cosine = (abs(0.6 - 0.8) + abs(0.8 - 0.6)) / 2, 0.6 * 0.8 + 0.8 * 0.6
     assert inheritance_loss(s, t).item() == pytest.approx(l1)
     assert exploration_loss(s, t).item() == pytest.approx(-l1)
-    assert inheritance_loss(s, t, similarity="cosine").item() == pytest.approx(1 - cosine)
-    assert exploration_loss(s, t, similarity="cosine").item() == pytest.approx(cosine)
-    assert exploration_loss(-s, t, similarity="cosine").item() == pytest.approx(cosine)  # no aim of its own
+    assert inheritance_loss(s, t, form="cosine").item() == pytest.approx(1 - cosine)
+    assert exploration_loss(s, t, form="cosine").item() == pytest.approx(cosine)
+    assert exploration_loss(-s, t, form="cosine").item() == pytest.approx(cosine)  # no aim of its own
 
 
 @laws
@@ -106,8 +106,8 @@ def test_against_plain_loops(pair: tuple[Tensor, Tensor]) -> None:
         cosine, away = cosine + (1 - dot) / len(s), away + abs(dot) / len(s)
     assert inheritance_loss(s, t).item() == pytest.approx(l1)
     assert exploration_loss(s, t).item() == pytest.approx(-l1)
-    assert inheritance_loss(s, t, similarity="cosine").item() == pytest.approx(cosine)
-    assert exploration_loss(s, t, similarity="cosine").item() == pytest.approx(away)
+    assert inheritance_loss(s, t, form="cosine").item() == pytest.approx(cosine)
+    assert exploration_loss(s, t, form="cosine").item() == pytest.approx(away)
 
 
 @laws
@@ -116,37 +116,35 @@ def test_bounds(pair: tuple[Tensor, Tensor]) -> None:
     s, t = pair
     bound = 2 / math.sqrt(s[0].numel())
     assert 0 <= inheritance_loss(s, t) <= bound + 1e-12
-    assert -1e-12 <= inheritance_loss(s, t, similarity="cosine") <= 2 + 1e-12
-    assert 0 <= exploration_loss(s, t, similarity="cosine") <= 1 + 1e-12
+    assert -1e-12 <= inheritance_loss(s, t, form="cosine") <= 2 + 1e-12
+    assert 0 <= exploration_loss(s, t, form="cosine") <= 1 + 1e-12
     alike = torch.ones_like(s)
     assert inheritance_loss(alike, -alike).item() == pytest.approx(bound)  # the bound is met
 
 
-@each_similarity
+@each_form
 @both
 @laws
 @given(pair=factors(), scale=st.floats(1e-3, 1e3))
 def test_a_positive_factor_on_any_row_changes_nothing(
-    function: Any, similarity: Any, pair: tuple[Tensor, Tensor], scale: float
+    function: Any, form: Any, pair: tuple[Tensor, Tensor], scale: float
 ) -> None:
     s, t = pair
     scaled = s.clone()
     scaled[0] *= scale
-    expected = function(s, t, similarity=similarity)
-    assert_close(function(scaled, t, similarity=similarity), expected)
-    assert_close(function(s, scale * t, similarity=similarity), expected)
+    expected = function(s, t, form=form)
+    assert_close(function(scaled, t, form=form), expected)
+    assert_close(function(s, scale * t, form=form), expected)
 
 
-@each_similarity
+@each_form
 @laws
 @given(factors())
-def test_inheritance_ends_where_the_directions_are_equal(
-    similarity: Any, pair: tuple[Tensor, Tensor]
-) -> None:
+def test_inheritance_ends_where_the_directions_are_equal(form: Any, pair: tuple[Tensor, Tensor]) -> None:
     s, t = pair
-    assert inheritance_loss(3 * t, t, similarity=similarity).item() == pytest.approx(0, abs=1e-12)
+    assert inheritance_loss(3 * t, t, form=form).item() == pytest.approx(0, abs=1e-12)
     if s[0].numel() > 1:
-        assert inheritance_loss(s, t, similarity=similarity) > 1e-6
+        assert inheritance_loss(s, t, form=form) > 1e-6
 
 
 def test_exchanging_the_parts_and_the_signs_gives_the_same_total() -> None:
@@ -155,31 +153,31 @@ def test_exchanging_the_parts_and_the_signs_gives_the_same_total() -> None:
     assert_close(-(exploration_loss(a, t) + inheritance_loss(b, t)), total, rtol=1e-14, atol=0)
 
 
-@each_similarity
+@each_form
 @both
-def test_a_step_on_the_loss_itself(function: Any, similarity: Any) -> None:
+def test_a_step_on_the_loss_itself(function: Any, form: Any) -> None:
     """Inheritance draws the directions together, exploration drives them apart."""
     s, t = torch.rand(4, 10, dtype=torch.float64, requires_grad=True), torch.rand(4, 10, dtype=torch.float64)
-    (slope,) = torch.autograd.grad(function(s, t, similarity=similarity), s)
+    (slope,) = torch.autograd.grad(function(s, t, form=form), s)
     before, after = (F.cosine_similarity(x.detach(), t).mean() for x in (s, s - 0.1 * slope))
     assert (after > before).item() is (function is inheritance_loss)
 
 
-@each_similarity
+@each_form
 @both
-def test_gradients_against_finite_differences(function: Any, similarity: Any) -> None:
+def test_gradients_against_finite_differences(function: Any, form: Any) -> None:
     s, t = torch.randn(3, 2, 2, 2, dtype=torch.float64), torch.randn(3, 2, 2, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda s: function(s, t, similarity=similarity), s.requires_grad_())
-    function(s, t.requires_grad_(), similarity=similarity).backward()
+    assert torch.autograd.gradcheck(lambda s: function(s, t, form=form), s.requires_grad_())
+    function(s, t.requires_grad_(), form=form).backward()
     assert t.grad is None
 
 
-@each_similarity
+@each_form
 @both
-def test_a_row_of_zeros(function: Any, similarity: Any) -> None:
+def test_a_row_of_zeros(function: Any, form: Any) -> None:
     s, t = torch.randn(3, 5), torch.randn(3, 5)
     s[1], t[2] = 0, 0
-    value = function(s.requires_grad_(), t, similarity=similarity)
+    value = function(s.requires_grad_(), t, form=form)
     (slope,) = torch.autograd.grad(value, s)
     assert value.isfinite()
     assert slope.isfinite().all()
@@ -187,24 +185,22 @@ def test_a_row_of_zeros(function: Any, similarity: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@each_similarity
+@each_form
 @both
-def test_16_bits_are_calculated_in_float32(function: Any, similarity: Any, dtype: torch.dtype) -> None:
+def test_16_bits_are_calculated_in_float32(function: Any, form: Any, dtype: torch.dtype) -> None:
     s, t = torch.randn(4, 300).to(dtype), torch.randn(4, 300).to(dtype)
-    value = function(s, t, similarity=similarity)
+    value = function(s, t, form=form)
     assert value.dtype == torch.float32
-    assert_close(
-        value.double(), function(s.double(), t.double(), similarity=similarity), rtol=1e-5, atol=1e-6
-    )
+    assert_close(value.double(), function(s.double(), t.double(), form=form), rtol=1e-5, atol=1e-6)
 
 
-@each_similarity
+@each_form
 @both
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_small_and_large_factors(function: Any, similarity: Any, scale: float) -> None:
+def test_small_and_large_factors(function: Any, form: Any, scale: float) -> None:
     s, t = torch.randn(4, 6), torch.randn(4, 6)
-    expected = function(s, t, similarity=similarity)
-    assert_close(function(scale * s, scale * t, similarity=similarity), expected, rtol=1e-4, atol=1e-6)
+    expected = function(s, t, form=form)
+    assert_close(function(scale * s, scale * t, form=form), expected, rtol=1e-4, atol=1e-6)
 
 
 @both
@@ -213,8 +209,8 @@ def test_factors_that_are_refused(function: Any) -> None:
         ValueError, match=r"`student_features` of shape \(2, 4\), got \(2, 3\); `luce.IEKDLoss`"
     ):
         function(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="`similarity` to be one of 'l1', 'cosine', got 'l2'"):
-        function(torch.zeros(2, 3), torch.zeros(2, 3), similarity="l2")
+    with pytest.raises(ValueError, match="`form` to be one of 'l1', 'cosine', got 'l2'"):
+        function(torch.zeros(2, 3), torch.zeros(2, 3), form="l2")
 
 
 # The split --------------------------------------------------------------------------------------------------
@@ -267,9 +263,9 @@ def second_coder(layers: Any, x: Tensor, *, training: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize(("autoencoder", "similarity"), [("prepared", "l1"), ("online", "cosine")])
-def test_the_loss_by_a_second_implementation(autoencoder: str, similarity: Any, training: bool) -> None:
-    options = {"inheritance": 3.0, "exploration": 0.7, "split": "random", "similarity": similarity}
+@pytest.mark.parametrize(("autoencoder", "form"), [("prepared", "l1"), ("online", "cosine")])
+def test_the_loss_by_a_second_implementation(autoencoder: str, form: Any, training: bool) -> None:
+    options = {"inheritance_weight": 3.0, "exploration_weight": 0.7, "split": "random", "form": form}
     loss = prepared(seed=3, autoencoder=autoencoder, **options).double().train(training)
     for module in loss.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # weights and biases that do something
@@ -283,8 +279,8 @@ def test_the_loss_by_a_second_implementation(autoencoder: str, similarity: Any, 
     f_i = second_coder(loss.inheriting, parts[0], training=training)
     f_e = second_coder(loss.exploring, parts[1], training=training)
     expected = {
-        "inheritance": inheritance_loss(f_i, code, similarity=similarity),
-        "exploration": exploration_loss(f_e, code, similarity=similarity),
+        "inheritance": inheritance_loss(f_i, code, form=form),
+        "exploration": exploration_loss(f_e, code, form=form),
         "cka_inheritance": linear_cka(parts[0], t),
         "cka_exploration": linear_cka(parts[1], t),
     }
@@ -328,7 +324,7 @@ def test_the_code_has_half_the_channels_of_the_teacher(channels: int, expected: 
 def test_the_larger_map_is_pooled_to_the_smaller(student: Any, teacher: Any) -> None:
     size = min(student[1], teacher[1]), min(student[2], teacher[2])
     shapes = student, teacher
-    loss = built(shapes, autoencoder="online", inheritance=2.0).eval()
+    loss = built(shapes, autoencoder="online", inheritance_weight=2.0).eval()
     s, t = batch(shapes)
     pooled = [F.adaptive_avg_pool2d(s[0], size)], [F.adaptive_avg_pool2d(t[0], size)]
     found, expected = loss(s, t), loss(*pooled)
@@ -352,7 +348,7 @@ def test_the_auto_encoder_is_prepared_on_maps_of_the_size_it_will_see() -> None:
 
 
 def test_weights_of_0_teach_the_student_nothing() -> None:
-    loss, ((s,), (t,)) = prepared(inheritance=0.0, exploration=0.0), batch()
+    loss, ((s,), (t,)) = prepared(inheritance_weight=0.0, exploration_weight=0.0), batch()
     terms = loss([s.requires_grad_()], [t])
     (slope,) = torch.autograd.grad(terms["loss"], s)
     assert terms["loss"] == 0
@@ -363,7 +359,7 @@ def test_weights_of_0_teach_the_student_nothing() -> None:
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
 def test_each_loss_teaches_its_own_part(weights: tuple[float, float]) -> None:
     inheritance, exploration = weights
-    loss = prepared(inheritance=inheritance, exploration=exploration, split="random")
+    loss = prepared(inheritance_weight=inheritance, exploration_weight=exploration, split="random")
     ((s,), (t,)) = batch()
     loss([s.requires_grad_()], [t])["loss"].backward()
     assert s.grad is not None
@@ -392,7 +388,7 @@ def test_nothing_moves_a_prepared_auto_encoder() -> None:
 
 
 def test_an_online_auto_encoder_learns_from_its_reconstruction_alone() -> None:
-    loss, ((s,), (t,)) = built(autoencoder="online", inheritance=9.0, exploration=5.0), batch()
+    loss, ((s,), (t,)) = built(autoencoder="online", inheritance_weight=9.0, exploration_weight=5.0), batch()
     parameters = list(loss.of_teacher.parameters())
     terms = loss([s.requires_grad_()], [t.requires_grad_()])
     found = torch.autograd.grad(terms["loss"], parameters, retain_graph=True)
@@ -405,12 +401,12 @@ def test_an_online_auto_encoder_learns_from_its_reconstruction_alone() -> None:
     assert loss.train().of_teacher.training
 
 
-@each_similarity
+@each_form
 @pytest.mark.parametrize("part", ["inheritance", "exploration"])
-def test_a_step_draws_one_part_near_and_drives_the_other_away(part: str, similarity: Any) -> None:
+def test_a_step_draws_one_part_near_and_drives_the_other_away(part: str, form: Any) -> None:
     """One step of gradient descent on the student's map, with the encoders as they are."""
-    weights = {"inheritance": 0.0, "exploration": 0.0, part: 1.0}
-    loss, ((s,), (t,)) = prepared(similarity=similarity, **weights), batch(rows=16)
+    weights = {"inheritance_weight": 0.0, "exploration_weight": 0.0, f"{part}_weight": 1.0}
+    loss, ((s,), (t,)) = prepared(form=form, **weights), batch(rows=16)
 
     def cosines(student: Tensor) -> Tensor:
         channels = loss.inheriting_channels if part == "inheritance" else loss.exploring_channels
@@ -429,11 +425,11 @@ def test_a_step_draws_one_part_near_and_drives_the_other_away(part: str, similar
 # Preparation ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reconstruction", ["l1", "l2"])
-def test_preparing_teaches_the_auto_encoder_what_the_teacher_sees(reconstruction: str) -> None:
+@pytest.mark.parametrize("reconstruction_form", ["l1", "l2"])
+def test_preparing_teaches_the_auto_encoder_what_the_teacher_sees(reconstruction_form: str) -> None:
     maps, other = structured(512).split(256)
-    source, loss = TeacherFeatures(maps), built(reconstruction=reconstruction)
-    power = 1 if reconstruction == "l1" else 2
+    source, loss = TeacherFeatures(maps), built(reconstruction_form=reconstruction_form)
+    power = 1 if reconstruction_form == "l1" else 2
 
     def error(network: AutoEncoder, x: Tensor) -> float:
         """Relative to zeros."""
@@ -552,14 +548,14 @@ def test_a_single_value_per_channel_cannot_be_normalised() -> None:
 @pytest.mark.parametrize(
     ("option", "wrong"),
     [
-        ("inheritance", -1.0),
-        ("exploration", math.nan),
-        ("similarity", "l2"),
+        ("inheritance_weight", -1.0),
+        ("exploration_weight", math.nan),
+        ("form", "l2"),
         ("split", "half"),
         ("code_channels", 0),
         ("code_channels", 2.5),
         ("autoencoder", "frozen"),
-        ("reconstruction", "l3"),
+        ("reconstruction_form", "l3"),
         ("epochs", 0),
         ("lr", 0.0),
     ],

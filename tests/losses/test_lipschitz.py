@@ -58,10 +58,10 @@ def test_the_larger_map_is_pooled():
     assert_close(transmitting_matrix(FIRST, torch.kron(SECOND, large.new_ones(1, 3)))[0], MATRIX)
 
 
-@pytest.mark.parametrize("method", ["lanczos", "power"])
-def test_a_norm_and_its_gradient_by_hand(method):
+@pytest.mark.parametrize("algorithm", ["lanczos", "power"])
+def test_a_norm_and_its_gradient_by_hand(algorithm):
     matrix = MATRIX.clone().requires_grad_()
-    norm = spectral_norm(matrix, method=method)
+    norm = spectral_norm(matrix, algorithm=algorithm)
     norm.backward()
     assert norm.item() == pytest.approx(1.65138782, abs=1e-8)
     assert norm.item() == exactly(NORM)
@@ -86,7 +86,7 @@ def test_power_iteration_again_in_loops():
             if step < steps:
                 v = [sum(row[j] * y for row, y in zip(matrix, image, strict=True)) for j in range(3)]
         expected = sqrt(sum(y * y for y in image))
-        assert spectral_norm(tensor(matrix), iterations=steps, method="power").item() == exactly(expected)
+        assert spectral_norm(tensor(matrix), iterations=steps, algorithm="power").item() == exactly(expected)
 
 
 def test_the_loss_by_hand():
@@ -179,11 +179,11 @@ def test_plain_power_iteration_is_percents_off_where_the_default_is_not():
     """What keeping the vectors buys, on random matrices; on correlated features both are exact."""
     matrix = MATRICES["random 128"]()
     truth = torch.linalg.svdvals(matrix)[..., 0]
-    assert (spectral_norm(matrix, iterations=10, method="power") / truth).mean() < 0.99
-    assert (spectral_norm(matrix, iterations=ITERATIONS, method="power") / truth).mean() < 0.999
+    assert (spectral_norm(matrix, iterations=10, algorithm="power") / truth).mean() < 0.99
+    assert (spectral_norm(matrix, iterations=ITERATIONS, algorithm="power") / truth).mean() < 0.999
     matrix = MATRICES["correlated"]()
     truth = torch.linalg.svdvals(matrix)[..., 0]
-    assert_close(spectral_norm(matrix, iterations=5, method="power"), truth, rtol=1e-5, atol=0)
+    assert_close(spectral_norm(matrix, iterations=5, algorithm="power"), truth, rtol=1e-5, atol=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,7 +218,7 @@ def test_a_start_at_the_wrong_singular_vector(size, dtype):
     turn, _ = torch.linalg.qr(torch.cat([start[:, None], normal(size, size - 1)], dim=1))
     values = tensor([1.0, 3.0] + [0.5] * (size - 2))
     matrix = ((turn * values) @ turn.mT).to(dtype)
-    assert spectral_norm(matrix, method="power", iterations=3).item() == pytest.approx(1, rel=1e-3)
+    assert spectral_norm(matrix, algorithm="power", iterations=3).item() == pytest.approx(1, rel=1e-3)
     assert spectral_norm(matrix).item() == pytest.approx(3, rel=1e-6)
 
 
@@ -247,12 +247,12 @@ def test_matrices_of_any_batch():
     assert spectral_norm(matrix[:0]).shape == (0, 3)
 
 
-@pytest.mark.parametrize("method", ["lanczos", "power"])
-def test_nothing_has_the_norm_0_and_no_gradient(method):
+@pytest.mark.parametrize("algorithm", ["lanczos", "power"])
+def test_nothing_has_the_norm_0_and_no_gradient(algorithm):
     matrix = normal(3, 4, 5)
     matrix[1] = 0
     matrix.requires_grad_()
-    norm = spectral_norm(matrix, method=method)
+    norm = spectral_norm(matrix, algorithm=algorithm)
     norm.sum().backward()
     assert norm[1] == 0
     assert not matrix.grad[1].any()
@@ -260,13 +260,13 @@ def test_nothing_has_the_norm_0_and_no_gradient(method):
     assert matrix.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("method", ["lanczos", "power"])
+@pytest.mark.parametrize("algorithm", ["lanczos", "power"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_stays_in_its_row(bad, method):
+def test_what_is_no_number_stays_in_its_row(bad, algorithm):
     matrix = normal(3, 4, 5)
-    expected = spectral_norm(matrix, method=method)
+    expected = spectral_norm(matrix, algorithm=algorithm)
     matrix[1, 2, 3] = bad
-    norm = spectral_norm(matrix, method=method)
+    norm = spectral_norm(matrix, algorithm=algorithm)
     assert not norm[1].isfinite()
     assert_close(norm[[0, 2]], expected[[0, 2]])
 
@@ -302,7 +302,7 @@ def test_what_is_refused():
             spectral_norm(wrong)
     for options, message in (
         ({"iterations": 0}, "`iterations` to be an integer of at least 1, got 0"),
-        ({"method": "svd"}, "`method` to be one of 'lanczos', 'power', got 'svd'"),
+        ({"algorithm": "svd"}, "`algorithm` to be one of 'lanczos', 'power', got 'svd'"),
     ):
         with pytest.raises(ValueError, match=message):
             spectral_norm(torch.ones(2, 2), **options)
@@ -401,11 +401,14 @@ def test_a_row_in_which_the_teacher_is_dead_counts_nothing_relatively():
 def test_the_options_reach_the_norms():
     student, teacher = two_networks()
     norms = [
-        [spectral_norm(transmitting_matrix(*pair), iterations=2, method="power") for pair in pairwise(maps)]
+        [
+            spectral_norm(transmitting_matrix(*pair), iterations=2, algorithm="power")
+            for pair in pairwise(maps)
+        ]
         for maps in (student, teacher)
     ]
     squares = [(s - t).square().mean() for s, t in zip(*norms, strict=True)]
-    value = lipschitz_loss(student, teacher, iterations=2, method="power")
+    value = lipschitz_loss(student, teacher, iterations=2, algorithm="power")
     assert_close(value, squares[0] / 4 + squares[1] / 2)
     assert (value - lipschitz_loss(student, teacher)).abs() > 1e-3
 
@@ -421,7 +424,9 @@ def built(module, **options):
     return loss.double(), student, teacher
 
 
-@pytest.mark.parametrize("options", [{}, {"relative": True}, {"iterations": 2, "method": "power"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"relative": True}, {"iterations": 2, "algorithm": "power"}], ids=str
+)
 def test_the_module_is_the_function(options):
     loss, student, teacher = built(luce.LipschitzLoss, **options)
     assert not loss.learns
@@ -433,9 +438,9 @@ def test_the_module_is_the_function(options):
     assert_close(loss(student, teacher), lipschitz_loss(projected, teacher, **options), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"relative": True}, {"iterations": 2, "method": "power"}], ids=str)
+@pytest.mark.parametrize("options", [{"relative": True}, {"iterations": 2, "algorithm": "power"}], ids=str)
 def test_london_is_ofd_and_the_lipschitz_loss_of_the_same_connectors(options):
-    loss, student, teacher = built(luce.LONDONLoss, alpha=3.0, **options)
+    loss, student, teacher = built(luce.LONDONLoss, lipschitz_weight=3.0, **options)
     ofd, *_ = built(luce.OFDLoss)
     ofd.load_state_dict(loss.state_dict())
     parts = loss(student, teacher)
@@ -479,10 +484,10 @@ def test_numbers_of_stages_are_told_when_the_loss_is_built(module):
     ("module", "option", "wrong"),
     [
         (luce.LipschitzLoss, "iterations", 0),
-        (luce.LipschitzLoss, "method", "svd"),
-        (luce.LONDONLoss, "alpha", -1.0),
+        (luce.LipschitzLoss, "algorithm", "svd"),
+        (luce.LONDONLoss, "lipschitz_weight", -1.0),
         (luce.LONDONLoss, "iterations", 1.5),
-        (luce.LONDONLoss, "method", "svd"),
+        (luce.LONDONLoss, "algorithm", "svd"),
     ],
     ids=str,
 )

@@ -63,7 +63,7 @@ def test_at_by_hand():
 def test_nst_by_hand():
     s = tensor([[[[2.0, 0.0]], [[0.0, 3.0]]]])  # channels (1, 0) and (0, 1) once normalised
     t = tensor([[[[3.0, 4.0]]]])  # (0.6, 0.8)
-    assert luce.nst_loss(s, t, kernel="linear").item() == exactly(1 + 2 / 4 - 2 * (0.6 + 0.8) / 2)
+    assert luce.nst_loss(s, t, form="linear").item() == exactly(1 + 2 / 4 - 2 * (0.6 + 0.8) / 2)
     assert luce.nst_loss(s, t).item() == exactly(1 + 2 / 4 - 2 * (0.6**2 + 0.8**2) / 2)
 
 
@@ -91,7 +91,7 @@ def test_ickd_by_hand():
 def test_vid_by_hand():
     s, t = tensor([[[[1.0, 2.0]], [[0.0, 0.0]]]]), tensor([[[[2.0, 2.0]], [[3.0, 0.0]]]])
     expected = (1 / 4 + 2 * log(4) + 9 / 0.5 + 2 * log(0.5)) / 2 / 4
-    assert luce.vid_loss(s, t, tensor([4.0, 0.5])).item() == exactly(expected)
+    assert luce.vid_loss(s, t, variance=tensor([4.0, 0.5])).item() == exactly(expected)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_vid_by_hand():
 )
 def test_ofd_by_hand(student, teacher, margin, expected):
     s, t = (torch.full((2, 1, 1, 1), x, dtype=torch.float64) for x in (student, teacher))
-    assert luce.ofd_loss(s, t, tensor([margin])).item() == exactly(expected)
+    assert luce.ofd_loss(s, t, margin=tensor([margin])).item() == exactly(expected)
 
 
 def test_mgd_by_hand():
     s, t = tensor([[[[1.0, 2.0]]], [[[3.0, 4.0]]]]), tensor([[[[1.0, 1.0]]], [[[1.0, 1.0]]]])
-    value = luce.mgd_loss(s, t, lambda x: 2 * x, mask_ratio=0.0)
+    value = luce.mgd_loss(s, t, generate=lambda x: 2 * x, mask_ratio=0.0)
     assert value.item() == exactly((1 + 9 + 25 + 49) / 2)  # a sum over places, a mean over rows
 
 
@@ -197,8 +197,8 @@ def test_the_losses_again_in_loops():
     s, t = pair(channels=(3, 5))
     for p in (1, 2, 4):
         assert luce.at_loss(s, t, p=p).item() == pytest.approx(naive_at(s, t, p), rel=1e-10)
-    for kernel, power in (("linear", 1), ("polynomial", 2)):
-        value = luce.nst_loss(s, t, kernel=kernel).item()
+    for form, power in (("linear", 1), ("polynomial", 2)):
+        value = luce.nst_loss(s, t, form=form).item()
         assert value == pytest.approx(naive_nst(s, t, power), rel=1e-10)
     s, t = pair(channels=(4, 4))
     for temperature in (1.0, 4.0):
@@ -206,8 +206,12 @@ def test_the_losses_again_in_loops():
         assert value == pytest.approx(naive_cwd(s, t, temperature), rel=1e-10)
     assert luce.ickd_loss(s, t).item() == pytest.approx(naive_ickd(s, t), rel=1e-10)
     variance, margin = [0.5, 1.0, 2.0, 7.0], [-0.1, -0.5, -1.0, 0.0]
-    assert luce.vid_loss(s, t, tensor(variance)).item() == pytest.approx(naive_vid(s, t, variance), rel=1e-10)
-    assert luce.ofd_loss(s, t, tensor(margin)).item() == pytest.approx(naive_ofd(s, t, margin), rel=1e-10)
+    assert luce.vid_loss(s, t, variance=tensor(variance)).item() == pytest.approx(
+        naive_vid(s, t, variance), rel=1e-10
+    )
+    assert luce.ofd_loss(s, t, margin=tensor(margin)).item() == pytest.approx(
+        naive_ofd(s, t, margin), rel=1e-10
+    )
     a, b = pair(channels=(4, 2))
     assert luce.fsp_loss((s, a[:, :2]), (t, b)).item() == pytest.approx(
         naive_fsp((s, a[:, :2]), (t, b)), rel=1e-10
@@ -225,16 +229,16 @@ def test_equal_features_cost_nothing_but_in_vid():
         luce.fitnet_loss(t, t),
         luce.at_loss(t, t),
         luce.nst_loss(t, t),
-        luce.nst_loss(t, t, kernel="linear"),
+        luce.nst_loss(t, t, form="linear"),
         luce.fsp_loss((t, t), (t, t)),
         luce.cwd_loss(t, t),
         luce.ickd_loss(t, t),
-        luce.ofd_loss(t, t, lowest),
-        luce.ofd_loss(t.relu(), t, zero),
-        luce.mgd_loss(t, t, lambda x: x, mask_ratio=0.0),
+        luce.ofd_loss(t, t, margin=lowest),
+        luce.ofd_loss(t.relu(), t, margin=zero),
+        luce.mgd_loss(t, t, generate=lambda x: x, mask_ratio=0.0),
     ):
         assert value.item() == pytest.approx(0, abs=1e-15)
-    assert luce.vid_loss(t, t, torch.exp(zero - 2)).item() == exactly(-1)
+    assert luce.vid_loss(t, t, variance=torch.exp(zero - 2)).item() == exactly(-1)
 
 
 def test_attention_is_bounded_and_blind_to_signs_and_to_the_order_of_channels():
@@ -273,16 +277,16 @@ def test_an_orthogonal_map_of_the_places_does_not_matter_to_ickd():
 def test_vid_is_least_at_the_mean_squared_errors():
     s, t = pair(channels=(3, 3))
     best = (s - t).square().mean((0, 2, 3))
-    value = luce.vid_loss(s, t, best)
+    value = luce.vid_loss(s, t, variance=best)
     assert_close(value, 0.5 * (1 + best.log()).mean())
     for factor in (0.5, 0.9, 1.1, 2.0):
-        assert luce.vid_loss(s, t, factor * best) > value
+        assert luce.vid_loss(s, t, variance=factor * best) > value
 
 
 def test_ofd_pulls_only_what_counts():
     s, t = pair(channels=(3, 3))
     s.requires_grad_()
-    luce.ofd_loss(s, t, tensor([-0.5] * 3)).backward()
+    luce.ofd_loss(s, t, margin=tensor([-0.5] * 3)).backward()
     goal = t.clamp(min=-0.5)
     idle = (s <= goal) & (goal <= 0)
     assert idle.any()
@@ -422,7 +426,7 @@ def test_ofd_counts_its_margins_on_the_teachers_own_map_and_halves_earlier_stage
     negative = teacher.clamp(max=0).sum((0, 2, 3)) / (teacher < 0).sum((0, 2, 3))
     pooled = nn.functional.adaptive_avg_pool2d(teacher, 2)
     expected = sum(
-        luce.ofd_loss(layer(student), pooled, negative) / part
+        luce.ofd_loss(layer(student), pooled, margin=negative) / part
         for layer, part in zip(loss.projectors, (4, 2, 1), strict=True)
     )
     assert_close(total, expected)
@@ -430,8 +434,8 @@ def test_ofd_counts_its_margins_on_the_teachers_own_map_and_halves_earlier_stage
     assert any(name.startswith("margins") for name in loss.state_dict())
 
 
-@pytest.mark.parametrize(("mask", "dims"), [("channels", (2, 3)), ("places", (1,))])
-def test_the_mask_of_mgd(mask, dims):
+@pytest.mark.parametrize(("masked", "dims"), [("channels", (2, 3)), ("places", (1,))])
+def test_the_mask_of_mgd(masked, dims):
     """Whole channels or whole places, each row by itself, a share of `mask_ratio` of them, anew each time."""
     features = torch.ones(40, 30, 5, 6)
     seen = []
@@ -441,7 +445,7 @@ def test_the_mask_of_mgd(mask, dims):
         return masked
 
     for _ in range(2):
-        luce.mgd_loss(features, features, generate, mask=mask, mask_ratio=0.3)
+        luce.mgd_loss(features, features, generate=generate, masked=masked, mask_ratio=0.3)
     first, second = seen
     assert set(first.unique().tolist()) == {0.0, 1.0}
     assert_close(first.mean(dims, keepdim=True).expand_as(first), first, rtol=0, atol=0)
@@ -453,7 +457,7 @@ def test_the_mask_of_mgd(mask, dims):
 def test_mgd_says_what_the_generator_did_wrong():
     x = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match=r"`generate\(student_features\)` of shape \(2, 3, 4, 4\), got"):
-        luce.mgd_loss(x, x, lambda masked: masked[..., :2])
+        luce.mgd_loss(x, x, generate=lambda masked: masked[..., :2])
 
 
 @pytest.mark.parametrize(
@@ -462,4 +466,4 @@ def test_mgd_says_what_the_generator_did_wrong():
 def test_one_value_per_channel(function, name):
     x = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match=rf"`{name}` of shape \(3,\), got \(4,\)"):
-        function(x, x, torch.ones(4))
+        function(x, x, **{name: torch.ones(4)})

@@ -17,7 +17,7 @@ from . import formulas
 from .catalogue import IGNORED, batch
 
 laws = settings(max_examples=25, deadline=None, derandomize=True)
-OFF = {"w_instance": 0.0, "w_batch": 0.0, "w_class": 0.0}
+OFF = {"instance_weight": 0.0, "batch_weight": 0.0, "class_weight": 0.0}
 
 
 def gram(rows):
@@ -58,9 +58,9 @@ def test_a_row_has_its_own_part_of_the_second_level_and_an_even_share_of_the_thi
     q, p = ([formulas.softmax(row) for row in x.tolist()] for x in (student, teacher))
     own = [gap([a], [b]) for a, b in zip(gram(p), gram(q), strict=True)]
     options = {**OFF, "temperatures": [1.0], "reduction": "none"}
-    values = luce.mlld_loss(student, teacher, **{**options, "w_batch": 1.0})
+    values = luce.mlld_loss(student, teacher, **{**options, "batch_weight": 1.0})
     assert values.tolist() == pytest.approx(own)
-    values = luce.mlld_loss(student, teacher, **{**options, "w_class": 1.0})
+    values = luce.mlld_loss(student, teacher, **{**options, "class_weight": 1.0})
     assert values.tolist() == pytest.approx([levels(student.tolist(), teacher.tolist(), 1.0)[2]] * 4)
 
 
@@ -76,10 +76,10 @@ def test_rows_of_different_weight():
 
     options = {**OFF, "temperatures": [1.0], "row_weight": weight}
     batch_level = gap(gram(weighted(p)), gram(weighted(q))) / 2
-    value = luce.mlld_loss(student, teacher, **{**options, "w_batch": 1.0})
+    value = luce.mlld_loss(student, teacher, **{**options, "batch_weight": 1.0})
     assert value.item() == pytest.approx(batch_level)
     class_level = gap(gram(columns(weighted(p))), gram(columns(weighted(q)))) / 5
-    value = luce.mlld_loss(student, teacher, **{**options, "w_class": 1.0})
+    value = luce.mlld_loss(student, teacher, **{**options, "class_weight": 1.0})
     assert value.item() == pytest.approx(class_level)
 
 
@@ -94,14 +94,14 @@ def test_a_level_of_weight_zero_may_be_infinite():
     student, teacher, target = batch(3)
     student[0, 2] = -torch.inf
     assert luce.mlld_loss(student, teacher, target) == torch.inf
-    value = luce.mlld_loss(student, teacher, target, w_instance=0.0)
+    value = luce.mlld_loss(student, teacher, target, instance_weight=0.0)
     assert value.isfinite()
 
 
 def test_classes_that_exist_in_some_rows_only():
     student, teacher, target = batch(3)
     student[1, 4] = teacher[1, 4] = -torch.inf
-    options = {**OFF, "temperatures": [1.0], "w_class": 1.0}
+    options = {**OFF, "temperatures": [1.0], "class_weight": 1.0}
     p, q = teacher.softmax(-1), student.softmax(-1)
     expected = (p.T @ p - q.T @ q).square().sum()
     assert_close(luce.mlld_loss(student, teacher, **options), expected / 5)

@@ -374,7 +374,7 @@ def test_class_relations_are_the_means_of_the_rows_of_each_class():
     _, teacher, target = batch(40)
     target[target == 3], target[0], target[1] = 2, UNLABELLED, IGNORED
     for temperature in (1.0, 2.5):
-        found = class_relations(teacher, target, temperature)
+        found = class_relations(teacher, target, temperature=temperature)
         for label in range(5):
             rows = [formulas.softmax(t.tolist(), temperature) for t in teacher[target == label]]
             mean = (
@@ -382,7 +382,7 @@ def test_class_relations_are_the_means_of_the_rows_of_each_class():
             )
             assert found[label].tolist() == pytest.approx(mean, rel=1e-12)
         shuffled = torch.randperm(40)
-        assert_close(class_relations(teacher[shuffled], target[shuffled], temperature), found)
+        assert_close(class_relations(teacher[shuffled], target[shuffled], temperature=temperature), found)
 
 
 def test_class_relations_of_many_rows_are_summed_piece_by_piece(monkeypatch):
@@ -448,12 +448,12 @@ def test_weight_similarity():
     cosines = [[1.0, 0.0, -half], [0.0, 1.0, half], [-half, half, 1.0]]
     for alpha in (0.0, 1.0, 3.0):
         expected = [formulas.softmax([alpha * x for x in row]) for row in cosines]
-        found = weight_similarity(weight, alpha)
+        found = weight_similarity(weight, alpha=alpha)
         assert_close(found, torch.tensor(expected, dtype=torch.float64))
         # The power of the plain similarity, normalised again.
         power = weight_similarity(weight) ** alpha
         assert_close(found, power / power.sum(-1, keepdim=True))
-        assert_close(found, weight_similarity(weight * torch.tensor([[5.0], [1.0], [0.1]]), alpha))
+        assert_close(found, weight_similarity(weight * torch.tensor([[5.0], [1.0], [0.1]]), alpha=alpha))
     nothing = weight_similarity(torch.zeros(2, 3))
     assert_close(nothing, torch.full((2, 2), 0.5))
     assert weight_similarity(weight.half()).dtype == torch.float32
@@ -466,7 +466,7 @@ def test_weight_similarity():
 )
 def test_weight_similarity_refuses(weight, alpha, match):
     with pytest.raises(ValueError, match=match):
-        weight_similarity(weight, alpha)
+        weight_similarity(weight, alpha=alpha)
 
 
 # Modules
@@ -483,7 +483,7 @@ def test_a_module_learns_the_class_means():
         target[0] = -7
         assert loss.prepare(teacher, target) == {}
         kept = (target != 4) & (target != -7)
-        relation = class_relations(teacher[kept], target[kept], 2.0)
+        relation = class_relations(teacher[kept], target[kept], temperature=2.0)
         assert_close(loss.relation, relation)
         options = {"keep": keep, "temperature": 2.0, "ignore_index": 4, "unlabelled_index": -7}
         expected = luce.partial_kd_loss(student, teacher, target, relation=relation, **options)
@@ -512,7 +512,7 @@ def test_a_module_uses_the_weight_of_the_teacher_s_last_layer():
         assert not loss.needs_preparation
         loss.prepare(teacher, target)  # says nothing about it
         expected = luce.partial_kd_loss(
-            student, teacher, target, keep=keep, relation=weight_similarity(weight, 2.0)
+            student, teacher, target, keep=keep, relation=weight_similarity(weight, alpha=2.0)
         )
         assert_close(loss(student, teacher, target), expected)
     with pytest.raises(ValueError, match="`keep` with `weight_sim`"):
@@ -568,7 +568,7 @@ def test_the_parts_of_kd_add_up_to_it(question):
     entropy = options["temperature"] ** 2 * -(p * p.log()).sum(-1).mean()
     whole = luce.decomposed_kd_loss(student, teacher, target, **options)
     assert_close(whole, luce.kd_loss(student, teacher, **options) + entropy)
-    off = {"w_guidance": 0.0, "w_smooth": 0.0, "w_relation": 0.0}
+    off = {"guidance_weight": 0.0, "smooth_weight": 0.0, "relation_weight": 0.0}
     parts = [
         luce.decomposed_kd_loss(student, teacher, target, **options, **{**off, name: 1.0}) for name in off
     ]
@@ -577,7 +577,7 @@ def test_the_parts_of_kd_add_up_to_it(question):
     assert parts[1] >= 0
     gradient = slope(luce.decomposed_kd_loss, student, teacher, target, **options)
     assert_close(gradient, slope(luce.kd_loss, student, teacher, **options), rtol=1e-9, atol=1e-12)
-    without = slope(luce.decomposed_kd_loss, student, teacher, target, **options, w_relation=0.0)
+    without = slope(luce.decomposed_kd_loss, student, teacher, target, **options, relation_weight=0.0)
     assert_close(
         without, slope(luce.partial_kd_loss, student, teacher, target, **options), atol=1e-12, rtol=1e-9
     )
@@ -586,7 +586,7 @@ def test_the_parts_of_kd_add_up_to_it(question):
 def test_a_part_that_is_switched_off_may_be_infinite():
     student, teacher, target = batch(3)
     student[:, 4], target[:] = -inf, 1
-    options = {"w_smooth": 0.0, "w_relation": 0.0}
+    options = {"smooth_weight": 0.0, "relation_weight": 0.0}
     assert luce.decomposed_kd_loss(student, teacher, target) == inf
     assert luce.decomposed_kd_loss(student, teacher, target, **options).isfinite()
     gradient = slope(luce.decomposed_kd_loss, student, teacher, target, **options)

@@ -138,7 +138,7 @@ def test_huge_logits_stay_finite(by_row, spread, dtype):
 def leaves_masked_classes_alone(case):
     """Not what gives such classes a share, or counts them in a spread that they then make up."""
     share = case.loss.function in (luce.tfkd_loss, luce.partial_kd_loss)
-    share = share or bool({"label_smoothing", "w_smooth"} & case.options.keys())
+    share = share or bool({"label_smoothing", "smooth_weight"} & case.options.keys())
     return not share and not case.loss.scale_blind
 
 

@@ -22,7 +22,13 @@ from luce.training.recipe import merge
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]
 
-IEKD = {"loss": "IEKDLoss", "student": "stages.0", "inheritance": 50, "exploration": 50, "epochs": 2}
+IEKD = {
+    "loss": "IEKDLoss",
+    "student": "stages.0",
+    "inheritance_weight": 50,
+    "exploration_weight": 50,
+    "epochs": 2,
+}
 PREPARED = {"inheritance", "exploration", "cka_inheritance", "cka_exploration"}
 
 
@@ -110,7 +116,7 @@ def test_an_interrupted_run_prepares_once_and_ends_in_the_same_numbers(
 
 def test_weights_of_0_reproduce_plain_training(make: Make, tmp_path: Path) -> None:
     """The preparation draws nothing that the training would draw, and no gradient reaches the student."""
-    recipe = make(term={"inheritance": 0.0, "exploration": 0.0}, data={"augment": "crop_flip"})
+    recipe = make(term={"inheritance_weight": 0.0, "exploration_weight": 0.0}, data={"augment": "crop_flip"})
     run(recipe, tmp_path / "off")
     del recipe.loss["iekd"]
     run(recipe, tmp_path / "plain")

@@ -20,7 +20,7 @@ from luce.training import ComparisonRecipe, Recipe, compare, run
 from luce.training.recipe import merge, read_yaml
 
 MAPS = ["stem.-1:input", "stages.0.-1:input", "stages.1.-1:input"]
-TERM = {"loss": "LONDONLoss", "weight": 0.01, "alpha": 2.0, "student": MAPS}
+TERM = {"loss": "LONDONLoss", "weight": 0.01, "lipschitz_weight": 2.0, "student": MAPS}
 STUDENT = {"name": "cnn", "options": {"widths": [3, 4, 5]}}
 
 

@@ -33,8 +33,8 @@ OTHER = {"name": "cnn", "options": {"widths": [6, 8, 10]}}
 IE = {
     "loss": "IEKDLoss",
     "autoencoder": "online",
-    "inheritance": 50,
-    "exploration": 50,
+    "inheritance_weight": 50,
+    "exploration_weight": 50,
     "student": "stages.1",
 }
 HINT = {"loss": "FitNetLoss", "weight": 10.0, "student": "stages.0", "teacher": "stages.1"}

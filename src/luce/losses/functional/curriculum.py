@@ -13,9 +13,9 @@ from .._reduce import Reduction, Rows
 def tempered_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: Tensor,
     target: Tensor | None = None,
     *,
+    temperature: Tensor,
     ignore_index: int = -100,
     class_dim: int = 1,
     row_weight: Tensor | None = None,
@@ -28,9 +28,9 @@ def tempered_kd(
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
-        temperature: Positive, which is not checked; a scalar, or one per row in the shape of the logits
-            without their class dimension. Gets its gradient, through the square in front as well.
         target: Class indices, used only to drop rows labelled `ignore_index`.
+        temperature: Positive, which is not checked; a scalar, or one per row in the shape of the logits
+            without their class dimension. Receives its gradient, through the leading square as well.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
@@ -43,7 +43,7 @@ def tempered_kd(
     Example:
         >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
         >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
-        >>> tempered_kd(student_logits, teacher_logits, torch.tensor([4.0]))
+        >>> tempered_kd(student_logits, teacher_logits, temperature=torch.tensor([4.0]))
         tensor(1.4214)
     """
     rows = Rows.of(

@@ -12,13 +12,11 @@ from .._features import Two, unit
 
 __all__ = ["exploration_loss", "inheritance_loss"]
 
-Similarity = Literal["l1", "cosine"]
-SIMILARITIES = ("l1", "cosine")
+Form = Literal["l1", "cosine"]
+FORMS = ("l1", "cosine")
 
 
-def inheritance_loss(
-    student_features: Tensor, teacher_features: Tensor, *, similarity: Similarity = "l1"
-) -> Tensor:
+def inheritance_loss(student_features: Tensor, teacher_features: Tensor, *, form: Form = "l1") -> Tensor:
     r"""How far the directions of the student's rows are from those of the teacher's.
 
     .. math:: \text{l1:}\quad \frac{1}{N D} \sum_{nd} |\nu(s_n) - \nu(t_n)|_d, \qquad
@@ -31,7 +29,7 @@ def inheritance_loss(
     Args:
         student_features: Shape ``(N, ...)``, flattened row by row; in IE-KD the factors of one part.
         teacher_features: As many entries in a row; receives no gradient.
-        similarity: ``"l1"``, the authors' choice, or ``"cosine"``.
+        form: ``"l1"``, the authors' choice, or ``"cosine"``.
     Returns:
         From 0, where the directions are equal, to ``2 / sqrt(D)`` or 2. A positive factor on any row changes
         nothing. A row of zeros stays 0 and has no gradient.
@@ -43,21 +41,19 @@ def inheritance_loss(
         >>> student, teacher = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
         >>> inheritance_loss(student, teacher)  # between (0.6, 0.8) and (0.8, 0.6)
         tensor(0.2000)
-        >>> inheritance_loss(student, teacher, similarity="cosine")  # 1 - 0.96
+        >>> inheritance_loss(student, teacher, form="cosine")  # 1 - 0.96
         tensor(0.0400)
 
     References:
         Huang et al., Revisiting Knowledge Distillation: An Inheritance and Exploration Framework, CVPR 2021,
         arXiv 2107.00181.
     """
-    checks.check_choice("similarity", similarity, SIMILARITIES)
+    checks.check_choice("form", form, FORMS)
     s, t = _directions(student_features, teacher_features)
-    return (s - t).abs().mean() if similarity == "l1" else (1 - (s * t).sum(1)).mean()
+    return (s - t).abs().mean() if form == "l1" else (1 - (s * t).sum(1)).mean()
 
 
-def exploration_loss(
-    student_features: Tensor, teacher_features: Tensor, *, similarity: Similarity = "l1"
-) -> Tensor:
+def exploration_loss(student_features: Tensor, teacher_features: Tensor, *, form: Form = "l1") -> Tensor:
     r"""How close the directions of the student's rows are to those of the teacher's.
 
     .. math:: \text{l1:}\quad -\frac{1}{N D} \sum_{nd} |\nu(s_n) - \nu(t_n)|_d, \qquad
@@ -70,7 +66,7 @@ def exploration_loss(
     Args:
         student_features: Shape ``(N, ...)``, flattened row by row; in IE-KD the factors of one part.
         teacher_features: As many entries in a row; receives no gradient.
-        similarity: ``"l1"``, the authors' choice, or ``"cosine"``.
+        form: ``"l1"``, the authors' choice, or ``"cosine"``.
     Returns:
         From ``-2 / sqrt(D)`` to 0, or from 0 to 1. A positive factor on any row changes nothing. A row of
         zeros stays 0 and has no gradient.
@@ -82,16 +78,16 @@ def exploration_loss(
         >>> student, teacher = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
         >>> exploration_loss(student, teacher)  # between (0.6, 0.8) and (0.8, 0.6)
         tensor(-0.2000)
-        >>> exploration_loss(student, teacher, similarity="cosine")  # 0.6 * 0.8 + 0.8 * 0.6
+        >>> exploration_loss(student, teacher, form="cosine")  # 0.6 * 0.8 + 0.8 * 0.6
         tensor(0.9600)
 
     References:
         Huang et al., Revisiting Knowledge Distillation: An Inheritance and Exploration Framework, CVPR 2021,
         arXiv 2107.00181.
     """
-    if similarity == "l1":
+    if form == "l1":
         return -inheritance_loss(student_features, teacher_features)
-    checks.check_choice("similarity", similarity, SIMILARITIES)
+    checks.check_choice("form", form, FORMS)
     s, t = _directions(student_features, teacher_features)
     return (s * t).sum(1).abs().mean()
 

@@ -23,7 +23,7 @@ __all__ = ["lipschitz_loss"]
 ITERATIONS = 40
 """For 1e-3 of the value on 512 x 512 random matrices, the hardest we know; others need far fewer."""
 
-Iteration = Literal["lanczos", "power"]
+Algorithm = Literal["lanczos", "power"]
 
 
 def transmitting_matrix(first: Tensor, second: Tensor) -> Tensor:
@@ -61,7 +61,9 @@ def transmitting_matrix(first: Tensor, second: Tensor) -> Tensor:
         return a @ b.mT / a.shape[2]
 
 
-def spectral_norm(matrix: Tensor, *, iterations: int = ITERATIONS, method: Iteration = "lanczos") -> Tensor:
+def spectral_norm(
+    matrix: Tensor, *, iterations: int = ITERATIONS, algorithm: Algorithm = "lanczos"
+) -> Tensor:
     r"""The largest singular value of each matrix, :math:`\sigma = \max_{\|v\| = 1} \|M v\|`, by iteration.
 
     Power iteration, :math:`v \leftarrow M^\top M v / \|\cdot\|`, forgets all but its last vector and needs
@@ -84,8 +86,8 @@ def spectral_norm(matrix: Tensor, *, iterations: int = ITERATIONS, method: Itera
     Args:
         matrix: Shape ``(..., M, N)``; calculated in at least float32.
         iterations: At least 1; products with :math:`M^\top M`. As many as the shorter side are enough.
-        method: ``"lanczos"``, or ``"power"`` for plain power iteration. The authors' code takes 10 steps of
-            that from a random vector on CIFAR, 5 from the vector of ones on ImageNet.
+        algorithm: ``"lanczos"``, or ``"power"`` for plain power iteration. The authors' code takes 10 steps
+            of the latter from a random vector on CIFAR, 5 from the vector of ones on ImageNet.
     Returns:
         Shape ``(...)``.
     Raises:
@@ -101,17 +103,17 @@ def spectral_norm(matrix: Tensor, *, iterations: int = ITERATIONS, method: Itera
     """
     checks.check_matrices(matrix=matrix)
     checks.check_count(iterations=iterations)
-    checks.check_choice("method", method, ("lanczos", "power"))
+    checks.check_choice("algorithm", algorithm, ("lanczos", "power"))
     matrix = matrix.to(wide_dtype(matrix))
     if matrix.shape[-2] < matrix.shape[-1]:
         matrix = matrix.mT  # the same singular values, and shorter vectors
     with _features.full_precision(matrix):
-        image = matrix @ _top_direction(matrix.detach(), iterations, method)
+        image = matrix @ _top_direction(matrix.detach(), iterations, algorithm)
         return (unit(image.detach(), dim=-2) * image).sum((-2, -1))
 
 
 @torch.no_grad()
-def _top_direction(matrix: Tensor, iterations: int, method: Iteration) -> Tensor:
+def _top_direction(matrix: Tensor, iterations: int, algorithm: Algorithm) -> Tensor:
     """``(..., N, 1)``, the unit vectors that the matrices stretch most, as far as found."""
     largest = matrix.abs().amax((-2, -1), keepdim=True)
     matrix = matrix / torch.where(largest == 0, 1, largest)
@@ -120,7 +122,7 @@ def _top_direction(matrix: Tensor, iterations: int, method: Iteration) -> Tensor
     length = square.shape[-1]
     start = torch.arange(1, length + 1, device=matrix.device, dtype=matrix.dtype).square().cos()
     v = unit(start, dim=-1).expand(*square.shape[:-2], 1, length)  # rows, the faster layout
-    if method == "power":
+    if algorithm == "power":
         for _ in range(iterations):
             v = unit(v @ square, dim=-1)
         return v.mT
@@ -144,7 +146,7 @@ def lipschitz_loss(
     *,
     relative: bool = False,
     iterations: int = ITERATIONS,
-    method: Iteration = "lanczos",
+    algorithm: Algorithm = "lanczos",
 ) -> Tensor:
     r"""LONDON's Lipschitz term: match how far each stage stretches what enters it.
 
@@ -167,7 +169,7 @@ def lipschitz_loss(
         relative: Divide each square by the teacher's: :math:`(\sigma^s / \sigma^t - 1)^2`. A row in which
             the teacher's norm is 0 then counts 0.
         iterations: Of `spectral_norm`.
-        method: Likewise.
+        algorithm: Likewise.
     Returns:
         At least 0, and 0, without a gradient, where both networks have the same features.
     Raises:
@@ -191,7 +193,7 @@ def lipschitz_loss(
     terms = []
     for k, (first, second) in enumerate(pairwise(stages), 1):
         s, t = (
-            spectral_norm(transmitting_matrix(*pair), iterations=iterations, method=method)
+            spectral_norm(transmitting_matrix(*pair), iterations=iterations, algorithm=algorithm)
             for pair in zip(first, second, strict=True)
         )
         difference = s - t

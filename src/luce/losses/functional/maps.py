@@ -102,7 +102,7 @@ def nst_loss(
     student_features: Tensor,
     teacher_features: Tensor,
     *,
-    kernel: Literal["polynomial", "linear"] = "polynomial",
+    form: Literal["polynomial", "linear"] = "polynomial",
 ) -> Tensor:
     r"""Neuron selectivity transfer: the channels of both networks as two samples of one distribution.
 
@@ -118,7 +118,7 @@ def nst_loss(
     Args:
         student_features: Shape ``(N, C', H, W)`` or ``(N, T, D)``.
         teacher_features: Likewise, with its own C', H and W, but as many tokens; receives no gradient.
-        kernel: ``"polynomial"`` or ``"linear"``.
+        form: Of the kernel, ``"polynomial"`` or ``"linear"``.
     Returns:
         At least 0 up to rounding, and 0 where both have the same channels, in any order. The kernel of a
         channel of zeros with any other is 0.
@@ -134,8 +134,8 @@ def nst_loss(
         Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer,
         arXiv 1707.01219.
     """
-    checks.check_choice("kernel", kernel, ("polynomial", "linear"))
-    power = 2 if kernel == "polynomial" else 1
+    checks.check_choice("form", form, ("polynomial", "linear"))
+    power = 2 if form == "polynomial" else 1
     s, t = _features.maps(student_features, teacher_features)
     with _features.full_precision(s):
         s, t = (unit(x.flatten(2), dim=2) for x in (s, t))
@@ -248,7 +248,7 @@ def _channel_correlation(x: Tensor) -> Tensor:
     return unit(flat @ flat.mT, dim=2)
 
 
-def vid_loss(student_features: Tensor, teacher_features: Tensor, variance: Tensor) -> Tensor:
+def vid_loss(student_features: Tensor, teacher_features: Tensor, *, variance: Tensor) -> Tensor:
     r"""Variational information distillation: how unlikely the teacher's map is, predicted from the student's.
 
     .. math:: \frac{1}{N C' H W} \sum \tfrac12 \Big[\frac{(F_t - \mu)^2}{\sigma_c^2} + \log \sigma_c^2\Big]
@@ -267,7 +267,7 @@ def vid_loss(student_features: Tensor, teacher_features: Tensor, variance: Tenso
         ValueError: On a wrong shape.
         TypeError: On a wrong dtype.
     Example:
-        >>> vid_loss(torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4), torch.ones(2))
+        >>> vid_loss(torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4), variance=torch.ones(2))
         tensor(0.5000)
 
     References:
@@ -278,7 +278,7 @@ def vid_loss(student_features: Tensor, teacher_features: Tensor, variance: Tenso
     return 0.5 * ((t - s).square() / variance + variance.log()).mean()
 
 
-def ofd_loss(student_features: Tensor, teacher_features: Tensor, margin: Tensor) -> Tensor:
+def ofd_loss(student_features: Tensor, teacher_features: Tensor, *, margin: Tensor) -> Tensor:
     r"""The overhaul of feature distillation: a partial distance before the activation.
 
     .. math:: \frac1N \sum_{n,c,i} \begin{cases} 0 & S \le T \le 0 \\ (S - T)^2 & \text{else} \end{cases},
@@ -298,7 +298,7 @@ def ofd_loss(student_features: Tensor, teacher_features: Tensor, margin: Tensor)
         TypeError: On a wrong dtype.
     Example:
         >>> student, teacher = torch.tensor([[[[-5.0, 0.5]]]]), torch.tensor([[[[-9.0, 2.0]]]])
-        >>> ofd_loss(student, teacher, torch.tensor([-1.0]))  # -5 is below the margin of -1, which is enough
+        >>> ofd_loss(student, teacher, margin=torch.tensor([-1.0]))  # -5 is below the margin: no cost
         tensor(2.2500)
 
     References:
@@ -319,10 +319,10 @@ def _per_channel(name: str, values: Tensor, like: Tensor) -> Tensor:
 def mgd_loss(
     student_features: Tensor,
     teacher_features: Tensor,
-    generate: Callable[[Tensor], Tensor],
     *,
+    generate: Callable[[Tensor], Tensor],
     mask_ratio: float = 0.15,
-    mask: Literal["channels", "places"] = "channels",
+    masked: Literal["channels", "places"] = "channels",
 ) -> Tensor:
     r"""Masked generative distillation: the teacher's whole map, generated from a part of the student's.
 
@@ -337,24 +337,24 @@ def mgd_loss(
         teacher_features: Likewise; receives no gradient. The larger map is average-pooled to the smaller.
         generate: From the masked map ``(N, C', H, W)`` to one like the teacher's; `luce.MGDLoss` learns it.
         mask_ratio: Probability with which a channel or place is masked, in [0, 1).
-        mask: ``"channels"`` or ``"places"`` to mask, for each row by itself.
+        masked: ``"channels"`` or ``"places"``, masked for each row by itself.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
     Example:
         >>> features = torch.randn(2, 3, 4, 4)
-        >>> mgd_loss(features, features, lambda masked: masked, mask_ratio=0.0)
+        >>> mgd_loss(features, features, generate=lambda masked: masked, mask_ratio=0.0)
         tensor(0.)
 
     References:
         Yang et al., Masked Generative Distillation, ECCV 2022, arXiv 2205.01529.
     """
-    checks.check_choice("mask", mask, ("channels", "places"))
+    checks.check_choice("masked", masked, ("channels", "places"))
     if mask_ratio != 0:
         checks.check_between(0, 1, mask_ratio=mask_ratio)
     s, t = _features.maps(student_features, teacher_features, like_channels=True)
     rows, channels, height, width = s.shape
-    shape = (rows, channels, 1, 1) if mask == "channels" else (rows, 1, height, width)
+    shape = (rows, channels, 1, 1) if masked == "channels" else (rows, 1, height, width)
     kept = torch.rand(shape, device=s.device) >= mask_ratio
     generated = generate(s * kept)
     checks.check_like("generate(student_features)", generated, t, "it must keep the shape of the map")

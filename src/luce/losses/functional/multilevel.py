@@ -21,9 +21,9 @@ def mlld_loss(
     target: Tensor | None = None,
     *,
     temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
-    w_instance: float = 1.0,
-    w_batch: float = 1.0,
-    w_class: float = 1.0,
+    instance_weight: float = 1.0,
+    batch_weight: float = 1.0,
+    class_weight: float = 1.0,
     ignore_index: int = -100,
     class_dim: int = 1,
     row_weight: Tensor | None = None,
@@ -52,9 +52,9 @@ def mlld_loss(
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
         temperatures: Each positive, no unit; at least one. The default is that of the code on CIFAR-100.
-        w_instance: Weight of the first term, at least 0.
-        w_batch: Weight of the second term, at least 0.
-        w_class: Weight of the third term, at least 0.
+        instance_weight: Weight of the first term, at least 0.
+        batch_weight: Weight of the second term, at least 0.
+        class_weight: Weight of the third term, at least 0.
         ignore_index: Rows with this label do not count, in any term.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0. In the matrices a row counts in proportion to it, N being
@@ -70,14 +70,16 @@ def mlld_loss(
     Example:
         >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3], [1.2, 0.1, -0.7, 0.4]])
         >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0], [0.2, 2.5, -0.3, 0.9]])
-        >>> mlld_loss(student_logits, teacher_logits, temperatures=[4.0], w_instance=0, w_batch=0)
+        >>> mlld_loss(student_logits, teacher_logits, temperatures=[4.0], instance_weight=0, batch_weight=0)
         tensor(0.0105)
 
     References:
         Jin, Wang and Lin, Multi-Level Logit Distillation, CVPR 2023.
     """
     _check_temperatures(temperatures)
-    checks.check_not_negative(w_instance=w_instance, w_batch=w_batch, w_class=w_class)
+    checks.check_not_negative(
+        instance_weight=instance_weight, batch_weight=batch_weight, class_weight=class_weight
+    )
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
@@ -88,15 +90,15 @@ def mlld_loss(
     values = torch.zeros_like(rows.weight)
     for temperature in temperatures:
         p, q = ((logits / temperature).softmax(-1) for logits in (rows.teacher, rows.student))
-        if w_instance:
+        if instance_weight:
             kl = forward_kl(rows.student, rows.teacher, temperature)
-            values = values + w_instance * temperature**2 * kl
-        if w_batch:
+            values = values + instance_weight * temperature**2 * kl
+        if batch_weight:
             gap = product(p, p.T) - product(q, q.T)
-            values = values + w_batch * (gap.square() * weight).sum(-1)
-        if w_class:
+            values = values + batch_weight * (gap.square() * weight).sum(-1)
+        if class_weight:
             gap = product((weight[:, None] * p).T, p) - product((weight[:, None] * q).T, q)
-            values = values + w_class * gap.square().sum() / classes
+            values = values + class_weight * gap.square().sum() / classes
     return rows.reduce(values, reduction)
 
 

@@ -37,7 +37,7 @@ CHUNK = 1 << 24
 """Numbers that are widened to float64 at a time."""
 
 
-def class_relations(teacher_logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+def class_relations(teacher_logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> Tensor:
     r"""The teacher's mean softened distribution over the rows of each class.
 
     .. math:: R_{yc} = \frac{1}{N_y} \sum_{n:\, y_n = y} \mathrm{softmax}(t_n / T)_c
@@ -76,7 +76,7 @@ def class_relations(teacher_logits: Tensor, target: Tensor, temperature: float =
     return (sums / rows.clamp(min=1)[:, None]).to(wide_dtype(teacher_logits))
 
 
-def weight_similarity(weight: Tensor, alpha: float = 1.0) -> Tensor:
+def weight_similarity(weight: Tensor, *, alpha: float = 1.0) -> Tensor:
     r"""How alike the classes are to a linear classifier: a softmax over the cosines of their weights.
 
     .. math:: R_{yc} = \mathrm{softmax}_c\big(\alpha \cos(w_y, w_c)\big)
@@ -270,9 +270,9 @@ def decomposed_kd_loss(
     teacher_logits: Tensor,
     target: Tensor,
     *,
-    w_guidance: float = 1.0,
-    w_smooth: float = 1.0,
-    w_relation: float = 1.0,
+    guidance_weight: float = 1.0,
+    smooth_weight: float = 1.0,
+    relation_weight: float = 1.0,
     temperature: float = 1.0,
     scale_by_temperature: bool = True,
     ignore_index: int = -100,
@@ -296,10 +296,10 @@ def decomposed_kd_loss(
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices. Rows without a label do not count: they have no guidance to split off.
-        w_guidance: Weight of the part that pushes the label up, at least 0.
-        w_smooth: Weight of the part that pushes all other classes up alike, at least 0.
-        w_relation: Weight of the part that tells them apart, at least 0. Above `w_smooth` it may push a class
-            down without end, and make the loss negative.
+        guidance_weight: Weight of the part that pushes the label up, at least 0.
+        smooth_weight: Weight of the part that pushes all other classes up alike, at least 0.
+        relation_weight: Weight of the part that separates the other classes, at least 0. Above
+            `smooth_weight` it may push a class down without bound and make the loss negative.
         temperature: Positive, no unit.
         scale_by_temperature: Multiply by ``temperature**2``.
         ignore_index: Rows with this label do not count.
@@ -315,16 +315,19 @@ def decomposed_kd_loss(
     Example:
         >>> student_logits = torch.tensor([[1.0, 0.5, -0.5, 0.0]])
         >>> teacher_logits = torch.tensor([[4.0, 2.0, -1.0, 0.0]])
-        >>> decomposed_kd_loss(student_logits, teacher_logits, torch.tensor([0]))
+        >>> target = torch.tensor([0])
+        >>> decomposed_kd_loss(student_logits, teacher_logits, target)
         tensor(0.8701)
-        >>> decomposed_kd_loss(student_logits, teacher_logits, torch.tensor([0]), w_guidance=0, w_relation=0)
+        >>> decomposed_kd_loss(student_logits, teacher_logits, target, guidance_weight=0, relation_weight=0)
         tensor(0.2470)
 
     References:
         Tang et al., Understanding and Improving Knowledge Distillation, arXiv 2002.03532.
     """
     checks.check_positive(temperature=temperature)
-    checks.check_not_negative(w_guidance=w_guidance, w_smooth=w_smooth, w_relation=w_relation)
+    checks.check_not_negative(
+        guidance_weight=guidance_weight, smooth_weight=smooth_weight, relation_weight=relation_weight
+    )
     rows = Rows.of(
         student_logits,
         teacher_logits,
@@ -341,7 +344,9 @@ def decomposed_kd_loss(
     others = rows.present() & ~at_label
     rest = p.masked_fill(at_label, 0).sum(-1, keepdim=True)
     even = others * (rest / others.sum(-1, keepdim=True).clamp(min=1))
-    share = torch.where(at_label, w_guidance * p, (w_smooth - w_relation) * even + w_relation * p)
+    share = torch.where(
+        at_label, guidance_weight * p, (smooth_weight - relation_weight) * even + relation_weight * p
+    )
     values = -(share * torch.where(share == 0, 0, log_q)).sum(-1)
     return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
 

@@ -21,7 +21,7 @@ __all__ = ["CRDLoss"]
 NOWHERE = -1
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CRDLoss(FeatureLoss):
     r"""Contrastive representation distillation: tell a row's own partner from rows of other classes.
 

@@ -32,7 +32,7 @@ def reversed_gradient(x: Tensor, strength: float) -> Tensor:
     return x.detach() - strength * (x - x.detach())
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CTKDLoss(LogitLoss):
     r"""Curriculum temperature: KD at a temperature that is learned to make the student's task harder.
 
@@ -143,8 +143,8 @@ class CTKDLoss(LogitLoss):
         return tempered_kd(
             student_logits,
             teacher_logits,
-            self.temperatures(student_logits, teacher_logits),
             target,
+            temperature=self.temperatures(student_logits, teacher_logits),
             ignore_index=self.ignore_index,
             class_dim=self.class_dim,
             row_weight=row_weight,

@@ -12,7 +12,7 @@ from .base import LogitLoss
 __all__ = ["CrossEntropyLoss", "DKDLoss", "HardLabelLoss", "JSDLoss", "KDLoss", "ReverseKLLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CrossEntropyLoss(LogitLoss):
     """Module of `luce.cross_entropy_loss`. Called like the others; the teacher's logits may be None.
 
@@ -31,7 +31,7 @@ class CrossEntropyLoss(LogitLoss):
     backend: Backend = "auto"
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class HardLabelLoss(LogitLoss):
     """Module of `luce.hard_label_loss`: cross-entropy with the teacher's choice.
 
@@ -46,7 +46,7 @@ class HardLabelLoss(LogitLoss):
     backend: Backend = "auto"
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class KDLoss(LogitLoss):
     """Module of `luce.kd_loss`: the KL divergence from the teacher's softened distribution.
 
@@ -62,7 +62,7 @@ class KDLoss(LogitLoss):
     backend: Backend = "auto"
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ReverseKLLoss(LogitLoss):
     """Module of `luce.reverse_kl_loss`: the KL divergence from the student to the teacher."""
 
@@ -73,7 +73,7 @@ class ReverseKLLoss(LogitLoss):
     backend: Backend = "auto"
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class JSDLoss(LogitLoss):
     """Module of `luce.jsd_loss`: the generalized Jensen-Shannon divergence."""
 
@@ -85,7 +85,7 @@ class JSDLoss(LogitLoss):
     backend: Backend = "auto"
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class DKDLoss(LogitLoss):
     """Module of `luce.dkd_loss`: decoupled knowledge distillation."""
 

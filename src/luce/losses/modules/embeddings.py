@@ -16,7 +16,7 @@ from .features import FeatureLoss, Shapes, through
 __all__ = ["CCLoss", "PKTLoss", "RKDLoss", "SPLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class SPLoss(FeatureLoss):
     """Module of `luce.sp_loss`: similarity preserved, summed over the stages. Its weight is 3000."""
 
@@ -24,7 +24,7 @@ class SPLoss(FeatureLoss):
     function = staticmethod(embeddings.sp_loss)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class PKTLoss(FeatureLoss):
     """Module of `luce.pkt_loss`: probabilistic knowledge transfer. Its weight is 30000."""
 
@@ -35,7 +35,7 @@ class PKTLoss(FeatureLoss):
     eps: float = 1e-7
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class RKDLoss(FeatureLoss):
     """Module of `luce.rkd_loss`: relational knowledge distillation. Its weight is 1."""
 
@@ -47,7 +47,7 @@ class RKDLoss(FeatureLoss):
     angle_weight: float = 50.0
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CCLoss(FeatureLoss):
     """Module of `luce.cc_loss`: correlation congruence.
 

@@ -13,7 +13,7 @@ from ... import checks
 from ...errors import UserError
 from .. import _features
 from ..functional.embeddings import linear_cka
-from ..functional.iekd import SIMILARITIES, Similarity, exploration_loss, inheritance_loss
+from ..functional.iekd import FORMS, Form, exploration_loss, inheritance_loss
 from .features import FeatureLoss, Shapes, TeacherFeatures, Tensors, channels, through
 
 __all__ = ["IEKDLoss"]
@@ -23,7 +23,7 @@ SLOPE = 0.1
 """Of the leaky ReLUs of the coders."""
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class IEKDLoss(FeatureLoss):
     r"""Inheritance and exploration: one half of the student's channels follows a code of the teacher's map.
 
@@ -58,15 +58,15 @@ class IEKDLoss(FeatureLoss):
     (`luce.losses.linear_cka` over the batch). The latter should come out lower; nothing enforces it.
 
     Args:
-        inheritance: :math:`\lambda_i`, at least 0.
-        exploration: :math:`\lambda_e`, at least 0.
-        similarity: ``"l1"`` or ``"cosine"``, for both losses.
+        inheritance_weight: :math:`\lambda_i`, at least 0.
+        exploration_weight: :math:`\lambda_e`, at least 0.
+        form: ``"l1"`` or ``"cosine"``, for both losses.
         split: ``"natural"``: the first half of the channels inherits, of an odd number the smaller one; or
             ``"random"``: as many, drawn once by `build`.
         code_channels: Of the code; None for half of the teacher's channels.
         autoencoder: ``"prepared"`` or ``"online"``.
-        reconstruction: What the auto-encoder descends, over all entries: ``"l1"``, the mean absolute error,
-            as in the authors' code, or ``"l2"``, the mean square.
+        reconstruction_form: The auto-encoder's loss over all entries: ``"l1"``, the mean absolute error, as
+            in the authors' code, or ``"l2"``, the mean square.
         epochs: Of the preparation.
         lr: Learning rate of the preparation, positive.
 
@@ -85,7 +85,7 @@ class IEKDLoss(FeatureLoss):
         RuntimeError: In training mode before `build` or `prepare`.
 
     Example:
-        >>> loss = IEKDLoss(inheritance=50, exploration=50, epochs=2)
+        >>> loss = IEKDLoss(inheritance_weight=50, exploration_weight=50, epochs=2)
         >>> loss.build([(16, 4, 4)], [(32, 8, 8)])
         >>> batches = [[torch.rand(16, 32, 8, 8)] for _ in range(4)]
         >>> sorted(loss.prepare(lambda batch_size, epochs=1, shuffle=False: batches * epochs))
@@ -102,13 +102,13 @@ class IEKDLoss(FeatureLoss):
     takes = "maps"
     stages = "one"
 
-    inheritance: float = 1.0
-    exploration: float = 1.0
-    similarity: Similarity = "l1"
+    inheritance_weight: float = 1.0
+    exploration_weight: float = 1.0
+    form: Form = "l1"
     split: Literal["natural", "random"] = "natural"
     code_channels: int | None = None
     autoencoder: Literal["prepared", "online"] = "prepared"
-    reconstruction: Literal["l1", "l2"] = "l1"
+    reconstruction_form: Literal["l1", "l2"] = "l1"
     epochs: int = 30
     lr: float = 0.1
 
@@ -117,13 +117,15 @@ class IEKDLoss(FeatureLoss):
         self._prepared = False
 
     def _check_options(self) -> None:
-        checks.check_not_negative(inheritance=self.inheritance, exploration=self.exploration)
-        checks.check_choice("similarity", self.similarity, SIMILARITIES)
+        checks.check_not_negative(
+            inheritance_weight=self.inheritance_weight, exploration_weight=self.exploration_weight
+        )
+        checks.check_choice("form", self.form, FORMS)
         checks.check_choice("split", self.split, ("natural", "random"))
         if self.code_channels is not None:
             checks.check_count(code_channels=self.code_channels)
         checks.check_choice("autoencoder", self.autoencoder, ("prepared", "online"))
-        checks.check_choice("reconstruction", self.reconstruction, ("l1", "l2"))
+        checks.check_choice("reconstruction_form", self.reconstruction_form, ("l1", "l2"))
         checks.check_count(epochs=self.epochs)
         checks.check_positive(lr=self.lr)
 
@@ -202,7 +204,7 @@ class IEKDLoss(FeatureLoss):
     def _errors(self, restored: Tensor, teacher: Tensor) -> Tensor:
         """Of each entry."""
         difference = restored.to(teacher.dtype) - teacher
-        return difference.abs() if self.reconstruction == "l1" else difference.square()
+        return difference.abs() if self.reconstruction_form == "l1" else difference.square()
 
     def forward(self, student_features: Tensors, teacher_features: Tensors) -> dict[str, Tensor]:
         """The loss of a batch and its parts, scalars."""
@@ -216,11 +218,11 @@ class IEKDLoss(FeatureLoss):
         inherited = through(self.inheriting, student[:, self.inheriting_channels])
         explored = through(self.exploring, student[:, self.exploring_channels])
         terms = {
-            "inheritance": inheritance_loss(inherited, code, similarity=self.similarity),
-            "exploration": exploration_loss(explored, code, similarity=self.similarity),
+            "inheritance": inheritance_loss(inherited, code, form=self.form),
+            "exploration": exploration_loss(explored, code, form=self.form),
             **self._alignments(student_features[0], teacher_features[0]),
         }
-        loss = self.inheritance * terms["inheritance"] + self.exploration * terms["exploration"]
+        loss = self.inheritance_weight * terms["inheritance"] + self.exploration_weight * terms["exploration"]
         if self.autoencoder == "online":
             terms["reconstruction"] = self._errors(self.of_teacher.decode(code), teacher).mean()
             loss = loss + terms["reconstruction"]

@@ -55,7 +55,7 @@ class LinearLoss(nn.Module):
         return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class LinearKDLoss(LinearLoss):
     """Module of `luce.linear_kd_loss`: `luce.KDLoss` without ever holding the logits.
 
@@ -73,7 +73,7 @@ class LinearKDLoss(LinearLoss):
     scale_by_temperature: bool = True
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class LinearPLDLoss(LinearLoss):
     """Module of `luce.linear_pld_loss`: `luce.PLDLoss` without ever holding the logits.
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from ... import checks
 from .. import _features
-from ..functional.lipschitz import ITERATIONS, Iteration, lipschitz_loss
+from ..functional.lipschitz import ITERATIONS, Algorithm, lipschitz_loss
 from .features import FeatureLoss, Shapes, Tensors, channels, through
 from .maps import OFDLoss, convolution_and_norm
 
 __all__ = ["LONDONLoss", "LipschitzLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class LipschitzLoss(FeatureLoss):
     """Module of `luce.lipschitz_loss`: the norms of the transmitting matrices, from each stage to the next.
 
@@ -29,7 +29,7 @@ class LipschitzLoss(FeatureLoss):
             batch normalisation first, as in OFD.
         relative: Whether each square is divided by the teacher's.
         iterations: Of `luce.losses.spectral_norm`.
-        method: Likewise, ``"lanczos"`` or ``"power"``.
+        algorithm: Likewise, ``"lanczos"`` or ``"power"``.
     Example:
         >>> loss = LipschitzLoss(relative=True)
         >>> maps = [torch.ones(1, 1, 2, 2), torch.ones(1, 4, 2, 2)]
@@ -43,14 +43,14 @@ class LipschitzLoss(FeatureLoss):
     connectors: bool = False
     relative: bool = False
     iterations: int = ITERATIONS
-    method: Iteration = "lanczos"
+    algorithm: Algorithm = "lanczos"
 
     @property
     def learns(self) -> bool:
         return self.connectors
 
     def _check_options(self) -> None:
-        _check_options(self.relative, self.iterations, self.method)
+        _check_options(self.relative, self.iterations, self.algorithm)
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         if self.connectors:
@@ -67,10 +67,12 @@ class LipschitzLoss(FeatureLoss):
             maps = [_features.maps(*pair, pooled=False) for pair in zip(s, t, strict=True)]
             s = [through(layer, s) for layer, (s, _) in zip(self.projectors, maps, strict=True)]
             t = [t for _, t in maps]
-        return lipschitz_loss(s, t, relative=self.relative, iterations=self.iterations, method=self.method)
+        return lipschitz_loss(
+            s, t, relative=self.relative, iterations=self.iterations, algorithm=self.algorithm
+        )
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class LONDONLoss(OFDLoss):
     r"""LONDON: OFD, and how far each stage stretches what enters it, through the same connectors.
 
@@ -80,12 +82,12 @@ class LONDONLoss(OFDLoss):
     ..., "lipschitz": ...}``, the last two without weights.
 
     The formulas and weights are those of the released code. On CIFAR-100 it minimises the cross-entropy plus
-    ``L_ofd / 1000 + a * L_lip / 200``: here weight 0.001 and ``alpha=5 * a``, with a of 0.2 to 4 by pair, 1
-    by default (in one setting divided, in another multiplied, after 60 % of the epochs). On ImageNet it is
-    ``L_ofd / 10000 + 2000 * L_lip / (10000 * batch)``: weight 0.0001 and ``alpha=2000 / batch``, about 21
-    with the batch of 96 that it names. There is no term on logits in it. The Lipschitz term grows with the
-    fourth power of the features; a digest of the paper says that it hurts beyond a fifth of the total loss,
-    which is what the two figures are for.
+    ``L_ofd / 1000 + a * L_lip / 200``: here weight 0.001 and :math:`\alpha = 5 a`, with a from 0.2 to 4 by
+    pair, 1 by default (in one setting divided, in another multiplied, after 60 % of the epochs). On ImageNet
+    it minimises ``L_ofd / 10000 + 2000 * L_lip / (10000 * batch)``: weight 0.0001 and :math:`\alpha` =
+    2000 / batch, about 21 with its batch of 96. It has no term on logits. The Lipschitz term grows with the
+    fourth power of the features. A digest of the paper says that the term hurts beyond a fifth of the total
+    loss; the two returned parts show that share.
 
     It differs from that code in what is no matter of formulas: the teacher stays in evaluation mode, where
     the code lets its batch statistics drift; the margins are counted (see `luce.OFDLoss`); the norms converge
@@ -95,12 +97,12 @@ class LONDONLoss(OFDLoss):
     paper itself, its bounds and tables were not verified.
 
     Args:
-        alpha: At least 0, of the Lipschitz term.
+        lipschitz_weight: :math:`\alpha`, at least 0, of the Lipschitz term.
         relative: Whether each of its squares is divided by the teacher's.
         iterations: Of `luce.losses.spectral_norm`.
-        method: Likewise, ``"lanczos"`` or ``"power"``.
+        algorithm: Likewise, ``"lanczos"`` or ``"power"``.
     Example:
-        >>> loss = LONDONLoss(alpha=1.0)
+        >>> loss = LONDONLoss(lipschitz_weight=1.0)
         >>> loss.build([(2, 8, 8), (3, 4, 4)], [(4, 8, 8), (5, 4, 4)])
         >>> student = [torch.randn(2, 2, 8, 8), torch.randn(2, 3, 4, 4)]
         >>> sorted(loss(student, [torch.randn(2, 4, 8, 8), torch.randn(2, 5, 4, 4)]))
@@ -112,14 +114,14 @@ class LONDONLoss(OFDLoss):
 
     stages = "consecutive"
 
-    alpha: float = 5.0
+    lipschitz_weight: float = 5.0
     relative: bool = False
     iterations: int = ITERATIONS
-    method: Iteration = "lanczos"
+    algorithm: Algorithm = "lanczos"
 
     def _check_options(self) -> None:
-        checks.check_not_negative(alpha=self.alpha)
-        _check_options(self.relative, self.iterations, self.method)
+        checks.check_not_negative(lipschitz_weight=self.lipschitz_weight)
+        _check_options(self.relative, self.iterations, self.algorithm)
 
     def forward(self, student_features: Tensors, teacher_features: Tensors) -> dict[str, Tensor]:
         """The loss of a batch and its two parts, scalars."""
@@ -133,12 +135,12 @@ class LONDONLoss(OFDLoss):
             [t for _, t, _ in stages],
             relative=self.relative,
             iterations=self.iterations,
-            method=self.method,
+            algorithm=self.algorithm,
         )
-        return {"loss": ofd + self.alpha * lipschitz, "ofd": ofd, "lipschitz": lipschitz}
+        return {"loss": ofd + self.lipschitz_weight * lipschitz, "ofd": ofd, "lipschitz": lipschitz}
 
 
-def _check_options(relative: bool, iterations: int, method: Iteration) -> None:
+def _check_options(relative: bool, iterations: int, algorithm: Algorithm) -> None:
     """The function knows its own rules: see `FeatureLoss._check_options`."""
     ones = [torch.ones(1, 1, 1, 1)] * 2
-    lipschitz_loss(ones, ones, relative=relative, iterations=iterations, method=method)
+    lipschitz_loss(ones, ones, relative=relative, iterations=iterations, algorithm=algorithm)

@@ -17,7 +17,7 @@ from .base import LogitLoss
 __all__ = ["ListMLELoss", "ListNetLoss", "PLDLoss", "PListMLELoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class PLDLoss(LogitLoss):
     """Module of `luce.pld_loss`: Plackett-Luce Distillation. Use it alone, without cross-entropy.
 
@@ -86,7 +86,7 @@ class PLDLoss(LogitLoss):
         return super().forward(student_logits, teacher_logits, target, row_weight)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ListMLELoss(LogitLoss):
     """Module of `luce.listmle_loss`: the likelihood of the teacher's ranking, all places alike."""
 
@@ -95,7 +95,7 @@ class ListMLELoss(LogitLoss):
     unlabelled_index: int = UNLABELLED
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class PListMLELoss(LogitLoss):
     """Module of `luce.p_listmle_loss`: the likelihood of the teacher's ranking, first places first."""
 
@@ -105,7 +105,7 @@ class PListMLELoss(LogitLoss):
     unlabelled_index: int = UNLABELLED
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ListNetLoss(LogitLoss):
     """Module of `luce.listnet_loss`: cross-entropy with the teacher's top-one probabilities."""
 

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ATLoss(FeatureLoss):
     """Module of `luce.at_loss`: attention transfer, summed over the stages. Its weight is 1000.
 
@@ -43,17 +43,17 @@ class ATLoss(FeatureLoss):
     p: float = 2.0
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class NSTLoss(FeatureLoss):
     """Module of `luce.nst_loss`: neuron selectivity transfer, summed over the stages. Its weight is 50."""
 
     takes = "maps"
     function = staticmethod(maps.nst_loss)
 
-    kernel: Literal["polynomial", "linear"] = "polynomial"
+    form: Literal["polynomial", "linear"] = "polynomial"
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class FitNetLoss(FeatureLoss):
     """Module of `luce.fitnet_loss`, with the regressor from the student's map to the teacher's shape.
 
@@ -104,7 +104,7 @@ class FitNetLoss(FeatureLoss):
         return maps.fitnet_loss(through(self.regressors[stage], s), t)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class VIDLoss(FeatureLoss):
     """Module of `luce.vid_loss`, with its mean and its variances, summed over the stages. Its weight is 1.
 
@@ -138,7 +138,7 @@ class VIDLoss(FeatureLoss):
 
     def _stage(self, stage: int, student: Tensor, teacher: Tensor) -> Tensor:
         s, t = _features.maps(student, teacher)
-        return maps.vid_loss(through(self.regressors[stage], s), t, self.variance(stage))
+        return maps.vid_loss(through(self.regressors[stage], s), t, variance=self.variance(stage))
 
 
 EPS = 1e-5
@@ -155,7 +155,7 @@ def _three_convolutions(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class FSPLoss(FeatureLoss):
     """Module of `luce.fsp_loss`, on the input and the output of each stage in turn. Its weight is 50.
 
@@ -184,7 +184,7 @@ class FSPLoss(FeatureLoss):
         return torch.stack([maps.fsp_loss((s[i], s[i + 1]), (t[i], t[i + 1])) for i in ends]).sum()
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CWDLoss(FeatureLoss):
     """Module of `luce.cwd_loss`: channel-wise distillation, summed over the stages.
 
@@ -207,7 +207,7 @@ class CWDLoss(FeatureLoss):
         return maps.cwd_loss(through(self.projectors[stage], s), t, temperature=self.temperature)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ICKDLoss(FeatureLoss):
     """Module of `luce.ickd_loss`, summed over the stages. Its weight is 2.5.
 
@@ -227,7 +227,7 @@ class ICKDLoss(FeatureLoss):
         return maps.ickd_loss(through(self.projectors[stage], s), t)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class OFDLoss(FeatureLoss):
     """Module of `luce.ofd_loss`, with the student's projection and the teacher's margins. Weight 0.001.
 
@@ -261,7 +261,7 @@ class OFDLoss(FeatureLoss):
         return through(self.projectors[stage], s), t, margin
 
     def _distance(self, stage: int, student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
-        loss = maps.ofd_loss(student, teacher, margin)
+        loss = maps.ofd_loss(student, teacher, margin=margin)
         return loss / 2 ** (len(self.projectors) - 1 - stage)
 
 
@@ -298,7 +298,7 @@ def convolution_and_norm(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class MGDLoss(FeatureLoss):
     """Module of `luce.mgd_loss`, with the block that generates the teacher's map, summed over the stages.
 
@@ -310,11 +310,11 @@ class MGDLoss(FeatureLoss):
     takes = "maps"
 
     mask_ratio: float = 0.15
-    mask: Literal["channels", "places"] = "channels"
+    masked: Literal["channels", "places"] = "channels"
 
     def _check_options(self) -> None:
         one = torch.zeros(1, 1, 1, 1)
-        maps.mgd_loss(one, one, nn.Identity(), **self.options())
+        maps.mgd_loss(one, one, generate=nn.Identity(), **self.options())
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         pairs = channels(student_shapes, teacher_shapes)
@@ -328,7 +328,7 @@ class MGDLoss(FeatureLoss):
         def generate(masked: Tensor) -> Tensor:
             return through(self.generators[stage], masked)
 
-        return maps.mgd_loss(through(self.projectors[stage], s), t, generate, **self.options())
+        return maps.mgd_loss(through(self.projectors[stage], s), t, generate=generate, **self.options())
 
 
 def _generator(channels: int) -> nn.Sequential:

@@ -10,7 +10,7 @@ from .base import LogitLoss
 __all__ = ["LogitMatchingLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class LogitMatchingLoss(LogitLoss):
     """Module of `luce.logit_matching_loss`: mean squared difference of the logits."""
 

@@ -11,13 +11,13 @@ from .base import LogitLoss
 __all__ = ["MLLDLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class MLLDLoss(LogitLoss):
     """Module of `luce.mlld_loss`: KD, and the Gram matrices of rows and of classes, softened variously."""
 
     function = staticmethod(multilevel.mlld_loss)
 
     temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0)
-    w_instance: float = 1.0
-    w_batch: float = 1.0
-    w_class: float = 1.0
+    instance_weight: float = 1.0
+    batch_weight: float = 1.0
+    class_weight: float = 1.0

@@ -13,7 +13,7 @@ from .base import LogitLoss
 __all__ = ["NormDKDLoss", "NormKDLoss", "Standardized"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class NormKDLoss(LogitLoss):
     """Module of `luce.normkd_loss`: KD at a temperature per row, in proportion to its spread.
 
@@ -28,7 +28,7 @@ class NormKDLoss(LogitLoss):
     unbiased: bool = True
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class NormDKDLoss(LogitLoss):
     """Module of `luce.normdkd_loss`: decoupled KD at a temperature per row, in proportion to its spread."""
 

@@ -13,7 +13,7 @@ from .base import LogitLoss
 __all__ = ["RKKDLoss", "RankingHingeLoss", "RankingLogisticLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class RKKDLoss(LogitLoss):
     """Module of `luce.rkkd_loss`: a differentiable Kendall tau, to be added to another loss.
 
@@ -34,7 +34,7 @@ class RKKDLoss(LogitLoss):
     backend: Backend = "auto"
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class RankingHingeLoss(LogitLoss):
     """Module of `luce.ranking_hinge_loss`: a margin between the classes of each pair."""
 
@@ -43,7 +43,7 @@ class RankingHingeLoss(LogitLoss):
     margin: float = 1.0
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class RankingLogisticLoss(LogitLoss):
     """Module of `luce.ranking_logistic_loss`: cross-entropy with the teacher's choice in each pair."""
 

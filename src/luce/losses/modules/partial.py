@@ -17,7 +17,7 @@ from .base import LogitLoss
 __all__ = ["DecomposedKDLoss", "PartialKDLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class PartialKDLoss(LogitLoss):
     """Module of `luce.partial_kd_loss`: KD from a target that keeps one kind of the teacher's knowledge.
 
@@ -60,7 +60,7 @@ class PartialKDLoss(LogitLoss):
         if "class_mean" in self.keep:
             bare = (target == self.ignore_index) | (target == self.unlabelled_index)
             labels = target.masked_fill(bare, UNLABELLED)
-            self.relation = partial.class_relations(teacher_logits, labels, self.temperature)
+            self.relation = partial.class_relations(teacher_logits, labels, temperature=self.temperature)
         elif self.needs_preparation:
             raise UserError(
                 f"expected `use_weight(weight)` before training with `keep={self.keep!r}`, which needs the "
@@ -68,11 +68,11 @@ class PartialKDLoss(LogitLoss):
             )
         return {}
 
-    def use_weight(self, weight: Tensor, alpha: float = 1.0) -> None:
+    def use_weight(self, weight: Tensor, *, alpha: float = 1.0) -> None:
         """Relate the classes by the weight ``(C, D)`` of the teacher's last layer; `weight_similarity`."""
         if "weight_sim" not in self.keep:
             raise ValueError(f"expected `keep` with `weight_sim` to use a weight, got {self.keep!r}")
-        self.relation = partial.weight_similarity(weight, alpha)
+        self.relation = partial.weight_similarity(weight, alpha=alpha)
 
     def options(self) -> dict[str, object]:
         """The options as keyword arguments of the function, and the relation where it needs one."""
@@ -103,16 +103,16 @@ class PartialKDLoss(LogitLoss):
         super()._load_from_state_dict(state_dict, prefix, *more)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class DecomposedKDLoss(LogitLoss):
     """Module of `luce.decomposed_kd_loss`: KD in three parts, each with its own weight."""
 
     function = staticmethod(partial.decomposed_kd_loss)
     uses_unlabelled = False
 
-    w_guidance: float = 1.0
-    w_smooth: float = 1.0
-    w_relation: float = 1.0
+    guidance_weight: float = 1.0
+    smooth_weight: float = 1.0
+    relation_weight: float = 1.0
     temperature: float = 1.0
     scale_by_temperature: bool = True
     unlabelled_index: int = UNLABELLED

@@ -10,7 +10,7 @@ from .base import LogitLoss
 __all__ = ["DISTLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class DISTLoss(LogitLoss):
     """Module of `luce.dist_loss`: correlations within rows and across them."""
 

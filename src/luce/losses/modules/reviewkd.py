@@ -18,7 +18,7 @@ __all__ = ["ReviewKDLoss"]
 LEVELS = (4, 2, 1)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ReviewKDLoss(FeatureLoss):
     r"""Knowledge review: the student's maps, fused from the deepest to the first, against the teacher's.
 

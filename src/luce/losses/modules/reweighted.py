@@ -11,7 +11,7 @@ from .base import LogitLoss
 __all__ = ["NKDLoss", "TVDLoss", "TfKDLoss", "WSLDLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class NKDLoss(LogitLoss):
     """Module of `luce.nkd_loss`: normalized KD.
 
@@ -28,7 +28,7 @@ class NKDLoss(LogitLoss):
     unlabelled_index: int = UNLABELLED
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class TVDLoss(LogitLoss):
     """Module of `luce.tvd_loss`: total variation distance."""
 
@@ -37,7 +37,7 @@ class TVDLoss(LogitLoss):
     temperature: float = 1.0
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class WSLDLoss(LogitLoss):
     """Module of `luce.wsld_loss`: KD with less weight on rows whose label the student knows already."""
 
@@ -49,7 +49,7 @@ class WSLDLoss(LogitLoss):
     unlabelled_index: int = UNLABELLED
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class TfKDLoss(LogitLoss):
     """Module of `luce.tfkd_loss`: KD from a virtual teacher. Called like the others; the teacher's logits may
     be None.

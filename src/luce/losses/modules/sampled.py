@@ -12,7 +12,7 @@ from .base import LogitLoss
 __all__ = ["RankDistilLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class RankDistilLoss(LogitLoss):
     """Module of `luce.rankdistil_loss`: the likelihood of rankings drawn from the teacher."""
 

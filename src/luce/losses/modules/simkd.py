@@ -13,7 +13,7 @@ from .features import FeatureLoss, Shapes, channels
 __all__ = ["SimKDLoss"]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class SimKDLoss(FeatureLoss):
     """Mean-square error between the student's projected last map and the teacher's. Its weight is 1, alone.
 
