@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from luce.remote import RemoteTeacher
+from luce.runs.environment import environment
 from luce.training import checkpoint
-from luce.training.environment import environment
 
 BATCH = 256
 LOCAL = """

@@ -28,9 +28,8 @@ from luce import reports
 from luce.config import parse
 from luce.errors import UserError
 from luce.losses.temperature import first_place
+from luce.recipes import Recipe, prepare
 from luce.reports.runs import Comparison
-from luce.training import Recipe
-from luce.training.run import prepare
 
 FINE = np.geomspace(0.5, 8, 81)
 

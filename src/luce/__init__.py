@@ -25,7 +25,7 @@ from .losses.modules import *
 from .ops.softmax import log_softmax, softmax
 
 if TYPE_CHECKING:
-    from .training import distill
+    from .runs.distill import distill
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ _SUBMODULES = frozenset(module.name for module in pkgutil.iter_modules(__path__)
 
 def __getattr__(name: str) -> Any:
     if name == "distill":
-        from .training import distill
+        from .runs.distill import distill
 
         return distill
     if name in _SUBMODULES:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -29,7 +30,7 @@ def parse(cls: type[T], content: Mapping[str, Any]) -> T:
     Raises:
         UserError: On an unknown key, with the nearest known ones, or a value of the wrong type.
     Example:
-        >>> from luce.training.recipe import TrainingOptions
+        >>> from luce.recipes.schema import TrainingOptions
         >>> parse(TrainingOptions, {"epochs": 3}).epochs
         3
         >>> parse(TrainingOptions, {"batch": 3})
@@ -97,3 +98,34 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"--{name} and another option both set `{key}`; give one of them")
         inner[last] = value
     return nested
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        UserError: If the file cannot be read or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path} ({error}); name a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"expected {path} to hold a YAML mapping, got {type(content).__name__}")
+    return content
+
+
+def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over one another, the last one on top; nothing is modified.
+
+    >>> merge({"training": {"epochs": 3, "lr": 0.1}}, {"training": {"epochs": 5}})
+    {'training': {'epochs': 5, 'lr': 0.1}}
+    """
+    merged = dict(base)
+    for override in overrides:
+        for key, value in override.items():
+            old = merged.get(key)
+            merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

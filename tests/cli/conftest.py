@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from luce import data
 from luce.cli import main
-from luce.training.recipe import merge
+from luce.config import merge
 
 TEACHER: dict[str, Any] = {
     "method": "teacher",

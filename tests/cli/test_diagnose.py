@@ -13,8 +13,9 @@ from luce import data, suggest_temperature
 from luce.analysis import diagnose as of_tensors
 from luce.cli.landscape import read_loss
 from luce.errors import UserError
-from luce.training import checkpoint, run
-from luce.training.recipe import DataOptions, ModelOptions, Recipe, TrainingOptions
+from luce.recipes import DataOptions, ModelOptions, Recipe
+from luce.runs import run
+from luce.training import TrainingOptions, checkpoint
 
 STUDENT = {"method": "PLD", "loss": {"task": {"loss": "PLDLoss"}}, "teacher": {"checkpoint": "runs/teacher"}}
 

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from luce.config import parse
 from luce.errors import UserError
-from luce.training import Recipe, checkpoint
-from luce.training import run as train
-from luce.training.export import read_packed
+from luce.recipes import Recipe
+from luce.runs import run as train
+from luce.runs.export import read_packed
+from luce.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ class Scaled(torch.nn.Module):
 
 def test_a_packed_file_runs_no_code_unless_trusted(place: Path) -> None:
     from luce.models import Classifier
-    from luce.training.export import write_packed
+    from luce.runs.export import write_packed
 
     toy: Any = sys.modules["toy"]
     toy.scaled = Scaled
@@ -254,7 +255,7 @@ def test_onnx_of_binary_weights(run: Path, luce, onnx: Any) -> None:
 
 def test_onnx_of_another_network(onnx: Any, place: Path) -> None:
     from luce.models import Classifier, build
-    from luce.training.export import write_onnx
+    from luce.runs.export import write_onnx
 
     name = "resnet8"
     shape = (3, 16, 16)
@@ -267,7 +268,7 @@ def test_onnx_of_another_network(onnx: Any, place: Path) -> None:
 
 def test_onnx_of_a_text_classifier(bert_folder: Path, onnx: Any, place: Path) -> None:
     from luce.models import Classifier, build
-    from luce.training.export import write_onnx
+    from luce.runs.export import write_onnx
 
     name = f"hf:{bert_folder}"
     student = Classifier(build(name, classes=3, input_shape=(12,))).eval()
@@ -285,9 +286,9 @@ def test_a_network_that_answers_otherwise_is_not_kept(
     onnx: Any, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luce.models import Classifier
-    from luce.training.export import write_onnx
+    from luce.runs.export import write_onnx
 
-    monkeypatch.setattr("luce.training.export.AGREES", -1.0)
+    monkeypatch.setattr("luce.runs.export.AGREES", -1.0)
     with pytest.raises(UserError, match="expected the same logits of onnxruntime as of PyTorch"):
         write_onnx(place / "s.onnx", Classifier(torch.nn.Linear(3, 2), [0.0], [1.0]), TINY)
     assert not list(place.iterdir())
@@ -302,7 +303,7 @@ class Fickle(torch.nn.Module):
 
 def test_a_network_that_cannot_be_exported(onnx: Any, place: Path) -> None:
     from luce.models import Classifier
-    from luce.training.export import write_onnx
+    from luce.runs.export import write_onnx
 
     with pytest.raises(UserError, match="`tiny` cannot be exported as ONNX"):
         write_onnx(place / "s.onnx", Classifier(Fickle(), [0.0], [1.0]), TINY)

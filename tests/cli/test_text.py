@@ -15,11 +15,12 @@ import yaml
 from torch.utils.data import TensorDataset
 
 from luce import data, models
-from luce.config import parse
+from luce.config import merge, parse
 from luce.methods import LogitMethod
 from luce.models.loaders import FreshWeights
-from luce.training import Recipe, checkpoint, distill, prepare, run
-from luce.training.recipe import merge
+from luce.recipes import Recipe, prepare
+from luce.runs import distill, run
+from luce.training import checkpoint
 
 datasets = pytest.importorskip("datasets", reason="needs the extra [text]")
 

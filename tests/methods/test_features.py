@@ -20,7 +20,7 @@ from luce.losses.modules.features import TeacherFeatures
 from luce.methods import FeatureMethod, FeatureTerm
 from luce.models import Classifier
 from luce.signals import CachedTeacher, LiveTeacher
-from luce.training.rows import TrainingBatches
+from luce.training.batches import TrainingBatches
 
 SHAPE = (1, 8, 8)
 CE_AND_KD = {"task": (0.5, CrossEntropyLoss()), "kd": (2.0, KDLoss(temperature=3.0))}

@@ -17,7 +17,7 @@ from luce.errors import UserError
 from luce.methods import LogitMethod, TrainingRows, TwoViewMethod, strong_view
 from luce.methods.base import Batch
 from luce.signals import DenseSignal, LiveTeacher, Teacher
-from luce.training.rows import TrainingBatches
+from luce.training.batches import TrainingBatches
 
 EXAMPLES = Examples(TensorDataset(torch.zeros(3, 2), torch.zeros(3).long()), range(3))
 SUM = WeightedSum({"task": (0.5, CrossEntropyLoss()), "mlld": (2.0, MLLDLoss())})

@@ -15,9 +15,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from luce import data
-from luce.config import parse
-from luce.training import Recipe
-from luce.training.recipe import merge
+from luce.config import merge, parse
+from luce.recipes import Recipe
 
 CLASSES = 4
 

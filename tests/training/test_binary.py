@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from luce.models.binary import binary_layers
+from luce.recipes import Recipe
+from luce.runs import run
 from luce.spiking import obstacles
-from luce.training import Recipe, checkpoint, run
+from luce.training import checkpoint
 
 Make = Callable[..., Recipe]
 STUDENT = {"name": "binary:vgg_pool", "options": {"widths": [4, 6], "hidden": [5]}}

@@ -14,12 +14,11 @@ from torch import nn
 from luce.config import parse
 from luce.errors import UserError
 from luce.methods import LogitMethod
+from luce.recipes import ComparisonRecipe, Recipe, prepare
 from luce.remote import RemoteError, transport
 from luce.reports import markdown_table, runs, write_html
+from luce.runs import compare, evaluate, run
 from luce.signals import BudgetError
-from luce.training import Recipe, prepare, run
-from luce.training.compare import ComparisonRecipe, compare
-from luce.training.run import evaluate
 
 from ..servers import TOKEN, good, puppet, serving
 
@@ -172,10 +171,7 @@ def test_a_remembered_server_is_asked_once_about_each_row(
     assert (teacher["queries"], teacher["cached"], teacher["budget"]) == (ROWS, 0, 100)
     assert (teacher["test"], teacher["parameters"]) == (None, None)
     assert "agreement" not in result["last"]["test"]
-    assert (
-        f"{ROWS} rows to query now (0 are cached); budget 100, 0 of it used"
-        in capsys.readouterr().err
-    )
+    assert f"{ROWS} rows to query now (0 are cached); budget 100, 0 of it used" in capsys.readouterr().err
     # KD learns from probabilities what it learns from logits.
     plain = run(make_recipe(loss=KD, teacher={"mean": [0.0], "std": [1.0]}), tmp_path / "plain")
     assert result["train"]["loss"] == pytest.approx(plain["train"]["loss"], rel=1e-3)

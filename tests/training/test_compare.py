@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from luce.config import parse
+from luce.config import merge, parse, read_yaml
 from luce.errors import UserError
-from luce.training import ComparisonRecipe, compare, metrics
-from luce.training.recipe import merge, read_yaml
+from luce.recipes import ComparisonRecipe
+from luce.runs import compare
+from luce.training import metrics
 
 METHODS = {
     "cross-entropy": {"task": {"loss": "CrossEntropyLoss"}},
@@ -41,7 +42,7 @@ def make(toy: ModuleType) -> Callable[..., ComparisonRecipe]:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders, below that of the comparison, in which something was trained."""
-    module, folders = sys.modules["luce.training.run"], []
+    module, folders = sys.modules["luce.runs.run"], []
     fit = module.fit
 
     def spy(*arguments: Any, folder: Path, **options: Any) -> Any:

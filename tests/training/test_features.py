@@ -28,10 +28,10 @@ from luce.errors import UserError
 from luce.losses import FeatureLoss
 from luce.methods import FeatureMethod, LogitMethod
 from luce.models import Classifier
+from luce.recipes import ComparisonRecipe, Recipe, build_method
+from luce.runs import compare, evaluate, run
 from luce.signals import LiveTeacher
-from luce.training import ComparisonRecipe, Recipe, TrainingOptions, compare, fit, run
-from luce.training.recipe import build_method
-from luce.training.run import evaluate
+from luce.training import TrainingOptions, fit
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]

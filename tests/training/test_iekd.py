@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from luce import IEKDLoss, models
+from luce.config import merge
 from luce.errors import UserError
 from luce.methods import FeatureMethod
-from luce.training import Recipe, run
-from luce.training.recipe import merge
+from luce.recipes import Recipe
+from luce.runs import run
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]

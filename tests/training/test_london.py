@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from luce import models
-from luce.config import parse
+from luce.config import merge, parse, read_yaml
 from luce.errors import UserError
 from luce.methods import FeatureMethod
-from luce.training import ComparisonRecipe, Recipe, compare, run
-from luce.training.recipe import merge, read_yaml
+from luce.recipes import ComparisonRecipe, Recipe
+from luce.runs import compare, run
 
 MAPS = ["stem.-1:input", "stages.0.-1:input", "stages.1.-1:input"]
 TERM = {"loss": "LONDONLoss", "weight": 0.01, "lipschitz_weight": 2.0, "student": MAPS}

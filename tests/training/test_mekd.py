@@ -14,16 +14,15 @@ import torch
 import yaml
 
 from luce import data, reports
-from luce.config import parse
+from luce.config import merge, parse, read_yaml
 from luce.data import Examples
 from luce.errors import UserError
 from luce.methods import MEKD
+from luce.recipes import ComparisonRecipe, Recipe
 from luce.remote import RemoteError
 from luce.reports.runs import read_run
+from luce.runs import compare, run
 from luce.signals import LiveTeacher, LocalBlackBox
-from luce.training import Recipe, run
-from luce.training.compare import ComparisonRecipe, compare
-from luce.training.recipe import merge, read_yaml
 
 from ..servers import TOKEN, serving
 from .conftest import network as toy_network

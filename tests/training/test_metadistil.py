@@ -15,9 +15,9 @@ import yaml
 from luce.config import parse
 from luce.errors import UserError
 from luce.methods import MetaDistil, Method
-from luce.training import Recipe, run
-from luce.training.compare import ComparisonRecipe, compare
-from luce.training.recipe import PROCEDURES
+from luce.recipes import ComparisonRecipe, Recipe
+from luce.recipes.methods import PROCEDURES
+from luce.runs import compare, run
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]

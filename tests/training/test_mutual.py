@@ -21,7 +21,9 @@ from luce.cli import main
 from luce.config import parse
 from luce.errors import UserError
 from luce.methods import MutualLearning
-from luce.training import ComparisonRecipe, Recipe, TrainingError, compare, run
+from luce.recipes import ComparisonRecipe, Recipe
+from luce.runs import compare, run
+from luce.training import TrainingError
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]

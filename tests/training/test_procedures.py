@@ -24,12 +24,13 @@ from luce.losses import FeatureLoss
 from luce.methods import FeatureMethod, LogitMethod, Method, MutualLearning, TrainingRows, TwoViewMethod
 from luce.methods.base import Batch
 from luce.models import Classifier
+from luce.recipes import ComparisonRecipe, Recipe, build_method, prepare
+from luce.recipes.methods import PROCEDURES
+from luce.runs import compare, run
+from luce.runs.dry_run import dry_run
 from luce.signals import LiveTeacher, Signal, Teacher
-from luce.training import Recipe, TrainingError, TrainingOptions, compare, fit, prepare, run
-from luce.training.compare import ComparisonRecipe
+from luce.training import TrainingError, TrainingOptions, fit
 from luce.training.engine import check_own_steps
-from luce.training.recipe import PROCEDURES, build_method
-from luce.training.run import dry_run
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]

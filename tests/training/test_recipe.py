@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from luce import WeightedSum, losses
-from luce.config import overrides, parse
+from luce.config import merge, overrides, parse, read_yaml
 from luce.errors import UserError
 from luce.methods import FeatureMethod, LogitMethod, MetaDistil, Method
-from luce.training import ComparisonRecipe, Recipe, TrainingOptions, compare, run
-from luce.training.recipe import build_loss, merge, read_yaml
-from luce.training.run import method_of
+from luce.recipes import ComparisonRecipe, Recipe, build_loss
+from luce.recipes.methods import method_of
+from luce.runs import compare, run
+from luce.training import TrainingOptions
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

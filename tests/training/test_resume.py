@@ -11,7 +11,9 @@ import pytest
 
 from luce.errors import UserError
 from luce.methods import LogitMethod
-from luce.training import Recipe, checkpoint, run
+from luce.recipes import Recipe
+from luce.runs import run
+from luce.training import checkpoint
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]

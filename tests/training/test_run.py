@@ -21,10 +21,10 @@ from luce import data, models
 from luce.config import parse
 from luce.errors import UserError
 from luce.methods import LogitMethod
+from luce.recipes import Recipe, TeacherOptions, prepare
+from luce.recipes.build import build_network
+from luce.runs import evaluate, run
 from luce.signals import CachedTeacher, LiveTeacher
-from luce.training import Recipe, prepare, run
-from luce.training.recipe import TeacherOptions
-from luce.training.run import build_network, evaluate
 
 Make = Callable[..., Recipe]
 CE = {"pld": {"loss": "CrossEntropyLoss"}}

@@ -13,7 +13,7 @@ import torch
 
 from .. import ops
 from ..errors import UserError
-from ..training.environment import environment
+from ..runs.environment import environment
 from . import measure, memory
 from .cases import Case
 from .contestants import COMPILED, find, names

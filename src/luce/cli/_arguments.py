@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import overrides, parse, parser_of
+from ..config import merge, overrides, parse, parser_of, read_yaml
 from ..errors import UserError
-from ..training.recipe import merge, read_yaml
 
 T = TypeVar("T")
 

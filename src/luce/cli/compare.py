@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 
 def main(words: Sequence[str]) -> None:
-    from ..training import ComparisonRecipe, compare
+    from ..recipes.schema import ComparisonRecipe
+    from ..runs.compare import compare
     from ..training.processes import processes
     from ..training.progress import progress_bars
     from ._arguments import read_request

@@ -15,7 +15,7 @@ from ..errors import UserError, unknown_name
 if TYPE_CHECKING:
     from ..analysis.page import DiagnosisReport
     from ..data import Data, Examples
-    from ..training.recipe import Recipe
+    from ..recipes.schema import Recipe
 
 USAGE = "luce diagnose TEACHER DATA [--temperature T] [--student FOLDER] [--out FOLDER | --json] [...]"
 DESCRIPTION = """Split what a teacher says beyond the labels into smoothing, classes and single rows; say what
@@ -117,8 +117,8 @@ def read(request: argparse.Namespace, rest: Sequence[str]) -> tuple[Recipe, bool
     Raises:
         UserError: On an unknown option, or a teacher that is neither a run folder nor a name.
     """
-    from ..config import overrides, parse
-    from ..training.recipe import Recipe, merge, read_yaml
+    from ..config import merge, overrides, parse, read_yaml
+    from ..recipes.schema import Recipe
 
     nested = overrides(rest)
     flags = [action.option_strings[0] for action in _parser()._actions if action.option_strings]
@@ -185,10 +185,12 @@ def examine(recipe: Recipe, request: argparse.Namespace, *, same_data: bool, com
 
     from .. import __version__, analysis, data, suggest_temperature
     from ..analysis.page import DiagnosisReport
+    from ..recipes.build import RunInputs, build_network
+    from ..recipes.teacher import load_teacher
     from ..reports.runs import Bin
     from ..training import metrics
+    from ..training.batches import EVALUATION_BATCH
     from ..training.engine import new_accelerator
-    from ..training.run import EVALUATION_BATCH, RunInputs, build_network, load_teacher
 
     options = recipe.data
     loaded = data.load(options.name, root=options.root, **options.options)

@@ -8,7 +8,8 @@ from ..errors import UserError
 
 
 def main(words: Sequence[str], command: str = "distill") -> None:
-    from ..training import Recipe, run
+    from ..recipes.schema import Recipe
+    from ..runs.run import run
     from ..training.processes import processes
     from ..training.progress import progress_bars
     from ._arguments import read_request

@@ -16,10 +16,9 @@ that of the options. With a teacher, in the recipe or in the options, also how f
 def main(words: Sequence[str]) -> None:
     from pathlib import Path
 
-    from ..config import overrides, parse
-    from ..training import Recipe
-    from ..training.recipe import merge, read_yaml
-    from ..training.run import evaluate
+    from ..config import merge, overrides, parse, read_yaml
+    from ..recipes.schema import Recipe
+    from ..runs.evaluate import evaluate
 
     if words and words[0] in ("-h", "--help"):
         print(USAGE)

@@ -13,7 +13,7 @@ DESCRIPTION = """Write the student of a finished run to one file.
   onnx    from raw inputs to logits, its normalisation included, for any number of rows; compared with PyTorch
           under onnxruntime before it gets its name. Needs: pip install 'luce[export]'
   packed  safetensors with one bit per binary weight and one scale per filter, and how to build the network;
-          luce.training.export.read_packed reads it back
+          luce.runs.export.read_packed reads it back
 
 Also told: the size of the network in bits."""
 SUFFIXES = {"onnx": ".onnx", "packed": ".packed.safetensors"}
@@ -41,8 +41,8 @@ def main(words: Sequence[str]) -> None:
 
     from .. import files
     from ..models.binary import size_in_bits
+    from ..runs.export import write_onnx, write_packed
     from ..training import checkpoint
-    from ..training.export import write_onnx, write_packed
 
     student, description = checkpoint.load_student(request.folder)
     files.make_folder(out.parent)

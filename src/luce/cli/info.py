@@ -19,7 +19,7 @@ def main(words: Sequence[str]) -> None:
     from rich.table import Table
 
     from .. import data, losses, models, ops
-    from ..training.environment import environment
+    from ..runs.environment import environment
 
     if words:
         print(

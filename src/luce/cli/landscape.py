@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> None:
 
     from .. import analysis, files
     from ..analysis.landscape import picture
-    from ..training.recipe import build_loss
+    from ..recipes.methods import build_loss
 
     losses = [(" ".join(loss), build_loss(read_loss(loss))) for loss in request.loss]
     if request.classes is None:

@@ -114,13 +114,12 @@ def examine(
     import torch
 
     from .. import __version__, data
-    from ..config import parse
+    from ..config import parse, read_yaml
+    from ..recipes.build import prepare_data
+    from ..recipes.schema import Recipe
     from ..spiking.experiment import Settings, convert_and_simulate
-    from ..training import Recipe
     from ..training.engine import new_accelerator
     from ..training.progress import Bar, progress_bars
-    from ..training.recipe import read_yaml
-    from ..training.run import prepare_data
 
     folder: Path = request.folder
     recipe = parse(Recipe, read_yaml(folder / "recipe.yaml"))

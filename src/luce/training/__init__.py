@@ -1,20 +1,7 @@
-"""Training: recipes, the loop, comparisons, and what they leave in their folders."""
+"""The training loop, its checkpoints and metrics."""
 
-from .compare import ComparisonRecipe, compare
-from .distill import distill
-from .engine import Fit, TrainingError, fit
-from .recipe import Recipe, TrainingOptions
-from .run import prepare, run
+from .engine import Fit, fit
+from .session import TrainingError
+from .settings import TrainingOptions
 
-__all__ = [
-    "ComparisonRecipe",
-    "Fit",
-    "Recipe",
-    "TrainingError",
-    "TrainingOptions",
-    "compare",
-    "distill",
-    "fit",
-    "prepare",
-    "run",
-]
+__all__ = ["Fit", "TrainingError", "TrainingOptions", "fit"]

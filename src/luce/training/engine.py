@@ -25,11 +25,11 @@ from ..methods import Method
 from ..models import Classifier
 from ..signals import Teacher
 from . import checkpoint, metrics
+from .batches import TrainingBatches
 from .processes import processes
 from .progress import Bar
-from .recipe import TrainingOptions
-from .rows import TrainingBatches
 from .session import Session, TrainingError, refusals, signal_of
+from .settings import TrainingOptions
 
 TRACKERS = ("tensorboard", "wandb")
 

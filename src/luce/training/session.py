@@ -23,9 +23,9 @@ from ..errors import UserError
 from ..methods import Method, strong_view
 from ..models import Classifier
 from ..signals import Signal, Teacher
+from .batches import TrainingBatches
 from .progress import Bar
-from .recipe import TrainingOptions
-from .rows import TrainingBatches
+from .settings import TrainingOptions
 
 FINITE_CHECK_STEPS = 50
 """Steps between looks at the loss on an accelerator, each of which makes the host wait for it."""

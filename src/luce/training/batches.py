@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from rich.progress import Progress
@@ -11,6 +11,12 @@ from torch import Tensor
 from .. import data
 from ..data import Examples
 from .progress import Bar
+
+EVALUATION_BATCH = 256
+
+
+def in_order(examples: Examples, size: int = EVALUATION_BATCH) -> Iterable[dict[str, Tensor]]:
+    return data.loader(examples.plain, batch_size=size, seed=None)
 
 
 class TrainingBatches:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import files, models
 from ..errors import UserError, import_optional, one_line
 from ..models.binary import baked, binary_layers, binary_parts
-from . import checkpoint
+from ..training import checkpoint
 
 Description = dict[str, Any]
 

@@ -1,53 +1,107 @@
-"""Teachers that recipes name, where they are no plain networks: black boxes, at hand or behind a URL."""
+"""The teacher that a recipe names: a network, or a black box, local or behind a URL."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import data
+from .. import models
 from ..data import Data, Examples
 from ..errors import UserError
+from ..methods import Method
 from ..remote import RemoteTeacher
-from ..signals import BlackBox, CachedTeacher, Kind, LocalBlackBox, Signal, Teacher
+from ..signals import BlackBox, CachedTeacher, Kind, LiveTeacher, LocalBlackBox, Signal, Teacher
 from ..signals.blackbox import FLOOR
 from ..signals.teachers import Batch
-from . import metrics
-from .processes import processes
-from .recipe import DataOptions, TeacherOptions
-
-EVALUATION_BATCH = 256
+from ..training import metrics
+from ..training.batches import EVALUATION_BATCH, in_order
+from ..training.engine import new_accelerator
+from ..training.processes import processes
+from .build import LoadedTeacher, RunInputs, build_network, prepare_data
+from .schema import DataOptions, Recipe, TeacherOptions
 
 REQUESTS_EACH = 8
 """In a row on each connection to a server, before its answers are looked at."""
 
 
-@dataclass(frozen=True)
-class LoadedTeacher:
-    """A teacher with what it says about the rows of a run.
+def prepare(recipe: Recipe) -> RunInputs:
+    """Load and check everything that a recipe names, before any training.
 
-    Attributes:
-        train: Answers training batches.
-        test: Answers test batches; None for a black box that is not to be asked about them.
-        description: Its name, size and test accuracy, for the report, as far as they are known.
+    Raises:
+        UserError: On an unknown name, unreadable files, or parts that do not fit together.
     """
+    return load_teacher(prepare_data(recipe), recipe)
 
-    train: Teacher
-    test: Teacher | None
-    description: dict[str, Any]
 
-    @property
-    def described(self) -> dict[str, Any]:
-        """The description, with what a black box has cost by now."""
-        return self.description | self.train.cost
+def load_teacher(materials: RunInputs, recipe: Recipe) -> RunInputs:
+    """The same materials with the recipe's teacher, if it has one.
+
+    Raises:
+        UserError: If the teacher cannot be loaded or does not fit the data.
+    """
+    options, loaded, test = recipe.teacher, materials.data, materials.test
+    if options is None:
+        return materials
+    if options.url is not None:
+        device = new_accelerator(recipe.training).device
+        known = load_remote_teacher(options, recipe.data, loaded, materials.train, test, device)
+        return dataclasses.replace(materials, teacher=known)
+    if options.checkpoint is None and options.name in models.names():
+        raise UserError(
+            f"expected weights for the teacher, and a fresh `{options.name}` has none: "
+            "name a run folder or a file as `teacher.checkpoint`"
+        )
+    network, description = build_network(options, loaded)
+    accelerator = new_accelerator(recipe.training)
+    live = LiveTeacher(network)
+    live.to(accelerator.device)
+    ask_train: Teacher = live
+    box = None if options.answers is None else local_box(network, options, len(loaded.classes))
+    if box is not None:
+        ask_train = box
+    if options.cache_outputs:
+        if box is not None:
+            box.check_budget(box.price(in_order(materials.train)))
+        ask_train = remember(ask_train, materials.train, accelerator.device)
+    # The network is at hand: figures are about all that it knows, and cost no queries.
+    ask_test = remember(live, test, accelerator.device)
+    size = models.count_parameters(network)
+    about = {"model": description["model"], "parameters": size, "test": accuracy(ask_test, test)}
+    about |= {} if box is None else box.cost
+    return dataclasses.replace(materials, teacher=LoadedTeacher(ask_train, ask_test, about))
+
+
+def with_budget_account(materials: RunInputs, recipe: Recipe, method: Method, folder: Path) -> RunInputs:
+    """What one run of several has as its own: if its teacher is a black box, its queries are counted apart.
+
+    Raises:
+        BudgetError: If a method that asks about the training rows would ask about too many.
+    """
+    teacher = materials.teacher
+    box = None if teacher is None else teacher.train.account(str(folder.resolve()))
+    if teacher is None or box is None:
+        return materials
+    if box.repeats_are_free and method.needs_teacher:
+        rows, options = materials.train, recipe.data
+        rows = rows if method.uses_unlabelled else rows.labelled
+        if rows.random or options.augment != "none" or method.two_views:
+            views = "two views of " if method.two_views else ""
+            announce(
+                box,
+                f"up to {views}{len(rows)} rows x {recipe.training.epochs} epochs, which change each time",
+            )
+        else:
+            price = box.price(in_order(rows))
+            announce(box, f"{price} rows to query in training ({len(rows) - price} are cached)")
+            box.check_budget(price)
+    return dataclasses.replace(materials, teacher=dataclasses.replace(teacher, train=box))
 
 
 def local_box(network: nn.Module, options: TeacherOptions, classes: int) -> LocalBlackBox:
@@ -212,10 +266,6 @@ class _Silent(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.zeros(len(inputs), self.classes, device=inputs.device)
-
-
-def in_order(examples: Examples, size: int = EVALUATION_BATCH) -> Iterable[dict[str, Tensor]]:
-    return data.loader(examples.plain, batch_size=size, seed=None)
 
 
 def remember(

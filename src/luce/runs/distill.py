@@ -20,10 +20,10 @@ from ..losses.modules import PLDLoss
 from ..methods import LogitMethod, Loss, Method
 from ..models import Classifier
 from ..signals import LiveTeacher, Teacher
-from .engine import Fit, fit
-from .progress import progress_bars
-from .recipe import TrainingOptions
-from .run import claim
+from ..training.engine import Fit, fit
+from ..training.progress import progress_bars
+from ..training.settings import TrainingOptions
+from .folder import claim_folder
 
 
 def distill(
@@ -69,7 +69,7 @@ def distill(
     train, validation = _examples(train_data), None if val_data is None else _examples(val_data)
     place = None if folder is None else Path(folder)
     if place is not None:
-        claim(place, "training.yaml", asdict(settings))
+        claim_folder(place, "training.yaml", asdict(settings))
     bars: AbstractContextManager[Progress | None] = progress_bars() if show_progress else nullcontext()
     method = loss if isinstance(loss, Method) else LogitMethod(PLDLoss() if loss is None else loss)
     set_seed(settings.seed)

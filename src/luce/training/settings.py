@@ -1,0 +1,76 @@
+"""The options of the training loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import UserError
+
+
+@dataclass
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the training rows.
+        batch_size: Rows per step and process.
+        seed: Of the initial weights, the order of the rows and the augmentation.
+        optimizer: sgd (with Nesterov momentum) or adamw.
+        lr: Peak learning rate.
+        momentum: Of sgd.
+        weight_decay: Of either optimizer.
+        schedule: cosine, step or constant.
+        warmup_epochs: Epochs over which the learning rate rises from 0; may be a fraction.
+        milestones: Epochs after which the step schedule multiplies the learning rate.
+        gamma: By how much.
+        clip_norm: Largest norm of the gradient; None for no limit.
+        accumulate: Batches per optimizer step.
+        precision: no, bf16 or fp16.
+        ema: Decay of an average of the weights, which is then evaluated and exported; None for none.
+        patience: Stop after so many epochs without a better validation accuracy; None never stops early.
+        checkpoint_every: Epochs between checkpoints to resume from.
+        trackers: tensorboard, wandb.
+        cpu: Stay on the CPU even where there is a GPU.
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    seed: int = 0
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+    clip_norm: float | None = None
+    accumulate: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    ema: float | None = None
+    patience: int | None = None
+    checkpoint_every: int = 1
+    trackers: list[str] = field(default_factory=list)
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"expected `training.{name}` to be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"expected `training.seed` in 0 .. 2**32 - 1, got {self.seed}")
+        for name in ("lr", "gamma", "clip_norm", "patience"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UserError(f"expected `training.{name}` above 0, got {value}")
+        for name in ("momentum", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"expected `training.{name}` of at least 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise UserError(
+                f"expected `training.warmup_epochs` in [0, {self.epochs}), fewer than the epochs, "
+                f"got {self.warmup_epochs}"
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"expected `training.ema` between 0 and 1, got {self.ema}")
