@@ -475,7 +475,7 @@ def test_preparing_leaves_the_rest_and_the_generator_alone() -> None:
     assert maps.grad is None
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in loss.state_dict().items():
-        if isinstance(value, Tensor) and not name.endswith("num_batches_tracked"):
+        if name != "prepared" and not name.endswith("num_batches_tracked"):
             moved = name.startswith("of_teacher")
             assert torch.equal(value, before[name]) is not moved, name
     assert not any(parameter.requires_grad for parameter in loss.of_teacher.parameters())
@@ -506,9 +506,12 @@ def test_what_was_prepared_and_split_is_saved_and_restored() -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     unprepared = built(split="random")
-    fresh.load_state_dict(unprepared.state_dict())
+    with pytest.raises(RuntimeError, match='Missing key.*"prepared"'):
+        fresh.load_state_dict(unprepared.state_dict())
+    other = built(split="random")
+    other.load_state_dict(unprepared.state_dict())
     with pytest.raises(RuntimeError, match="prepare"):
-        fresh(*batch())
+        other(*batch())
 
 
 def test_a_preparation_that_fails_says_what_to_do() -> None:

@@ -130,14 +130,14 @@ class CTKDLoss(LogitLoss):
         theta: Tensor = self.theta_of(seen.nan_to_num(0).movedim(axis, -1)).squeeze(-1)
         return theta
 
-    def forward(
+    def _call(
         self,
         student_logits: Tensor,
         teacher_logits: Tensor | None,
-        target: Tensor | None = None,
-        row_weight: Tensor | None = None,
+        target: Tensor | None,
+        row_weight: Tensor | None,
+        **override: int,
     ) -> Tensor:
-        """The loss of a batch; shapes and errors are those of `luce.losses.tempered_kd`."""
         checks.check_given("teacher_logits", teacher_logits)
         assert teacher_logits is not None
         return tempered_kd(

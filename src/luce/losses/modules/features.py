@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from .. import _features
+from .base import Prepared, changed_options
 
 Shapes = Sequence[torch.Size]
 Tensors = Sequence[Tensor]
@@ -26,7 +27,7 @@ class TeacherFeatures(Protocol):
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class FeatureLoss(nn.Module):
+class FeatureLoss(Prepared):
     """A loss between features of the student and of the teacher, with its options as dataclass fields.
 
     All are used alike: `build` once with the shapes of the features, then
@@ -64,6 +65,7 @@ class FeatureLoss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self._register_prepared_buffers()
         self._shapes: tuple[tuple[torch.Size, ...], ...] | None = None
         self._check_options()
 
@@ -95,11 +97,6 @@ class FeatureLoss(nn.Module):
         except ValueError:
             self._shapes = None
             raise
-
-    @property
-    def needs_preparation(self) -> bool:
-        """Whether `prepare` must be called after `build`, before the first batch."""
-        return False
 
     def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
         """Learn what must be known of the teacher before training; most losses need nothing.
@@ -191,8 +188,7 @@ class FeatureLoss(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
+        return changed_options(self)
 
 
 def _as_text(shapes: Sequence[Sequence[torch.Size]]) -> str:

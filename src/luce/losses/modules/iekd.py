@@ -101,6 +101,7 @@ class IEKDLoss(FeatureLoss):
 
     takes = "maps"
     stages = "one"
+    prepared_buffers = ("prepared",)
 
     inheritance_weight: float = 1.0
     exploration_weight: float = 1.0
@@ -111,10 +112,6 @@ class IEKDLoss(FeatureLoss):
     reconstruction_form: Literal["l1", "l2"] = "l1"
     epochs: int = 30
     lr: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._prepared = False
 
     def _check_options(self) -> None:
         checks.check_not_negative(
@@ -176,7 +173,7 @@ class IEKDLoss(FeatureLoss):
             optimizer.step()
         self.of_teacher.freeze(True)
         found = self._quality(teacher_features)
-        self._prepared = True
+        self.prepared = torch.ones((), dtype=torch.bool)
         return found
 
     @torch.no_grad()
@@ -237,17 +234,11 @@ class IEKDLoss(FeatureLoss):
         }
 
     def _check_prepared(self) -> None:
-        if self.needs_preparation and not self._prepared:
+        if not self._is_prepared():
             raise RuntimeError(
                 "expected IEKDLoss.prepare to be called with the teacher's features before the first batch: "
                 "it trains their auto-encoder; `autoencoder='online'` does without"
             )
-
-    def get_extra_state(self) -> dict[str, bool]:
-        return {"prepared": self._prepared}
-
-    def set_extra_state(self, state: dict[str, bool]) -> None:
-        self._prepared = state["prepared"]
 
 
 class AutoEncoder(nn.Module):

@@ -16,6 +16,7 @@ from ...ops.linear.stream import Teacher
 from ...ops.pld.options import Ties
 from .._reduce import Reduction
 from ..functional import linear
+from .base import changed_options
 
 __all__ = ["LinearKDLoss", "LinearPLDLoss"]
 
@@ -51,8 +52,7 @@ class LinearLoss(nn.Module):
         return type(self).function(student, teacher, target, row_weight=row_weight, **self.options())
 
     def extra_repr(self) -> str:
-        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
+        return changed_options(self)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ...labels import UNLABELLED
@@ -34,6 +35,7 @@ class PLDLoss(LogitLoss):
     """
 
     function = staticmethod(listwise.pld_loss)
+    prepared_buffers = ("suggested_temperature",)
 
     teacher_temperature: float | Literal["auto"] = 1.0
     top_k: int | None = None
@@ -44,7 +46,7 @@ class PLDLoss(LogitLoss):
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        self.suggested: float | None = None
+        self._known_temperature: float | None = None
         super().__post_init__()
 
     @property
@@ -54,36 +56,30 @@ class PLDLoss(LogitLoss):
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         if not self.needs_preparation:
             return {}
-        self.suggested = suggest_temperature(teacher_logits)
-        return {"teacher_temperature": self.suggested}
+        # Of float32, so that a run resumes with the very temperature that it started with.
+        self.suggested_temperature = torch.tensor(suggest_temperature(teacher_logits), dtype=torch.float32)
+        self._known_temperature = None
+        return {"teacher_temperature": self._temperature()}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.needs_preparation:  # otherwise there is nothing to save, and no file need have it
-            destination[prefix + "suggested"] = self.suggested
+    def _temperature(self) -> float:
+        # Read from the buffer once: on a GPU every reading would wait for the device.
+        if self._known_temperature is None and self.suggested_temperature is not None:
+            self._known_temperature = float(self.suggested_temperature)
+        return self._known_temperature or 1.0
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        if self.needs_preparation:
-            self.suggested = state_dict.pop(prefix + "suggested", None)
-        super()._load_from_state_dict(state_dict, prefix, *others)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        self._known_temperature = None
 
     def options(self) -> dict[str, object]:
-        found = {"teacher_temperature": self.suggested or 1.0} if self.needs_preparation else {}
-        return {**super().options(), **found}
+        suggested = {"teacher_temperature": self._temperature()} if self.needs_preparation else {}
+        return {**super().options(), **suggested}
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        target: Tensor | None = None,
-        row_weight: Tensor | None = None,
-    ) -> Tensor:
-        if self.needs_preparation and self.suggested is None:
-            raise RuntimeError(
-                "expected `prepare(teacher_logits, target)` before the first batch: "
-                '`teacher_temperature="auto"` is found from the teacher\'s logits on the training rows'
-            )
-        return super().forward(student_logits, teacher_logits, target, row_weight)
+    def _how_to_prepare(self) -> str:
+        return (
+            "expected `prepare(teacher_logits, target)` to be called before the first batch: "
+            '`teacher_temperature="auto"` is computed from the teacher\'s logits on the training rows'
+        )
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

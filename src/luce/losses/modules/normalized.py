@@ -95,14 +95,14 @@ class Standardized(LogitLoss):
         """Those of the loss."""
         return self.loss.options()
 
-    def forward(
+    def _call(
         self,
         student_logits: Tensor,
         teacher_logits: Tensor | None,
-        target: Tensor | None = None,
-        row_weight: Tensor | None = None,
+        target: Tensor | None,
+        row_weight: Tensor | None,
+        **override: int,
     ) -> Tensor:
-        """The loss of the standardized logits; shapes and errors are those of its function."""
         student_logits = self._standardize(student_logits, self.class_dim)
         if teacher_logits is not None:
             teacher_logits = self._standardize(teacher_logits, self.class_dim)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ class PartialKDLoss(LogitLoss):
 
     function = staticmethod(partial.partial_kd_loss)
     uses_unlabelled = False
+    prepared_buffers = ("relation",)
 
     keep: Keep = "true_prob"
     temperature: float = 1.0
@@ -46,11 +46,6 @@ class PartialKDLoss(LogitLoss):
     always_keep_true: bool = False
     scale_by_temperature: bool = True
     unlabelled_index: int = UNLABELLED
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.relation: Tensor | None
-        self.register_buffer("relation", None)
 
     @property
     def needs_preparation(self) -> bool:
@@ -78,29 +73,16 @@ class PartialKDLoss(LogitLoss):
         """The options as keyword arguments of the function, and the relation where it needs one."""
         if self.keep not in RELATED:
             return super().options()
-        # There is no buffer yet while the constructor checks the options on two classes.
-        return {**super().options(), "relation": self._buffers.get("relation", torch.eye(2))}
+        # Before it is prepared, only the constructor's check of the options on two classes comes here.
+        relation = self.relation if self.relation is not None else torch.eye(2)
+        return {**super().options(), "relation": relation}
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        target: Tensor | None = None,
-        row_weight: Tensor | None = None,
-    ) -> Tensor:
-        if self.keep in RELATED and self.relation is None:
-            call = "prepare(teacher_logits, target)" if "class_mean" in self.keep else "use_weight(weight)"
-            raise RuntimeError(
-                f"expected `{call}` before the first batch: "
-                f"`keep={self.keep!r}` needs to know how the classes relate"
-            )
-        return super().forward(student_logits, teacher_logits, target, row_weight)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        saved = state_dict.get(f"{prefix}relation")
-        if self.relation is None and saved is not None:
-            self.relation = torch.empty_like(saved)
-        super()._load_from_state_dict(state_dict, prefix, *more)
+    def _how_to_prepare(self) -> str:
+        call = "prepare(teacher_logits, target)" if "class_mean" in self.keep else "use_weight(weight)"
+        return (
+            f"expected `{call}` to be called before the first batch: "
+            f"`keep={self.keep!r}` needs the relation between the classes"
+        )
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
