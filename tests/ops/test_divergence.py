@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from luce.ops import engines
 from luce.ops.dkd import dkd, weighted_dkd
 from luce.ops.kd import forward_kl, jsd, kl_limit, reverse_kl
-from luce.ops.kd.plain import KINDS
+from luce.ops.kd.reference import KINDS
 
 inf, nan = math.inf, math.nan
 native = pytest.mark.skipif(

@@ -17,8 +17,8 @@ from luce.ops._pairs import PAIRS
 from luce.ops.engines import WHY_NOT
 from luce.ops.rkkd import FORMS
 from luce.ops.rkkd import rkkd as public
-from luce.ops.rkkd.plain import rkkd_in_blocks, rkkd_rows
 from luce.ops.rkkd.reference import rkkd as naive
+from luce.ops.rkkd.reference import rkkd_in_blocks, rkkd_rows
 
 needs_native = pytest.mark.skipif(WHY_NOT is not None, reason=f"needs the native library: {WHY_NOT}")
 native = functools.partial(public, backend="cpu")
@@ -428,7 +428,7 @@ def test_blocks_keep_no_array_of_pairs():
     def largest_kept(block):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            rkkd_rows(s.requires_grad_(), t, None, "tanh", 1.0, block)
+            rkkd_rows(s.requires_grad_(), t, None, FORMS.index("tanh"), 1.0, block)
         return max(sizes)
 
     assert largest_kept(5) == 2 * 60
@@ -438,7 +438,7 @@ def test_blocks_keep_no_array_of_pairs():
 def test_blocks_can_be_differentiated_twice():
     s, t = logits(2, 4)
     assert torch.autograd.gradgradcheck(
-        lambda s: rkkd_rows(s, t, None, "tanh", 1.0, block=3), s.requires_grad_()
+        lambda s: rkkd_rows(s, t, None, FORMS.index("tanh"), 1.0, block=3), s.requires_grad_()
     )
 
 

@@ -366,9 +366,9 @@ def test_errors():
     x = torch.zeros(2, 3)
     with pytest.raises(TypeError, match=r"got torch\.int64"):
         softmax(x.long())
-    with pytest.raises(ValueError, match="has 2, got 2"):
+    with pytest.raises(ValueError, match="one of the 2 dimensions of `x`, got 2"):
         softmax(x, 2)
-    with pytest.raises(ValueError, match="has 0, got -1"):
+    with pytest.raises(ValueError, match="one of the 0 dimensions of `x`, got -1"):
         softmax(x[0, 0])
     with pytest.raises(ValueError, match="'online', got 'fast'"):
         softmax(x, algorithm="fast")

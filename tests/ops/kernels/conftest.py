@@ -22,6 +22,6 @@ def device() -> torch.device:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs look at 16 classes at a time, so that short rows already take several steps."""
-    from luce.ops import _triton
+    from luce.ops.triton import launch
 
-    monkeypatch.setattr(_triton, "TILE", 16)
+    monkeypatch.setattr(launch, "TILE", 16)

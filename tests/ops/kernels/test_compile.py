@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from luce.ops import engines
-from luce.ops.kd.plain import KINDS
-from luce.ops.rkkd.cpu import NATIVE_FORMS
+from luce.ops.kd.reference import KINDS
+from luce.ops.rkkd import FORMS
 
 _TRITON = importlib.util.find_spec("triton")
 TOOLS = Path(_TRITON.origin).parent / "backends/nvidia/bin" if _TRITON and _TRITON.origin else Path()
@@ -34,6 +34,7 @@ SHARED = 99 * 1024
 """Bytes of shared memory that a program can have on every device from compute capability 8.0 on."""
 REGISTERS = 65536
 """Registers for all threads of a program, likewise."""
+KERNEL_FORMS = FORMS[:4]
 STACK = 32
 """Bytes of stack a thread, which is where registers go that do not fit: a handful, outside of the loops."""
 
@@ -42,49 +43,49 @@ STACK = 32
 
 
 def divergence(batch, gradient, kind):
-    from luce.ops.kd import gpu
+    from luce.ops.kd import triton
 
-    gpu.divergence(batch.student, batch.teacher, batch.weight, KINDS.index(kind), 4.0, 0.5, gradient)
+    triton.divergence(batch.student, batch.teacher, batch.weight, KINDS.index(kind), 4.0, 0.5, gradient)
 
 
 def cross_entropy(batch, gradient, smoothing=0.0):
-    from luce.ops.cross_entropy import gpu
+    from luce.ops.cross_entropy import triton
 
-    gpu.cross_entropy(batch.student, batch.target, batch.weight, smoothing, gradient)
+    triton.cross_entropy(batch.student, batch.target, batch.weight, smoothing, gradient)
 
 
 def dkd(batch, gradient):
-    from luce.ops.dkd import gpu
+    from luce.ops.dkd import triton
 
-    gpu.dkd(batch.student, batch.teacher, batch.target, batch.weight, 4.0, 1.0, 8.0, gradient)
+    triton.dkd(batch.student, batch.teacher, batch.target, batch.weight, 4.0, 1.0, 8.0, gradient)
 
 
 def pld(batch, gradient, label=True, ordered=False, top_k=2**31):
-    from luce.ops.pld import gpu
+    from luce.ops.pld import triton
 
     target = batch.target if label else None
     order = torch.zeros(batch.student.shape, dtype=torch.int64) if ordered else None
-    gpu.pld(
+    triton.pld(
         *(batch.student, batch.teacher, target, batch.weight, order),
         *(1.0, top_k, 0.0, 0.0, False, gradient),
     )
 
 
 def rkkd(batch, gradient, form):
-    from luce.ops.rkkd import gpu
+    from luce.ops.rkkd import triton
 
-    gpu.rkkd(batch.student, batch.teacher, batch.weight, NATIVE_FORMS.index(form), 1.5, gradient)
+    triton.rkkd(batch.student, batch.teacher, batch.weight, FORMS.index(form), 1.5, gradient)
 
 
 def suffix_logsumexp(batch, gradient):
-    from luce.ops.suffix_logsumexp import gpu
+    from luce.ops.suffix_logsumexp import triton
 
-    gpu.suffix_logsumexp(batch.student)
-    gpu.suffix_logsumexp_backward(batch.teacher, batch.student)
+    triton.suffix_logsumexp(batch.student)
+    triton.suffix_logsumexp_backward(batch.teacher, batch.student)
 
 
 def multiply_rows(batch, gradient):
-    from luce.ops._triton import multiply_rows
+    from luce.ops.triton.multiply import multiply_rows
 
     multiply_rows(batch.student, batch.factor)
 
@@ -118,7 +119,7 @@ CASES = [
     (pld, (64, 300), f64, {}),
     (pld, (64, 128256), bf16, {"top_k": 128}),
     (pld, (64, 50257), f16, {"top_k": 100, "teacher": f32, "label": False, "weight": True}),
-    *((rkkd, (64, 1000), f32, {"form": form}) for form in NATIVE_FORMS),
+    *((rkkd, (64, 1000), f32, {"form": form}) for form in KERNEL_FORMS),
     (rkkd, (64, 128256), bf16, {"form": "tanh"}),
     (rkkd, (2, 19, 50), f16, {"form": "tanh", "weight": True}),
     (rkkd, (64, 100), f64, {"form": "tanh", "gradient": False}),
@@ -183,7 +184,7 @@ def compiled(monkeypatch, tmp_path):
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from luce.ops import _triton
+    from luce.ops.triton import launch
 
     kernels = []
     run = JITFunction.run
@@ -198,7 +199,7 @@ def compiled(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", only_compile)
-    monkeypatch.setattr(_triton, "on_device", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "on_device", lambda tensor: contextlib.nullcontext())
     before = dict(vars(driver))
     yield compile_for
     vars(driver).update(before)

@@ -274,7 +274,7 @@ def test_the_losses_take_the_kernels(device):
 
 @pytest.mark.parametrize("shape", [(5, 19), (3, 7, 6)], ids=str)
 def test_a_gradient_is_multiplied_in_its_place(shape, narrow, device):
-    from luce.ops._triton import multiply_rows
+    from luce.ops.triton.multiply import multiply_rows
 
     for layout in (lambda x: x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)):
         for dtype in (torch.float32, torch.float64, torch.float16):

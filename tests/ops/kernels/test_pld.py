@@ -24,13 +24,13 @@ ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16
 @pytest.fixture(params=["registers", "memory"])
 def where(request, monkeypatch):
     """Where the order is: in the registers of several threads, or in memory, looked at 8 places at a time."""
-    from luce.ops import _triton
-    from luce.ops.pld import gpu
+    from luce.ops.pld import triton
+    from luce.ops.triton import launch
 
-    monkeypatch.setattr(gpu, "EACH", 4)
+    monkeypatch.setattr(triton, "EACH", 4)
     if request.param == "memory":
-        monkeypatch.setattr(gpu, "LONGEST", 0)
-        monkeypatch.setattr(_triton, "TILE", 8)
+        monkeypatch.setattr(triton, "LONGEST", 0)
+        monkeypatch.setattr(launch, "TILE", 8)
 
 
 def run(student, teacher, target=None, *, weight=None, order=None, backend="gpu", upstream=None, **options):
@@ -81,27 +81,27 @@ def test_against_float64(classes, dtype, where, device):
 )
 def test_many_places_to_a_thread(longest, dtype, monkeypatch, device):
     """Several threads hold several places each, and in memory there are several tiles of them."""
-    from luce.ops import _triton
-    from luce.ops.pld import gpu
+    from luce.ops.pld import triton
+    from luce.ops.triton import launch
 
-    monkeypatch.setattr(gpu, "LONGEST", longest)
+    monkeypatch.setattr(triton, "LONGEST", longest)
     if not longest:
-        monkeypatch.setattr(_triton, "TILE", 16)
+        monkeypatch.setattr(launch, "TILE", 16)
     agree(*batch(2, 70, dtype=dtype, spread=20.0, device=device))
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 6, 5)], ids=str)
 def test_long_rows_are_done_in_parts(shape, monkeypatch, device):
-    from luce.ops.pld import gpu
+    from luce.ops.pld import triton
 
     student, teacher, target = batch(*shape, device=device)
     weight = torch.rand(target.shape).to(device)
     order = teacher.argsort(dim=1, descending=True, stable=True)
     whole = run(student, teacher, target, weight=weight)
-    monkeypatch.setattr(gpu, "LONGEST", 0)
+    monkeypatch.setattr(triton, "LONGEST", 0)
     for largest, given in ((12, order), (30, None)):
-        monkeypatch.setattr(gpu, "LARGEST", largest)
-        assert all(student[part].numel() <= largest for _, part in gpu._parts(student))
+        monkeypatch.setattr(triton, "LARGEST", largest)
+        assert all(student[part].numel() <= largest for _, part in triton._parts(student))
         parts = run(student, teacher, target, weight=weight, order=given)
         assert_close(parts[:2], whole[:2], rtol=1e-6, atol=1e-6)
         assert (parts[2] == 0).all()
@@ -288,7 +288,7 @@ def test_derivatives(device):
 
 def test_what_there_is_no_kernel_for(device):
     student, teacher, target = batch(2, 4, device=device)
-    for option, why in (({"ties": "average"}, "ties='average'"), ({"epsilon": 0.1}, "epsilon")):
+    for option, why in (({"average_ties": True}, "ties='average'"), ({"epsilon": 0.1}, "epsilon")):
         with pytest.raises(RuntimeError, match=f"there is no Triton kernel for {why}"):
             luce.pld_loss(student, teacher, target, backend="gpu", **option)
         assert luce.pld_loss(student, teacher, target, **option).isfinite()

@@ -21,15 +21,16 @@ ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Tiles hold 64 classes, 256 of rows that are aligned, and lists 16; every row counts as long."""
-    from luce.ops import _triton
-    from luce.ops.pld import gpu, gpu_top_k
+    from luce.ops.pld import triton
+    from luce.ops.pld.triton import top_k
+    from luce.ops.triton import launch
 
-    monkeypatch.setattr(gpu, "LONGEST", 0)
-    monkeypatch.setattr(_triton, "TILE", 256)
-    monkeypatch.setattr(gpu_top_k, "CAPACITY", 16)
+    monkeypatch.setattr(triton, "LONGEST", 0)
+    monkeypatch.setattr(launch, "TILE", 256)
+    monkeypatch.setattr(top_k, "CAPACITY", 16)
     calls = []
-    first_k = gpu_top_k.first_k
-    monkeypatch.setattr(gpu_top_k, "first_k", lambda *args: calls.append(first_k(*args)))
+    first_k = top_k.first_k
+    monkeypatch.setattr(top_k, "first_k", lambda *args: calls.append(first_k(*args)))
     yield
     assert calls
 
@@ -169,11 +170,11 @@ def test_weights_and_strides(device):
 
 def test_a_vocabulary(monkeypatch, device):
     """Without the fixture's limits; on a device, at a language model's size."""
-    from luce.ops import _triton
-    from luce.ops.pld import gpu_top_k
+    from luce.ops.pld.triton import top_k
+    from luce.ops.triton import launch
 
-    monkeypatch.setattr(_triton, "TILE", 4096)
-    monkeypatch.setattr(gpu_top_k, "CAPACITY", 256)
+    monkeypatch.setattr(launch, "TILE", 4096)
+    monkeypatch.setattr(top_k, "CAPACITY", 256)
     rows, classes, places = (1, 8208, 9) if engines.INTERPRETED else (64, 128256, 128)
     student, teacher, target = batch(rows, classes, places, torch.bfloat16, 2.0, device)
     first = agree(student, teacher, target, top_k=places)

@@ -9,7 +9,15 @@ from ... import checks
 from ...labels import UNLABELLED
 from ...ops import pld as ops
 from ...ops.engines import Backend
-from ...ops.pld import PldOptions, default_tolerance, label_first, pld, pld_with_bound, ranking_nll
+from ...ops.pld import (
+    EVERY_PLACE,
+    PldOptions,
+    default_tolerance,
+    label_first,
+    pld,
+    pld_with_bound,
+    ranking_nll,
+)
 from ...ops.pld.options import Ties
 from .._reduce import Blocks, Reduction, Rows
 
@@ -56,7 +64,8 @@ def _pld_options(
     if tolerance is None:
         tolerance = default_tolerance(student_logits, teacher_logits)
     checks.check_not_negative(tolerance=tolerance)
-    return PldOptions(teacher_temperature, top_k, epsilon, tolerance, ties)
+    places = EVERY_PLACE if top_k is None else top_k
+    return PldOptions(teacher_temperature, places, epsilon or 0.0, tolerance, ties == "average")
 
 
 def pld_loss(

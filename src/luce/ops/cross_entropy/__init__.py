@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..engines import choose
-from . import cpu
-from .plain import cross_entropy_rows
+from ..fused import declare, fused
+from .reference import cross_entropy_rows
 
 __all__ = ["cross_entropy"]
+
+declare("cross_entropy", cross_entropy_rows, triton="luce.ops.cross_entropy.triton")
 
 
 def cross_entropy(
@@ -19,14 +21,14 @@ def cross_entropy(
     weight: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Minus the label's log-probability, or a share of it with the mean over the classes that exist.
+    """Mix the label's negative log-probability with the mean over the classes that exist.
 
     Args:
         student: ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64; a class at
             ``-inf`` does not exist.
         target: ``(N,)`` or ``(N, M)``, int64; a label outside [0, C) makes its row NaN.
         label_smoothing: Probability spread evenly over the classes that exist, in [0, 1).
-        weight: What each row's value is multiplied by; rows of weight 0 are not looked at.
+        weight: Multiplies each row's value; rows of weight 0 are skipped, whatever they contain.
         backend: ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"reference"``.
     Returns:
         ``(N,)`` or ``(N, M)``, in nats, float32 or, if the student is, float64.
@@ -35,6 +37,7 @@ def cross_entropy(
         >>> cross_entropy(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([2]))
         tensor([0.3754])
     """
-    engine = choose(backend, student, no_kernel=None)
-    run = cross_entropy_rows if engine == "reference" else cpu.cross_entropy
-    return run(student, target, weight, label_smoothing)
+    target, weight = target.contiguous(), None if weight is None else weight.contiguous()
+    if choose(backend, student, no_kernel=None) == "reference":
+        return cross_entropy_rows(student, target, weight, label_smoothing)
+    return fused("cross_entropy", student, target, weight, label_smoothing)[0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._rows import weighted_rows
 from ..kd.reference import Pair, relative_entropy, softened
 
 
 def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The two parts of KD, apart: target against the rest, and the rest among themselves.
+    """Return the two parts of KD: the target against the rest, and the rest among themselves.
 
     Args:
         student: ``(N, C)``.
@@ -17,12 +18,12 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
         target: ``(N,)`` class indices; a negative one names no class.
         temperature: Divides both networks' logits.
     Returns:
-        TCKD and NCKD, each ``(N,)`` nats, without ``temperature**2``. Where the teacher excludes all but the
-        target, there is nothing to learn about the rest: NCKD is 0.
+        TCKD and NCKD, each ``(N,)`` nats, without ``temperature**2``. NCKD is 0 where the teacher excludes
+        all classes but the target.
     """
     teacher, student, difference = softened(student, teacher, temperature)
     is_target = torch.arange(student.shape[-1], device=student.device) == target[:, None]
-    # Finite, unlike -inf: where the target is the only class, its rest is one impossible class, not none.
+    # Finite, unlike -inf: a rest without classes still has a softmax, where -inf everywhere would give NaN.
     lowest = torch.finfo(student.dtype).min / 4
     student_rest, teacher_rest = (
         student.masked_fill(is_target, lowest),
@@ -31,7 +32,10 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
     rest = Pair.of(teacher_rest, student_rest, difference)
 
     def target_or_rest(logits: Tensor, rest: Tensor) -> Tensor:
-        """Logits of the target and of all others together, however sure the row is."""
+        """Return the logits of the target and of all others together.
+
+        From the logits, not from probabilities: a target of probability 1 - 1e-9 has a rest all the same.
+        """
         target = torch.where(is_target, logits, 0).sum(-1)
         others = rest.logsumexp(-1)
         return torch.stack([target, others.masked_fill(others < lowest / 2, -torch.inf)], dim=-1)
@@ -44,3 +48,31 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
     tckd = relative_entropy(halves.p, halves.d, halves.change)
     nckd = relative_entropy(rest.p, rest.d, rest.change)
     return tckd, torch.where(first[:, 1] == -torch.inf, 0, nckd)
+
+
+def dkd_rows(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    temperature: float,
+    alpha: float,
+    beta: float,
+) -> Tensor:
+    """``alpha * tckd + beta * nckd`` of `dkd`, of blocks with weights.
+
+    NaN in rows whose label names no class, or one that both networks exclude.
+    """
+
+    def formula(s: Tensor, t: Tensor) -> Tensor:
+        labels = target.reshape(-1)
+        named = labels.clamp(0, s.shape[-1] - 1)
+        excluded = (torch.stack([s, t]).gather(-1, named.expand(2, -1)[..., None]) == -torch.inf).all(0)[:, 0]
+        parts = dkd(s, t, named, temperature)
+        # A part of weight 0 may be infinite, and 0 times it NaN; a NaN of the row is in both parts.
+        values = sum(
+            (w * v for w, v in zip((alpha, beta), parts, strict=True) if w), start=s.new_zeros(len(s))
+        )
+        return values.masked_fill((labels != named) | excluded, torch.nan)
+
+    return weighted_rows(formula, student, teacher, weight)

@@ -1,9 +1,9 @@
 """Divergences between the teacher's and the student's distribution, one value per row.
 
-All take logits ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64, the
-teacher's in the shape of the student's, and return ``(N,)`` or ``(N, M)`` in nats, float32 or, if either
-network is, float64. Only the reference passes a gradient on to the teacher. `weight`, of that dtype and
-shape, is what each row's value is multiplied by; rows of weight 0 are not looked at. `backend` is
+All functions take logits ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64,
+the teacher's in the shape of the student's. They return ``(N,)`` or ``(N, M)`` in nats, float32 or, if either
+network is, float64. Only the reference passes a gradient on to the teacher. `weight`, of the result's dtype
+and shape, multiplies each row's value; rows of weight 0 are skipped, whatever they contain. `backend` is
 ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"reference"``.
 """
 
@@ -14,10 +14,12 @@ import math
 from torch import Tensor
 
 from ..engines import choose
-from .cpu import divergence
-from .plain import Kind, divergence_rows
+from ..fused import declare, fused
+from .reference import KINDS, Kind, divergence_rows
 
 __all__ = ["forward_kl", "jsd", "kl_limit", "reverse_kl"]
+
+declare("divergence", divergence_rows, triton="luce.ops.kd.triton")
 
 
 def _run(
@@ -29,9 +31,11 @@ def _run(
     temperature: float,
     beta: float = 0.5,
 ) -> Tensor:
-    engine = choose(backend, student, teacher, no_kernel=None)
-    run = divergence_rows if engine == "reference" else divergence
-    return run(student, teacher, weight, kind, temperature, beta)
+    weight = None if weight is None else weight.contiguous()
+    arguments = teacher, weight, KINDS.index(kind), temperature, beta
+    if choose(backend, student, teacher, no_kernel=None) == "reference":
+        return divergence_rows(student, *arguments)
+    return fused("divergence", student, *arguments)[0]
 
 
 def forward_kl(
@@ -42,9 +46,11 @@ def forward_kl(
     weight: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """KL(teacher || student) at a temperature, without its square.
+    """Return KL(teacher || student) at a temperature, without the factor ``temperature**2``.
 
-    Infinite where the student alone excludes a class. Example:
+    Infinite where the student alone excludes a class.
+
+    Example:
         >>> import torch
         >>> forward_kl(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]]), 4.0)
         tensor([0.0888])
@@ -60,9 +66,11 @@ def reverse_kl(
     weight: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """KL(student || teacher) at a temperature, without its square.
+    """Return KL(student || teacher) at a temperature, without the factor ``temperature**2``.
 
-    Infinite where the teacher alone excludes a class. Example:
+    Infinite where the teacher alone excludes a class.
+
+    Example:
         >>> import torch
         >>> reverse_kl(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]]), 4.0)
         tensor([0.0898])
@@ -79,7 +87,7 @@ def jsd(
     weight: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Generalized Jensen-Shannon divergence, `beta` being the teacher's share of the mixture, in (0, 1).
+    """Return the generalized Jensen-Shannon divergence of a mixture with a share `beta` of the teacher.
 
     Example:
         >>> import torch
@@ -92,10 +100,13 @@ def jsd(
 def kl_limit(
     student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """What the temperature's square times either KL tends to as the temperature grows.
+    """Return the limit of ``temperature**2`` times either KL as the temperature grows.
 
-    Half the variance, over the classes, of the logits' difference; for the generalized Jensen-Shannon
-    divergence ``beta * (1 - beta)`` of that. Infinite where one network alone excludes a class. Example:
+    It is half the variance, over the classes, of the difference of the logits. For the generalized
+    Jensen-Shannon divergence the limit is ``beta * (1 - beta)`` times that. Infinite where one network alone
+    excludes a class.
+
+    Example:
         >>> import torch
         >>> student, teacher = torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[2.0, 1.0, 0.1, -1.0]])
         >>> kl_limit(student, teacher)

@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .._rows import weighted_rows
+
+Kind = Literal["forward_kl", "reverse_kl", "jsd", "limit"]
+KINDS: tuple[Kind, ...] = ("forward_kl", "reverse_kl", "jsd", "limit")
+"""Numbered as in csrc/divergence.h."""
 
 
 @dataclass(frozen=True)
@@ -148,3 +155,18 @@ def kl_limit(student: Tensor, teacher: Tensor) -> Tensor:
     # network that excludes all has no distribution.
     values = values + torch.where((of_student != of_teacher).any(-1), torch.inf, 0)
     return values + torch.where(of_student.any(-1) & of_teacher.any(-1), 0, torch.nan)
+
+
+def divergence_rows(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, kind: int, temperature: float, beta: float
+) -> Tensor:
+    """One of `KINDS`, of blocks with weights; `beta` is for ``"jsd"``, `temperature` not for ``"limit"``."""
+
+    def formula(s: Tensor, t: Tensor) -> Tensor:
+        if KINDS[kind] == "limit":
+            return kl_limit(s, t)
+        if KINDS[kind] == "jsd":
+            return jsd(s, t, beta, temperature)
+        return (forward_kl if KINDS[kind] == "forward_kl" else reverse_kl)(s, t, temperature)
+
+    return weighted_rows(formula, student, teacher, weight)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kd import forward_kl, kl_limit
-from ..pld import PldOptions, pld
+from ..pld import EXACT, PldOptions, pld
 from .logits import LinearLogits, TopKLogits
 from .stream import FEWEST_ROWS, Formula, Job, Teacher, autocast_dtype, rows_per_chunk
 from .top_k import few_classes, few_places
@@ -75,7 +75,7 @@ def linear_pld(
     teacher: Teacher,
     target: Tensor | None = None,
     *,
-    options: PldOptions | None = None,
+    options: PldOptions = EXACT,
     weight: Tensor | None = None,
     summed: bool = False,
     chunk_rows: int | None = None,
@@ -94,7 +94,6 @@ def linear_pld(
         >>> linear_pld(student, TopKLogits.of(teacher, 2, target), target)  # is pld with top_k=2
         tensor([0.4913])
     """
-    options = options or PldOptions()
 
     def formula(s: Tensor, t: Tensor | TopKLogits, labels: Tensor | None, weight: Tensor | None) -> Tensor:
         order = None

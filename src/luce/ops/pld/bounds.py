@@ -1,4 +1,4 @@
-"""How far a truncated PLD is from the full one."""
+"""Error bound of a truncated PLD."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def truncation_bound(
     order: Tensor | None,
     options: PldOptions,
 ) -> Tensor:
-    r"""The certificate of the first *K* places.
+    r"""Return how far the loss of the first *K* places can be from that of all places.
 
-    With the teacher's probability :math:`\epsilon` and the student's range of logits *R* outside them, the
-    full loss is larger by at most :math:`\epsilon (\log(C - K) + R)`, and the gradients differ by at most
-    :math:`2 \epsilon` in the L1 norm.
+    Let the classes outside have the teacher's probability :math:`\epsilon` and student logits of range *R*.
+    The full loss is then larger by at most :math:`\epsilon (\log(C - K) + R)`, and the gradients differ by at
+    most :math:`2 \epsilon` in the L1 norm.
 
     Args:
         student: ``(N, C)`` or ``(N, C, M)``.
         teacher: Same shape.
         target: ``(N,)`` or ``(N, M)``, or None.
         weight: Same shape, or None.
-        order: The teacher's, laid out like its logits, if it is known already.
-        options: Holds `top_k`, `epsilon` or both.
+        order: The teacher's order in the layout of its logits, if it is already known.
+        options: With `top_k`, `epsilon` or both.
     Returns:
         ``(rows, 2)``: the bounds of loss and gradient.
     """
@@ -39,13 +39,14 @@ def truncation_bound(
     labels = torch.full(s.shape[:1], -1, device=s.device) if target is None else target.reshape(-1)
     order = label_first(teacher_order(t) if order is None else as_matrix(order).long(), labels)
     alpha = (t / options.teacher_temperature).softmax(-1).gather(-1, order)
-    places = torch.full_like(labels[:, None], min(options.top_k or s.shape[-1], s.shape[-1]))
-    if options.epsilon is not None:
+    places = torch.full_like(labels[:, None], min(options.top_k, s.shape[-1]))
+    if options.epsilon:
         places = torch.minimum(places, places_within(alpha, options.epsilon))
     outside = torch.arange(s.shape[-1], device=s.device) >= places
     left = torch.where(outside, alpha, 0).sum(-1)
     u = s.gather(-1, order)
-    # A class that the teacher excludes has no term of its own: it can only be chosen instead of another.
+    # A class that the teacher excludes has no term of its own. It only enlarges the sums of others, so it
+    # counts for the highest logit but not for the lowest.
     highest = u.masked_fill(~outside, -torch.inf).amax(-1)
     lowest = u.masked_fill(~outside | (alpha == 0), torch.inf).amin(-1)
     spread = (highest - lowest).clamp(min=0)

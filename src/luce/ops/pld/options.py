@@ -1,37 +1,40 @@
-"""How a PLD is to be computed."""
+"""Options of PLD, in the form that the engines take."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Ties = Literal["stable", "average"]
 
-
-def default_tolerance(student: Tensor, teacher: Tensor) -> float:
-    """What is lost in the rounding of the logits themselves, or of what is computed from them."""
-    if torch.float64 in (student.dtype, teacher.dtype):
-        return 0.0
-    return 1e-5 if student.dtype == teacher.dtype == torch.float32 else 1e-3
+EVERY_PLACE = 2**62
+"""`top_k` for a loss without truncation."""
 
 
-@dataclass(frozen=True)
-class PldOptions:
-    """What `luce.pld_loss` explains to its users; here every value is checked and settled.
+class PldOptions(NamedTuple):
+    """Options of PLD; `luce.pld_loss` checks and explains them.
+
+    The fields are arguments of the operator ``luce::pld`` in this order, and of csrc/pld.h.
 
     Attributes:
-        teacher_temperature: Softens the weights only.
-        top_k: Number of places that count; None for all.
-        epsilon: Count only as many places as leave less than this of the teacher's probability; None for all.
-        tolerance: What leaving classes unsorted may change, in nats and in the gradient's L1 norm.
-        ties: ``"stable"`` ranks the lower class index first, ``"average"`` lets equal classes share places.
+        teacher_temperature: Softens the weights, not the student.
+        top_k: Number of places that count.
+        epsilon: Teacher's probability that the last places may have in order not to count; 0 for none.
+        tolerance: How much leaving classes unsorted may change the loss, in nats, and the gradient's L1 norm.
+        average_ties: Whether classes of equal logits share their places; else the lower index ranks first.
     """
 
     teacher_temperature: float = 1.0
-    top_k: int | None = None
-    epsilon: float | None = None
+    top_k: int = EVERY_PLACE
+    epsilon: float = 0.0
     tolerance: float = 0.0
-    ties: Ties = "stable"
+    average_ties: bool = False
+
+
+def default_tolerance(student: Tensor, teacher: Tensor) -> float:
+    """Return a tolerance below the rounding of the logits, or of float32 results."""
+    if torch.float64 in (student.dtype, teacher.dtype):
+        return 0.0
+    return 1e-5 if student.dtype == teacher.dtype == torch.float32 else 1e-3

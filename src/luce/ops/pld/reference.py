@@ -1,7 +1,7 @@
 """Plackett-Luce Distillation in plain PyTorch: the oracle, the baseline and the fallback.
 
 Symbols are those of the paper (arXiv 2506.12542): a ranking ``order`` lists the classes from the first
-place to the last, ``u`` are the student's logits in that order and ``alpha`` the weights of the places.
+place to the last, ``u`` are the student's logits in that order, and ``alpha`` are the weights of the places.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._rows import as_matrix, weighted_rows
 from ..suffix_logsumexp.reference import suffix_logsumexp
+from .options import PldOptions
 
 
 def teacher_order(teacher: Tensor) -> Tensor:
-    """Classes by falling teacher logit, the lower index first among equals; ``(N, C)`` indices."""
+    """Return the classes by falling teacher logit, the lower index first among equals; ``(N, C)``."""
     return teacher.sort(dim=-1, descending=True, stable=True).indices
 
 
@@ -37,7 +39,7 @@ def label_first(order: Tensor, target: Tensor) -> Tensor:
 
 
 def ranking_nll(u: Tensor, alpha: Tensor, top_k: int | None = None) -> Tensor:
-    r"""Weighted negative log-likelihood of a ranking: :math:`\sum_{k \le K} \alpha_k (\phi_k - u_k)`.
+    r"""Return a ranking's weighted negative log-likelihood: :math:`\sum_{k \le K} \alpha_k (\phi_k - u_k)`.
 
     :math:`\phi_k - u_k` is minus the log-probability that the class in place *k* is chosen among those
     in places *k* to *C*. Truncation drops terms, never classes: every suffix keeps its unordered tail.
@@ -52,25 +54,25 @@ def ranking_nll(u: Tensor, alpha: Tensor, top_k: int | None = None) -> Tensor:
     """
     classes = u.shape[-1]
     places = classes if top_k is None else min(top_k, classes)
-    # In float64 where there is one: float32 cannot hold how far suffixes differ, and a scan sums up errors.
+    # In float64 where the device has it: along a scan of C steps, roundings of float32 would add up.
     wide = u.dtype if u.device.type == "mps" else torch.float64
     u, alpha, narrow = u.to(wide), alpha[:, :places].to(wide), u.dtype
-    finite = u.clamp(min=torch.finfo(narrow).min)  # a suffix of excluded classes must not give inf - inf
+    finite = u.clamp(min=torch.finfo(narrow).min)  # else a suffix of excluded classes gives inf - inf
     tail = finite[:, places:].logsumexp(-1, keepdim=True)
     following = suffix_logsumexp(torch.cat([finite[:, 1:places], tail], dim=-1)).clamp(
         min=torch.finfo(wide).min
     )
-    # phi_k - u_k as log(1 + Z_{k+1} / w_k): nothing cancels where one class outweighs all that follow.
+    # phi_k - u_k as log(1 + Z_{k+1} / w_k): the difference cancels where a class outweighs all behind it.
     nll = -F.logsigmoid(u[:, :places] - following)
-    nll = nll.masked_fill((alpha == 0) & (nll == torch.inf), 0)  # 0 * inf: an excluded class nobody asks for
+    nll = nll.masked_fill((alpha == 0) & (nll == torch.inf), 0)  # 0 * inf
     return (alpha * nll).sum(-1).to(narrow)
 
 
 def tied_ranking_nll(u: Tensor, alpha: Tensor, tied: Tensor) -> Tensor:
-    r"""As `ranking_nll`, tied places sharing one sum (Efron's rule), so that their order does not matter.
+    r"""Return `ranking_nll` with one sum for tied places (Efron's rule), so that their order does not matter.
 
-    The members of a group of *d* all see :math:`Z = Z_{after} + E (d + 1) / (2 d)`, the mean over their
-    places, where *E* is the group's own sum and :math:`Z_{after}` that of all places behind it.
+    The *d* members of a group share :math:`Z = Z_{after} + E (d + 1) / (2 d)`, the mean over their places,
+    where *E* is the sum of the group and :math:`Z_{after}` the sum of all places behind it.
 
     Args:
         u: Student logits in ranking order, ``(N, C)``.
@@ -98,47 +100,63 @@ def tied_ranking_nll(u: Tensor, alpha: Tensor, tied: Tensor) -> Tensor:
 
 
 def places_within(alpha: Tensor, epsilon: float) -> Tensor:
-    """How many first places leave less than `epsilon` of the weight; 1 at least. ``(N, C)`` to ``(N, 1)``."""
+    """Return how many first places leave less than `epsilon` of the weight, at least 1; ``(N, 1)``."""
     wide = alpha.dtype if alpha.device.type == "mps" else torch.float64
+    # In float64: the float32 sum of thousands of places may differ from 1 by more than epsilon.
     left = 1 - alpha.to(wide).cumsum(-1)
     return ((left >= epsilon).sum(-1, keepdim=True) + 1).clamp(max=alpha.shape[-1])
 
 
 def pld(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    *,
-    teacher_temperature: float = 1.0,
-    top_k: int | None = None,
-    epsilon: float | None = None,
-    average_ties: bool = False,
-    order: Tensor | None = None,
+    student: Tensor, teacher: Tensor, target: Tensor, options: PldOptions, order: Tensor | None = None
 ) -> Tensor:
-    """One PLD value per row: label first, then the teacher's order, weighted by the teacher's probabilities.
+    """Return one PLD value per row: the label first, then the teacher's order, weighted by its probabilities.
 
     Args:
         student: ``(N, C)``, float32 or float64.
         teacher: ``(N, C)``, same dtype.
         target: ``(N,)`` class indices; negative where a row has no label.
-        teacher_temperature: Softens the weights only.
-        top_k: Number of places that count.
-        epsilon: Count only as many places as leave less than this of the teacher's probability.
-        average_ties: Classes with equal teacher logits, the label apart, share their places.
-        order: `teacher_order` of the rows, if it is known already.
+        options: All but the tolerance apply: the reference sorts every class.
+        order: `teacher_order` of the rows, if it is already known.
     Returns:
         ``(N,)``, in nats.
     """
     order = label_first(teacher_order(teacher) if order is None else order, target)
-    alpha = (teacher / teacher_temperature).softmax(-1).gather(-1, order)
+    alpha = (teacher / options.teacher_temperature).softmax(-1).gather(-1, order)
     u = student.gather(-1, order)
-    if epsilon is not None:
+    if options.epsilon:
         k = torch.arange(alpha.shape[-1], device=alpha.device)
-        alpha = alpha.masked_fill(k >= places_within(alpha, epsilon), 0)
-    if not average_ties:
-        return ranking_nll(u, alpha, top_k)
+        alpha = alpha.masked_fill(k >= places_within(alpha, options.epsilon), 0)
+    if not options.average_ties:
+        return ranking_nll(u, alpha, options.top_k)
     ranked = teacher.gather(-1, order)
     tied = torch.zeros_like(order, dtype=torch.bool)
     tied[:, 1:] = ranked[:, 1:] == ranked[:, :-1]
-    tied[:, 1:2] &= (target < 0)[:, None]  # the label went first: it shares its place with no one
+    tied[:, 1:2] &= (target < 0)[:, None]  # the label went first and shares its place with no class
     return tied_ranking_nll(u, alpha, tied)
+
+
+def pld_rows(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    order: Tensor | None,
+    options: PldOptions,
+) -> Tensor:
+    """`pld` of blocks with weights.
+
+    NaN in rows whose label names no class or one that both networks exclude, where the student excludes every
+    class, and where a logit is +inf.
+    """
+
+    def formula(s: Tensor, t: Tensor) -> Tensor:
+        labels = target.reshape(-1) if target is not None else torch.full(s.shape[:1], -1, device=s.device)
+        named = labels.clamp(0, s.shape[-1] - 1)
+        excluded = (torch.stack([s, t]).gather(-1, named.expand(2, -1)[..., None]) == -torch.inf).all(0)[:, 0]
+        wrong = (labels < -1) | (labels >= s.shape[-1]) | ((labels >= 0) & excluded) | s.amax(-1).isinf()
+        given = None if order is None else as_matrix(order).long()
+        values = pld(s, t, torch.where(labels < 0, labels, named), options, given)
+        return values.masked_fill(wrong, torch.nan)
+
+    return weighted_rows(formula, student, teacher, weight)

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from .._rows import wide_dtype
 from ..engines import choose
-from . import cpu
-from .plain import rkkd_rows
-from .reference import FORMS, Form
+from ..fused import declare, fused
+from .reference import FORMS, Form, rkkd_rows
 
 __all__ = ["FORMS", "Form", "rkkd"]
+
+declare("rkkd", rkkd_rows, triton="luce.ops.rkkd.triton")
 
 
 def rkkd(
@@ -24,7 +25,7 @@ def rkkd(
     weight: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""One minus a smooth Kendall tau: how far the student orders the classes otherwise than the teacher.
+    r"""Return one minus a smooth Kendall tau between the student's and the teacher's order of the classes.
 
     .. math:: 1 - \frac{1}{P} \sum_{i < j} a(s_i - s_j, t_i - t_j)
 
@@ -38,13 +39,13 @@ def rkkd(
     ``clip``       :math:`\mathrm{sgn}(D^t) \mathrm{clip}(k D^s, -1, 1)`
     =============  ==========================================================
 
-    Every pair is looked at, with memory for one row at a time; but for ``clip``, of which the native engine
-    on the CPU sorts rows of many classes and counts, in C log C steps. At a steepness beyond all differences
-    ``clip`` is one minus Kendall's tau itself (tau-a, in which a tie counts 0).
+    All pairs are evaluated, with memory for one row at a time. The exception is ``clip`` on the CPU: for rows
+    of many classes the native engine sorts and counts, in C log C steps. If ``1 / k`` is below all
+    differences, ``clip`` is one minus Kendall's tau itself (tau-a, in which a tie counts 0).
 
-    A class at ``-inf`` in both networks does not exist: its pairs count neither in the sum nor in *P*. At
-    ``-inf`` in one network a class is infinitely far below the others there and tied with those that are
-    there too; its own logit gets no gradient. A row with fewer than two classes costs nothing.
+    A class at ``-inf`` in both networks does not exist: its pairs count neither in the sum nor in *P*. A
+    class at ``-inf`` in one network ranks infinitely far below the others there, is tied with other excluded
+    classes, and gets no gradient. The value of a row with fewer than two classes is 0.
 
     Args:
         student: ``(N, C)`` or ``(N, C, M)`` of any strides, float16, bfloat16, float32 or float64.
@@ -52,15 +53,15 @@ def rkkd(
         form: The agreement.
         steepness: *k* above 0, per logit (``"product"``: per squared logit). The larger it is, the closer the
             value is to Kendall's tau and the fewer pairs have a gradient: those within a few *1/k*.
-        weight: ``(N,)`` or ``(N, M)``: what each row's value is multiplied by; rows of weight 0 are not
-            looked at.
+        weight: ``(N,)`` or ``(N, M)``, multiplies each row's value; rows of weight 0 are skipped, whatever
+            they contain.
         backend: ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"reference"``.
     Returns:
         ``(N,)`` or ``(N, M)``, from 0 to 2 times the weight, float32 or, if either network is, float64. NaN
-        for rows that hold NaN or ``+inf``.
+        for rows that contain NaN or ``+inf``.
     Raises:
-        TypeError: If a network's logits are no floating-point numbers.
-        ValueError: If shapes differ, there are fewer than two classes, or an option has no such value.
+        TypeError: If a network's logits are not of a floating-point dtype.
+        ValueError: If shapes differ, there are fewer than two classes, or an option is out of range.
         RuntimeError: If the named backend cannot run here.
     Example:
         >>> import torch
@@ -76,9 +77,11 @@ def rkkd(
     """
     _check(student, teacher, weight, form, steepness)
     weight = None if weight is None else weight.detach().to(wide_dtype(student, teacher)).contiguous()
-    if choose(backend, student, teacher, no_kernel=None) != "reference":
-        return cpu.rkkd(student, teacher, weight, form, steepness)
-    return rkkd_rows(student, teacher, weight, form, steepness)
+    if choose(backend, student, teacher, no_kernel=None) == "reference":
+        return rkkd_rows(student, teacher, weight, FORMS.index(form), steepness)
+    if form == "sigmoid":  # 2 sigmoid(x) - 1 = tanh(x / 2)
+        form, steepness = "tanh", steepness / 2
+    return fused("rkkd", student, teacher, weight, FORMS.index(form), steepness)[0]
 
 
 def _check(student: Tensor, teacher: Tensor, weight: Tensor | None, form: str, steepness: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engines import choose
-from . import cpu
+from . import operator
 from .reference import log_softmax_rows, softmax_rows
 
 __all__ = ["ALGORITHMS", "log_softmax", "softmax"]
@@ -122,7 +122,8 @@ def _softmax(x: Tensor, dim: int, algorithm: str, backend: str, logarithm: bool)
     native = choose(backend, x) == "cpu"
     block = x if x.ndim == 2 and dim in (-1, 1) else _block(x, dim)
     if native:
-        y = cpu.softmax(block, place, logarithm)
+        needs_gradient = x.requires_grad and torch.is_grad_enabled()
+        y = (operator.differentiable if needs_gradient else operator.forward)(block, place, logarithm)
     elif x.numel() == 0:
         y = block.clone()
     else:
@@ -131,9 +132,9 @@ def _softmax(x: Tensor, dim: int, algorithm: str, backend: str, logarithm: bool)
 
 
 def _block(x: Tensor, dim: int) -> Tensor:
-    """``(N, C)`` or ``(N, C, M)``, a view where there is one."""
+    """Return x as ``(N, C)`` or ``(N, C, M)`` with the classes second, a view where strides allow it."""
     if not -x.ndim <= dim < x.ndim:
-        raise ValueError(f"expected `dim` to be a dimension of `x`, which has {x.ndim}, got {dim}")
+        raise ValueError(f"expected `dim` to be one of the {x.ndim} dimensions of `x`, got {dim}")
     dim %= x.ndim
     before, after = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
     return x.reshape((before, x.shape[dim]) if dim == x.ndim - 1 else (before, x.shape[dim], after))

@@ -1,4 +1,4 @@
-"""Plain PyTorch: the oracle, the baseline and the fallback."""
+"""Suffix log-sum-exp in plain PyTorch: the oracle, the baseline and the fallback."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def suffix_logsumexp(x: Tensor) -> Tensor:
-    r"""Log-sum-exp of every suffix: :math:`\phi_k = \log \sum_{l \ge k} e^{x_l}` along the last dimension.
+    r"""Return the log-sum-exp of every suffix: :math:`\phi_k = \log \sum_{l \ge k} e^{x_l}`.
 
-    Safe for any spread of finite values: each sum carries its own scale, where one maximum for the whole
-    row would let every suffix far below it underflow to :math:`\log 0`. A suffix of nothing but ``-inf``
+    Accurate for any spread of finite values: each sum carries its own scale, where one maximum for the whole
+    row would let every suffix far below it underflow to :math:`\log 0`. A suffix with all entries at ``-inf``
     is ``-inf`` and has a zero gradient.
 
     Args:
@@ -21,7 +21,7 @@ def suffix_logsumexp(x: Tensor) -> Tensor:
         >>> suffix_logsumexp(torch.tensor([120.0, 0.0, 0.0]))
         tensor([120.0000,   0.6931,   0.0000])
     """
-    lowest = torch.finfo(x.dtype).min / 4  # finite: the gradient of logcumsumexp has no answer for -inf
+    lowest = torch.finfo(x.dtype).min / 4  # finite: the gradient of logcumsumexp is NaN for -inf
     phi = x.clamp(min=lowest).flip(-1).logcumsumexp(-1)
     if phi.requires_grad and not torch.compiler.is_compiling():
         phi.register_hook(_constant_zeros)
@@ -30,5 +30,10 @@ def suffix_logsumexp(x: Tensor) -> Tensor:
 
 
 def _constant_zeros(slope: Tensor) -> Tensor | None:
-    """The gradient of logcumsumexp takes the slope's logarithm, which must not be differentiated at 0."""
+    """Cut zero slopes off the graph: the gradient of logcumsumexp takes the logarithm of a slope."""
     return slope.masked_fill(slope == 0, 0) if torch.is_grad_enabled() else None
+
+
+def suffix_rows(x: Tensor) -> Tensor:
+    """`suffix_logsumexp` of any floating dtype: 16-bit numbers are converted to float32 and rounded once."""
+    return suffix_logsumexp(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Cross-entropy in Triton, as in csrc/kernels/cross_entropy.cpp."""
+"""Cross-entropy in Triton; csrc/kernels/cross_entropy.cpp explains the formulas."""
 
 from __future__ import annotations
 
@@ -6,25 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import (
-    add_exponentials,
-    check_rows,
-    exp,
-    finite_top,
-    launch,
-    load_label,
-    load_possible,
-    number,
-    row_log1p,
-    rows_of,
-    split_number,
-    starts_of,
-    store_classes,
-    strides,
-    weights_of,
-    wide_type,
-)
 from ..fused import empty_results
+from ..triton.launch import check_rows, launch, split_number, strides, wide_type
+from ..triton.math import add_exponentials, exp, finite_top, number, row_log1p
+from ..triton.rows import load_label, load_possible, rows_of, starts_of, store_classes, weights_of
 
 
 @triton.jit(do_not_specialize=["outer"])
@@ -41,11 +26,13 @@ def _kernel(
     named = (label >= 0) & (label < classes)
     smoothing = number(smoothing_high, smoothing_low)
 
-    # The rest is summed without the label: log(1 + rest/label) keeps its digits where the label is sure.
+    # The rest is summed without the label: log(1 + rest/label) keeps its digits where the label is almost
+    # certain, and -log of its probability would be 0.
     of_label = load_label(student, s_c, label, look & named)
     top = of_label.to(wide)
     z_rest = tl.zeros([height], tl.float64)
-    # Of the classes that exist: by how much they lie below the top, all together, and how many they are.
+    # Of the classes that exist: the sum of their distances below the maximum, and their number. A sum of the
+    # logits themselves would lose digits to a common offset.
     below = tl.zeros([height], tl.float64)
     count = tl.zeros([height], tl.float64)
     for start in range(0, classes, width):
@@ -64,7 +51,7 @@ def _kernel(
     e_label = tl.exp(x)
     z = z_rest + e_label
     defined = named & (z == z) & (z > 0.0) & (of_label == of_label)
-    near = x > -30.0
+    near = x > -30.0  # further down e_label may underflow, and log Z - x cancels nothing
     ratio = z_rest / tl.where(near, e_label, 1.0)
     value = tl.where(near, row_log1p(ratio), tl.log(z) - x)
     even = tl.zeros([height], tl.float64)
@@ -85,7 +72,7 @@ def _kernel(
         at_label = tl.where(has_label, smoothing * e_label / z - even, 0.0) - (1.0 - smoothing) * (z_rest / z)
         at_label = (at_label * w).to(wide)
         tiles = tl.cdiv(classes, width)
-        for back in range(0, tiles):  # what was read last may still be near
+        for back in range(0, tiles):  # from the end: the tiles read last may still be in the cache
             column = (tiles - 1 - back) * width + tl.arange(0, width)
             s = _rest(student, s_c, column, classes, look, label, wide)
             slope = exp(s - top[:, None]) * scale[:, None]
@@ -98,6 +85,7 @@ def _kernel(
 
 @triton.jit
 def _rest(student, s_c, column, classes, look, label, wide: tl.constexpr):
+    """Load a tile with the label's logit replaced by -inf."""
     s = load_possible(student, s_c, column, classes, look, wide)
     return tl.where(column[None, :] == label[:, None], float("-inf"), s)
 
@@ -108,12 +96,11 @@ def cross_entropy(
     check_rows(student, None, target=target, weight=weight)
     values, gradient = empty_results(student, None, needs_gradient)
     asked = gradient if needs_gradient else None
-    numbers = [*strides(student), *(strides(asked) if asked is not None else (0, 0, 0))]
     launch(
         _kernel,
         student,
         *(student, target, weight, values, asked),
-        after=[*numbers, *split_number(label_smoothing)],
+        after=[*strides(student), *strides(asked), *split_number(label_smoothing)],
         smooth=label_smoothing != 0,
         wide=wide_type(student),
     )

@@ -1,9 +1,9 @@
-"""Tiles of places in Triton: how they lie in threads, their sums, and how they are put into order.
+"""Tiles of places: how threads hold them, their sums, and their sort.
 
-A tile is ``(each, height, lanes)``: a thread (a lane) holds `each` neighbouring places of a row. Triton lays
-out a single dimension over threads first and then over registers, as long as it does not load vectors; so a
-tile is loaded and stored as one. Of three dimensions, versions before 3.7 may choose another order. Scans and
-most steps of the sort then stay within a thread. Any other layout is right, but slower.
+A tile is ``(each, height, lanes)``: a thread (a lane) holds `each` neighbouring places of a row, so that
+scans and most steps of the sort stay within a thread. Triton lays out a single dimension over threads first
+and then over registers, as long as it does not load vectors; so a tile is loaded and stored as one dimension.
+Of three dimensions, versions before 3.7 may choose another order. Any other layout is correct, but slower.
 """
 
 from __future__ import annotations
@@ -11,50 +11,54 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import exp, narrowed
-from .._triton_scan import at, nothing
+from ...triton.math import exp
+from ...triton.rows import narrowed
+from ...triton.scan import at, nothing
 
 
 @triton.jit
 def columns_of(each: tl.constexpr, width: tl.constexpr):
-    """Columns of a tile, neighbours in neighbouring lanes."""
+    """Return the columns of a tile, neighbours in neighbouring lanes, so that loads coalesce."""
     lanes: tl.constexpr = width // each
     return tl.arange(0, each)[:, None, None] * lanes + tl.arange(0, lanes)[None, None, :]
 
 
 @triton.jit
 def places_of(each: tl.constexpr, width: tl.constexpr):
-    """Places of a tile, neighbours in the same thread."""
+    """Return the places of a tile, neighbours in the same thread."""
     return tl.arange(0, each)[:, None, None] + each * tl.arange(0, width // each)[None, None, :]
 
 
 @triton.jit
 def _in_line(x, like):
-    """A tile as one dimension, lanes side by side."""
+    """Reshape a tile to one dimension, lanes side by side."""
     return tl.reshape(tl.broadcast_to(x, like.shape), (like.numel,))
 
 
 @triton.jit
 def _pointers(starts, class_stride, place, there):
     pointers = _in_line(starts[None, :, None] + place.to(tl.int64) * class_stride, there)
-    # No vectors: for them, places would move to other threads than the scans want them in.
+    # No vectors: they would move places to other threads than the scans need them in.
     return tl.max_contiguous(pointers, [1])
 
 
 @triton.jit
 def load_at(starts, class_stride, place, there):
+    """Load a tile; 0 where there is no class."""
     pointers = _pointers(starts, class_stride, place, there)
     return tl.reshape(tl.load(pointers, mask=_in_line(there, there), other=0.0), there.shape)
 
 
 @triton.jit
 def store_at(starts, class_stride, place, x, there):
+    """Store a tile where there is a class."""
     pointers = _pointers(starts, class_stride, place, there)
     tl.store(pointers, narrowed(_in_line(x, there), pointers), mask=_in_line(there, there))
 
 
 @triton.jit
 def widened(x, there, wide: tl.constexpr):
+    """Convert loaded logits to the dtype of the calculation; -inf where there is no class."""
     if x.dtype.primitive_bitwidth == 16:
         x = x.to(tl.float32)
     return tl.where(there, x.to(wide), float("-inf"))
@@ -62,6 +66,7 @@ def widened(x, there, wide: tl.constexpr):
 
 @triton.jit
 def of_row(x, larger: tl.constexpr):
+    """Return each row's maximum (`larger`) or sum."""
     return tl.max(tl.max(x, 0), 1) if larger else tl.sum(tl.sum(x, 0), 1)
 
 
@@ -72,16 +77,17 @@ def _larger(a, b):
 
 @triton.jit
 def _join(z_before, e_before, z, e):
-    """The sum of what a scan has seen so far and of what comes, on the scale of the latter.
+    """Add a scan's sum so far to the next one, on the scale of the latter.
 
-    It may be the smaller scale of the two, for a prefix alpha/Z has the scale -e. Terms only ever shrink.
+    That scale may be the smaller of the two, since a prefix of alpha/Z has the scale -e. Either way scales
+    move in one direction along a scan, so that terms only shrink and nothing overflows.
     """
     return z + z_before * exp(-tl.abs(e_before - e)), e
 
 
 @triton.jit
 def _held(x, place: tl.constexpr):
-    """``(height, lanes)``: what each thread holds in one of its places."""
+    """Return ``(height, lanes)``, one place of each thread, by a sum of bits, which compiles to a copy."""
     bits = x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
     here = (tl.arange(0, x.shape[0]) == place)[:, None, None]
     return tl.sum(tl.where(here, bits, 0), 0).to(x.dtype, bitcast=True)
@@ -89,7 +95,7 @@ def _held(x, place: tl.constexpr):
 
 @triton.jit
 def _next_lane(x, step: tl.constexpr, end):
-    """What the lane `step` further on holds, and `end` where there is none."""
+    """Return the number in the lane `step` further on, and `end` past the last lane."""
     lane = tl.arange(0, x.shape[1])[None, :] + tl.zeros(x.shape, tl.int32)
     there = (lane + step >= 0) & (lane + step < x.shape[1])
     return tl.where(there, tl.gather(x, tl.where(there, lane + step, lane), 1), end[:, None])
@@ -97,14 +103,14 @@ def _next_lane(x, step: tl.constexpr, end):
 
 @triton.jit
 def sums_before(own, e, carry, e_carry, reverse: tl.constexpr):
-    """Sums of `own` over all places before each one (behind it, if `reverse`), on the scales of the places.
+    """Sum `own` over all places before each one (behind it, if `reverse`), on the scales of the places.
 
-    Scales fall from place to place. What the places of a thread add up to is the same few instructions for
-    each; only the threads' sums are scanned across threads.
+    Scales fall from place to place. Each thread adds up its own places; only the threads' sums are scanned
+    across threads.
 
     Args:
         own: ``(each, height, lanes)``, of places that have the scales `e`.
-        carry: ``(height,)``, the sum of what came before the tile, on the scale `e_carry`.
+        carry: ``(height,)``, the sum over all places before the tile, on the scale `e_carry`.
     Returns:
         Sums like `own`, and the carry and its scale after this tile.
     """
@@ -130,7 +136,7 @@ def sums_before(own, e, carry, e_carry, reverse: tl.constexpr):
 
 @triton.jit
 def scales_of(s, e_carry):
-    """The largest logit from each place on; `e_carry` is the largest behind the tile."""
+    """Return the largest logit from each place on; `e_carry` is the largest behind the tile."""
     each: tl.constexpr = s.shape[0]
     s = tl.maximum(s, nothing(s))
     top = tl.associative_scan(tl.max(s, 0), 1, _larger, reverse=True)
@@ -143,17 +149,20 @@ def scales_of(s, e_carry):
 
 @triton.jit
 def _rising(bits):
-    """To order the bits of floating-point numbers as integers; its own inverse."""
+    """Map the bits of floating-point numbers to integers of the same order; its own inverse."""
     width: tl.constexpr = bits.dtype.primitive_bitwidth
     return bits ^ ((bits >> (width - 1)) & (0x7FFF if width == 16 else 0x7FFFFFFF))
 
 
 @triton.jit
 def key_of(t, column, classes, first):
-    """Numbers that rise where the teacher's logits fall, the label's lowest; the lower half is the class."""
+    """Return integers that rise as the teacher's logits fall, the label's the lowest.
+
+    The lower half is the class: equal logits are ranked by class index, as a stable sort ranks them.
+    """
     half: tl.constexpr = t.dtype.primitive_bitwidth
     bits = t.to(tl.int16 if half == 16 else tl.int32, bitcast=True)
-    zero = (bits << 1) == 0  # zeros of both signs are equal
+    zero = (bits << 1) == 0  # -0 equals 0, so that the class index decides between them
     key = ~_rising(tl.where(zero, 0, bits))
     key = tl.where(first, -32768 if half == 16 else -2147483648, key)
     key = tl.where(column < classes, key, 32767 if half == 16 else 2147483647)
@@ -163,6 +172,7 @@ def key_of(t, column, classes, first):
 
 @triton.jit
 def logit_and_class(key, kind: tl.constexpr):
+    """Return what `key_of` has joined."""
     half: tl.constexpr = kind.primitive_bitwidth
     number: tl.constexpr = tl.int16 if half == 16 else tl.int32
     t = _rising(~((key >> half).to(number))).to(kind, bitcast=True)
@@ -171,14 +181,14 @@ def logit_and_class(key, kind: tl.constexpr):
 
 @triton.jit
 def _exchange(key, distance: tl.constexpr, run: tl.constexpr, width: tl.constexpr, each: tl.constexpr):
-    """Order the keys `distance` apart, runs of `run` rising and falling in turn, rows of `width` rising."""
+    """Order pairs of keys `distance` apart, in runs of `run` that rise and fall in turn; rows end rising."""
     pairs: tl.constexpr = key.shape[0] // (2 * distance)
     x = tl.reshape(key, (pairs, 2, distance))
-    other = tl.sum(x, 1, keep_dims=True) - x  # integers wrap around, there and back
+    other = tl.sum(x, 1, keep_dims=True) - x  # exact: integers wrap around in both operations
     second = tl.arange(0, 2)[None, :, None] == 1
     swap = (x > other) != second
     if distance < each:
-        swap = tl.where(second, other > x, x > other)  # both in one thread: one comparison for the two
+        swap = tl.where(second, other > x, x > other)  # one comparison serves both, which are in one thread
     if run < width:
         swap = swap != (tl.arange(0, pairs)[:, None, None] * (2 * distance) // run % 2 == 1)
     return tl.reshape(tl.where(swap, other, x), key.shape)
@@ -186,7 +196,7 @@ def _exchange(key, distance: tl.constexpr, run: tl.constexpr, width: tl.constexp
 
 @triton.jit
 def in_order(key, height: tl.constexpr, width: tl.constexpr):
-    """Every row's keys from the lowest to the highest, neighbours in one thread: a bitonic sort.
+    """Sort the keys of every row, the lowest first, neighbours in one thread: a bitonic sort.
 
     `tl.sort` takes a third more instructions, since it compares each pair twice.
     """

@@ -1,4 +1,4 @@
-"""The divergences in Triton: `csrc/kernels/divergence.cpp` says why the formulas are what they are."""
+"""The divergences in Triton; csrc/kernels/divergence.cpp explains the formulas."""
 
 from __future__ import annotations
 
@@ -6,45 +6,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import (
-    check_rows,
-    launch,
-    load_logits,
-    log1p_rest,
-    number,
-    rows_of,
-    split,
-    split_number,
-    starts_of,
-    store_classes,
-    strides,
-    sum_exactly,
-    times_ln2,
-    weights_of,
-    wide_type,
-)
-from .._triton_pair import are_short, better_rest, classes_of, load_pair, normalise
 from ..fused import empty_results
-from .plain import KINDS
+from ..triton.launch import check_rows, launch, split_number, strides, wide_type
+from ..triton.math import log1p_rest, number, split, sum_exactly, times_ln2
+from ..triton.pair import are_short, better_rest, classes_of, load_pair, normalise
+from ..triton.rows import load_logits, rows_of, starts_of, store_classes, weights_of
+from .reference import KINDS
 
 
 @triton.jit
 def _entropy_term(whole, u):
-    """(1 + u) log(1 + u) - u, and the logarithm; `whole` is 1 + u."""
+    """Return (1 + u) log(1 + u) - u, which is about u^2/2 near 0, and the logarithm; `whole` is 1 + u."""
     e, f = split(whole)
     near = e == 0.0
     reduced = tl.where(near, u, f)
     rest = log1p_rest(reduced)
     logarithm = times_ln2(e, reduced + rest)
+    # Near 0 the difference would cancel: with log(1 + u) = u + rest, u itself drops out.
     return tl.where(near, u * u + (1.0 + u) * rest, whole * logarithm - u), logarithm
 
 
 @triton.jit
 def _mixture(p, q, h, share):
-    """A class's part in the Jensen-Shannon divergence, and log(q/m), where m is the mixture."""
+    """Return a class's term of the Jensen-Shannon divergence, and log(q/m) for the mixture m."""
     other = 1.0 - share
     m = share * p + other * q
-    counts = m >= (2.3e-308 if m.dtype == tl.float64 else 1.2e-38)
+    counts = m >= (2.3e-308 if m.dtype == tl.float64 else 1.2e-38)  # below normal numbers 1/m may overflow
     over_m = 1.0 / tl.where(counts, m, 1.0)
     of_teacher, _ = _entropy_term(tl.where(counts, p * over_m, 1.0), -other * h * over_m)
     of_student, logarithm = _entropy_term(tl.where(counts, q * over_m, 1.0), share * h * over_m)
@@ -57,7 +44,7 @@ def _kernel(
     f_n, f_c, f_m, s_n, s_c, s_m, g_n, g_c, g_m, temperature_high, temperature_low, share_high, share_low,
     kind: tl.constexpr, height: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, short: tl.constexpr,
 ):  # fmt: skip
-    # The first network is p: the teacher, but the student in the reverse KL.
+    # p is the first network: the student in the reverse KL, otherwise the teacher.
     row, n, m, exists = rows_of(outer, inner, height)
     w = weights_of(weight, row, exists)
     look = w != 0.0
@@ -84,13 +71,13 @@ def _kernel(
     mean = tl.zeros([height], tl.float64)
     tiles = tl.cdiv(classes, width)
     wrong = tl.full([height], 1, tl.int32)
-    for attempt in range(2):  # a second one where the normalisers turn out not to be known well enough
+    for attempt in range(2):  # again if the surplus shows that the normalisers are not exact enough
         if tl.max(wrong, 0) > 0:
             value = tl.zeros([height], tl.float64)
             mean = tl.zeros([height], tl.float64)
             surplus = tl.zeros([height], tl.float64)
             size = tl.zeros([height], tl.float64)
-            for back in range(0, tiles):  # what was read last may still be near
+            for back in range(0, tiles):  # from the end: the tiles read last may still be in the cache
                 column = (tiles - 1 - back) * width + tl.arange(0, width)
                 a, b = load_pair(first, f_c, second, s_c, column, classes, look, None, wide)
                 p, q, d, h, term = classes_of(
@@ -124,6 +111,7 @@ def _kernel(
             else:
                 mean = mean / (z_b * over_b.to(tl.float64))
                 scale = (1.0 - share) * scale
+            # The slopes d - mean sum to 0 over p: rounding the mean would add the same error to each class.
             high = mean.to(wide)
             low = (mean - high.to(tl.float64)).to(wide)
             for start in range(0, classes, width):
@@ -178,7 +166,7 @@ def _limit(
         gradient = starts_of(gradient, n, m, g_n, g_m)
     squares = tl.zeros([height], tl.float64)
     tiles = tl.cdiv(classes, width)
-    for back in range(0, tiles):  # what was read last may still be near
+    for back in range(0, tiles):  # from the end: the tiles read last may still be in the cache
         column = (tiles - 1 - back) * width + tl.arange(0, width)
         s = load_logits(student, s_c, column, classes, look, wide)
         t = load_logits(teacher, t_c, column, classes, look, wide)
@@ -198,7 +186,10 @@ def _limit(
 
 @triton.jit
 def _apart(s, t):
-    """Where both networks have a class, and 1/1024 of the difference there, in two numbers."""
+    """Return where both networks have a class, and 1/1024 of the difference there in two numbers.
+
+    The division keeps the square of the largest differences in float32's range.
+    """
     shared = (s != float("-inf")) & (t != float("-inf"))
     s = tl.where(shared, s * 0.0009765625, 0.0)
     t = tl.where(shared, t * 0.0009765625, 0.0)
@@ -220,11 +211,7 @@ def divergence(
     values, gradient = empty_results(student, teacher, needs_gradient)
     asked = gradient if needs_gradient else None
     pair = (student, teacher) if KINDS[kind] in ("reverse_kl", "limit") else (teacher, student)
-    numbers: list[float] = [
-        *strides(pair[0]),
-        *strides(pair[1]),
-        *(strides(asked) if asked is not None else (0, 0, 0)),
-    ]
+    numbers: list[float] = [*strides(pair[0]), *strides(pair[1]), *strides(asked)]
     wide = wide_type(student, teacher)
     if KINDS[kind] == "limit":
         launch(_limit, student, *pair, weight, values, asked, after=numbers, wide=wide)

@@ -1,19 +1,19 @@
-"""What PLD's kernels in Triton say of a row and of a place in it."""
+"""Parts of PLD's kernels that concern one place, or a whole row."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .._triton import log1p_rest, split, times_ln2
+from ...triton.math import log1p_rest, split, times_ln2
 
 
 @triton.jit
 def choice(s, alpha, own, behind, e):
-    """One place: its class weighs `own` and those behind it `behind`, on the scale e.
+    """Evaluate a place: its class weighs `own`, those behind it together `behind`, on the scale e.
 
     Returns:
-        The place's part in the loss, alpha/Z (on the scale -e), and alpha times the others' share.
+        The place's term of the loss, alpha/Z (on the scale -e), and alpha times the share of all behind it.
     """
     z = own + behind
     empty = z == 0.0
@@ -22,9 +22,10 @@ def choice(s, alpha, own, behind, e):
     p = own * over
     rest = tl.where(empty, 1.0, behind * over)
     x = s - e
-    near = x > -60.0
+    near = x > -60.0  # well before p underflows, -log p is taken as log Z - x
     n, f = split(tl.where(near, p, z))
-    f = tl.where(near & (n == 0.0), -rest, f)  # 1 - p is known better than p tells it
+    # log(1 - rest): p itself has rounded away a small rest, which is the whole loss of an easy place.
+    f = tl.where(near & (n == 0.0), -rest, f)
     nll = times_ln2(n, f + log1p_rest(f))
     nll = tl.where(near, -nll, nll - x)
     nll = tl.where(s == float("-inf"), float("inf"), nll)
@@ -35,7 +36,7 @@ def choice(s, alpha, own, behind, e):
 
 @triton.jit
 def described(top_s, top_t, spoilt, label, label_s, label_t, classes):
-    """Whether a row has a meaning: no NaN, no +inf, networks with classes, and a label that exists."""
+    """Return whether a row has a value: no NaN or +inf, a class in each network, and a label that exists."""
     inf = float("inf")
     excluded = (label_s == -inf) & (label_t == -inf)
     label_exists = (label == -1) | ((label >= 0) & (label < classes) & (excluded == 0))
@@ -44,6 +45,7 @@ def described(top_s, top_t, spoilt, label, label_s, label_t, classes):
 
 @triton.jit
 def label_of(target, row, look):
+    """Return the rows' labels; -1 in rows without one and in rows that are skipped."""
     if target is None:
         label = tl.where(look, -1, -1).to(tl.int64)
     else:
@@ -53,6 +55,7 @@ def label_of(target, row, look):
 
 @triton.jit
 def store_row(values, bound, row, exists, look, defined, loss, w):
+    """Store a row's value, and its bound of 0: these kernels leave no class unsorted."""
     value = tl.where(look, tl.where(defined, loss, float("nan")) * w, 0.0)
     tl.store(values + row, value, mask=exists)
     nothing = tl.where(look & (defined == 0), float("nan"), 0.0)

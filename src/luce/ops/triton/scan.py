@@ -1,4 +1,4 @@
-"""Sums of exponentials of very different sizes, and their scans, in Triton.
+"""Sums of exponentials of very different sizes, and their scans.
 
 A sum is a pair, mantissa * e^scale, whose scale is the largest logit in it: a part of a row keeps its digits,
 however far it lies below the rest.
@@ -12,18 +12,18 @@ import triton.language as tl
 
 @triton.jit
 def add(mantissa, scale, other, other_scale):
-    """The sum of two pairs."""
+    """Add two pairs."""
     d = scale - other_scale
-    shrink = tl.exp(-tl.abs(d))  # Triton's own: where it is wrong it is too small to matter
+    shrink = tl.exp(-tl.abs(d))  # Triton's own loses digits only where the addend is too small to matter
     more = d > 0.0
     total = tl.where(more, mantissa + other * shrink, mantissa * shrink + other)
-    # No scale at all (both are 0, and infinitely far down) must not spoil the difference.
+    # Equal scales need no difference, which would be NaN for two infinite ones.
     return tl.where(scale == other_scale, mantissa + other, total), tl.maximum(scale, other_scale)
 
 
 @triton.jit
 def nothing(like):
-    """The scale of 0: the lowest finite number, which a logit may have as well."""
+    """Return the scale of an empty sum: the lowest finite number. A logit may have it as well."""
     return tl.zeros_like(like) - (
         1.7976931348623157e308 if like.dtype == tl.float64 else 3.4028234663852886e38
     )
@@ -31,7 +31,7 @@ def nothing(like):
 
 @triton.jit
 def suffixes(s, there):
-    """Sums of e^s from each place of a tile on, and of what is behind it; 0 where there is no class."""
+    """Return sums of e^s from each place of a tile on, and of all places behind it; 0 for no classes."""
     there = there & (s > float("-inf"))
     z, e = tl.where(there, 1.0, 0.0).to(s.dtype), tl.where(there, s, nothing(s))
     z, e = tl.associative_scan((z, e), 1, add, reverse=True)
@@ -44,7 +44,7 @@ def suffixes(s, there):
 
 @triton.jit
 def prefixes(ratio, e):
-    """Sums of ratio * e^-e up to each place of a tile, and of what is before it."""
+    """Return sums of ratio * e^-e up to each place of a tile, and of all places before it."""
     scale = tl.where(ratio != 0.0, -e, nothing(e))
     ratio, scale = tl.associative_scan((ratio, scale), 1, add)
     place = tl.arange(0, e.shape[1])[None, :] + tl.zeros(e.shape, tl.int32)
@@ -55,5 +55,5 @@ def prefixes(ratio, e):
 
 @triton.jit
 def at(x, place: tl.constexpr):
-    """What stands in one column."""
+    """Return one column of a tile."""
     return tl.sum(tl.where((tl.arange(0, x.shape[1]) == place)[None, :], x, 0.0), 1)

@@ -1,8 +1,8 @@
-"""Two distributions over the same classes, in Triton; as csrc/kernels/pair.h, which explains the formulas.
+"""Two distributions over the same classes, as in csrc/kernels/pair.h, which explains the formulas.
 
-p is the softmax of the first logits over the temperature T, q that of the second ones. Logits are taken a
-quarter of their size, and `softness` is 4/T: the difference of any two of them is then a number of float32 as
-well. `doublings` is `softness` over log 2.
+p is the softmax of the first network's logits over the temperature T, q that of the second's. Logits enter at
+a quarter of their size, so that the difference of any two float32 numbers stays in float32's range.
+`softness` is 4/T, and `doublings` is `softness` over log 2.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import finite_top, load_possible, power, row_log1p, whole_part
+from .math import finite_top, power, row_log1p, whole_part
+from .rows import load_possible
 
 
 def are_short(student: Tensor, teacher: Tensor) -> bool:
-    """Whether all logits are of 16 bits: the difference of two that are near each other then fits into 32.
+    """Return whether all logits have 16 bits: float32 then holds the difference of two close logits exactly.
 
-    But for classes whose logits are thousands of times nearer to 0 than the largest: where networks differ
-    in such classes alone, digits of a divergence of 1e-12 and less are lost.
+    An exception are classes whose logits are thousands of times closer to 0 than the largest. Networks that
+    differ in such classes alone lose digits of a divergence of 1e-12 or less.
     """
     return student.dtype.itemsize == teacher.dtype.itemsize == 2
 
@@ -27,7 +28,7 @@ def are_short(student: Tensor, teacher: Tensor) -> bool:
 def load_pair(
     first, f_c, second, s_c, column, classes, look, label, wide: tl.constexpr
 ):  # fmt: skip
-    """Both networks' logits, with `label`, if there is one, taken out."""
+    """Load both networks' logits, the label's replaced by -inf if `label` is given."""
     a = load_possible(first, f_c, column, classes, look, wide)
     b = load_possible(second, s_c, column, classes, look, wide)
     if label is not None:
@@ -39,19 +40,13 @@ def load_pair(
 
 @triton.jit
 def normalise(
-    first,
-    f_c,
-    second,
-    s_c,
-    classes,
-    look,
-    label,
-    doublings,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    wide: tl.constexpr,
-):
-    """A quarter of each network's largest logit; the sum of exponentials over its own, 0 or NaN for none."""
+    first, f_c, second, s_c, classes, look, label, doublings,
+    height: tl.constexpr, width: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """Return, for each network, a quarter of the largest logit and the sum of exponentials relative to it.
+
+    The sum is 0 for a row without classes and NaN for one with NaN or +inf.
+    """
     doublings = 0.25 * doublings
     top_a = tl.full([height], float("-inf"), wide)
     top_b = tl.full([height], float("-inf"), wide)
@@ -67,19 +62,17 @@ def normalise(
 
 @triton.jit
 def _add_powers(top, total, x, doublings):
-    """The largest of all logits so far, and their sum of exponentials relative to it.
-
-    The hardware's power of 2 will do: it loses digits far below 0, where there is little to add.
-    """
+    """Add a tile to a running maximum and a sum of exponentials relative to it."""
     new = tl.maximum(top, tl.max(x, 1))
     base = finite_top(new)
     fewer = total * power(top - base, doublings).to(tl.float64)
+    # The hardware's power of 2 suffices: it loses digits far below 0, where terms hardly add to the sum.
     return new, fewer + tl.sum(tl.exp2((x - base[:, None]) * doublings), 1).to(tl.float64)
 
 
 @triton.jit
 def excess(d):
-    """d + exp(-d) - 1 for |d| <= 1 in float64: its series."""
+    """Return d + exp(-d) - 1 for |d| <= 1 by its series to float64: the sum itself would cancel near 0."""
     total = 1.0 / 6402373705728000 - d * 0.0
     total = 1.0 / 355687428096000 - d * total
     total = 1.0 / 20922789888000 - d * total
@@ -102,7 +95,7 @@ def excess(d):
 
 @triton.jit
 def fall(u):
-    """For 0 <= u <= 88: exp(-u) - 1, and whether u plus this cancels; its value then, to the last digit."""
+    """Return m = exp(-u) - 1 for 0 <= u <= 88, whether u + m cancels, and u + m to the last digit if so."""
     if u.dtype == tl.float64:
         near = u <= 1.0
         both = excess(tl.where(near, u, 0.0))
@@ -110,6 +103,7 @@ def fall(u):
     else:
         n, scale = whole_part(u * -1.4426950408889634)
         near = n == 0.0
+        # log 2 in two numbers: r keeps the digits that u loses to n log 2.
         r = tl.fma(n, -1.428606765330187e-06, tl.fma(n, -0.693145751953125, -u))
         # exp(r) - 1 - r, to 1.3e-7 of it.
         both = r * 0.0013901351485401392 + 0.008363300003111362
@@ -122,11 +116,14 @@ def fall(u):
 
 @triton.jit
 def difference(a, b, tops, rest):
-    """(log p - log q) T/4 to the last digit: differences are held in two numbers.
+    """Return (log p - log q) T/4 to the last digit.
+
+    All parts are of the size of the logits and may cancel to almost nothing. So each is held in two numbers,
+    and the small halves are added last.
 
     Args:
-        tops: ``(height,)`` float64, by how much the first network's largest logit is larger.
-        rest: Likewise of what else the normalisers differ by.
+        tops: ``(height,)`` float64, how much larger the first network's largest logit is.
+        rest: Same shape, what else the normalisers differ by.
     """
     if a.dtype == tl.float64:
         d = (a - b) - tops[:, None] - rest[:, None]
@@ -145,18 +142,19 @@ def difference(a, b, tops, rest):
 def classes_of(
     a, b, top_a, top_b, over_a, over_b, tops, rest, softness, doublings, short: tl.constexpr
 ):  # fmt: skip
-    """p, q, d = log p - log q, h = q - p, and the terms p (d + exp(-d) - 1) of the divergence of q from p.
+    """Return p, q, d = log p - log q, h = q - p, and the terms p (d + exp(-d) - 1) of the divergence.
 
-    The larger of p and q is an exponential of its logit, the smaller one exp(-|d|) times that.
+    The larger of p and q is an exponential of its logit, the smaller one is exp(-|d|) times that. So h is
+    never a difference of two rounded probabilities.
 
     Args:
-        over_a: ``(height,)``, what the first exponentials are multiplied by to be probabilities.
-        over_b: Likewise.
+        over_a: ``(height,)``, one over the first network's sum of exponentials.
+        over_b: Likewise of the second.
         short: `are_short`.
     """
     lowest = -4e307 if a.dtype == tl.float64 else -8.5e37
     possible = b > float("-inf")
-    # -inf - -inf is no number.
+    # Excluded classes get the lowest logit whose difference to any other is finite: -inf - -inf is NaN.
     a, b = tl.maximum(0.25 * a, lowest), tl.maximum(0.25 * b, lowest)
     x, y = a - top_a[:, None], b - top_b[:, None]
     d = (x - y) - rest.to(a.dtype)[:, None] if short else difference(a, b, tops, rest)
@@ -171,7 +169,7 @@ def classes_of(
     p, q = tl.where(of_a, larger, smaller), tl.where(of_a, smaller, larger)
     change = larger * m
     h = tl.where(of_a, change, -change)
-    # Where p is the larger one, q may be 0, and then the term is infinite unless p is 0 as well.
+    # Where p is the larger one, q may be 0: the term is then infinite unless p is 0 as well.
     u = tl.where(of_a, tl.where(possible, u, float("inf")), bounded)
     both = tl.where(near, both, u + m)
     term = tl.where(larger > 0.0, larger * tl.where(of_a, both, -(both + m * u)), 0.0)
@@ -180,6 +178,10 @@ def classes_of(
 
 @triton.jit
 def better_rest(rest, surplus, size, temperature, epsilon):
-    """The normalisers put right by the sum of q - p, which should be 0, where its size asks for it."""
+    """Correct the normalisers by the sum of q - p, which should be 0.
+
+    A sum within 8 epsilon of the terms' size may be rounding alone, and correcting by it would cost a second
+    pass over the row without a gain.
+    """
     worse = tl.abs(surplus) > 8.0 * epsilon * size
     return tl.where(worse, rest - temperature * row_log1p(surplus), rest)

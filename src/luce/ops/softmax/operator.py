@@ -1,4 +1,4 @@
-"""The native engine of softmax; csrc/kernels/softmax.cpp holds the mathematics."""
+"""Operators of softmax, declared for all engines; csrc/kernels/softmax.cpp computes them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ from torch import Tensor
 from ..engines import LIBRARY
 from .reference import wide
 
-# Two names for one kernel: what autograd adds to a call takes longer than the softmax of a small matrix.
+# Two names for one kernel, with and without a gradient: the autograd layer takes longer than the softmax of a
+# small matrix.
 LIBRARY.define("softmax(Tensor x, int algorithm, bool logarithm) -> Tensor")
 LIBRARY.define("softmax_forward(Tensor x, int algorithm, bool logarithm) -> Tensor")
 
-# For tests: e^x as mantissa * 2^exponent, as the two-pass softmax has it, and as the other kernels have it.
+# For tests: e^x as mantissa * 2^exponent by the two-pass softmax, and as one number by the other kernels.
 LIBRARY.define("exp_parts(Tensor x) -> (Tensor mantissa, Tensor exponent, Tensor value)")
 
-# Overloads are called in less time than names that have to choose one.
-_differentiable = torch.ops.luce.softmax.default
-_forward = torch.ops.luce.softmax_forward.default
-
-
-def softmax(x: Tensor, algorithm: int, logarithm: bool) -> Tensor:
-    """Over dimension 1 of ``(N, C)`` or ``(N, C, M)``."""
-    op = _differentiable if x.requires_grad and torch.is_grad_enabled() else _forward
-    result: Tensor = op(x, algorithm, logarithm)
-    return result
+# The overloads themselves: a call by name would look for one each time.
+differentiable = torch.ops.luce.softmax.default
+forward = torch.ops.luce.softmax_forward.default
 
 
 def _fake(x: Tensor, algorithm: int, logarithm: bool) -> Tensor:
@@ -40,6 +34,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
     (output,) = ctx.saved_tensors
+    # Wide: in 16 bits the sum of g * y over thousands of classes would keep two or three digits.
     g, y = wide(upstream), wide(output)
     if ctx.logarithm:
         gradient = g - y.exp() * g.sum(1, keepdim=True)

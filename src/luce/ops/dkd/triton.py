@@ -6,23 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import (
-    check_rows,
-    launch,
-    load_label,
-    number,
-    row_expm1,
-    row_log1p,
-    rows_of,
-    split_number,
-    starts_of,
-    store_classes,
-    strides,
-    weights_of,
-    wide_type,
-)
-from .._triton_pair import are_short, better_rest, classes_of, excess, load_pair, normalise
 from ..fused import empty_results
+from ..triton.launch import check_rows, launch, split_number, strides, wide_type
+from ..triton.math import number, row_expm1, row_log1p
+from ..triton.pair import are_short, better_rest, classes_of, excess, load_pair, normalise
+from ..triton.rows import load_label, rows_of, starts_of, store_classes, weights_of
 
 
 @triton.jit
@@ -37,14 +25,14 @@ def _sigmoid(x):
 
 @triton.jit
 def _odds(teacher, student, apart, wide: tl.constexpr):
-    """The divergence of (q, 1 - q) from (p, 1 - p), and q - p, of the networks' log odds of the label.
+    """Return the divergence of (p, 1 - p) and (q, 1 - q), and q - p, from the log odds of the label.
 
     Args:
-        teacher: The teacher's, float64.
-        student: The student's.
-        apart: By how much the teacher's are greater, to the last digit.
+        teacher: The teacher's log odds, float64.
+        student: The student's log odds, float64.
+        apart: The teacher's less the student's to the last digit, which their difference would not give.
     """
-    near = tl.abs(apart) < 30.0
+    near = tl.abs(apart) < 30.0  # further apart, expm1 and log1p may overflow, and nothing cancels
     small = tl.where(near, apart, 0.0)
     p, rest = _sigmoid(teacher), _sigmoid(-teacher)
     far_d = _softplus(-student) - _softplus(-teacher)
@@ -52,7 +40,7 @@ def _odds(teacher, student, apart, wide: tl.constexpr):
     d = tl.where(near, row_log1p(rest * row_expm1(small)), far_d)  # log p - log q
     d_rest = tl.where(near, row_log1p(p * row_expm1(-small)), far_rest)
     terms = tl.where(p.to(wide) > 0.0, p * d, 0.0) + tl.where(rest.to(wide) > 0.0, rest * d_rest, 0.0)
-    close = tl.abs(apart) < 0.1  # the same, and nothing cancels
+    close = tl.abs(apart) < 0.1  # the two terms above would cancel; those of the series are not negative
     series = p * excess(tl.where(close, d, 0.0)) + rest * excess(tl.where(close, d_rest, 0.0))
     value = tl.where(close, series, tl.maximum(terms, 0.0))
     far = tl.where(teacher > 0.0, rest - _sigmoid(-student), _sigmoid(student) - p)
@@ -86,11 +74,11 @@ def _kernel(
     no_t_label, no_s_label = t_label == float("-inf"), s_label == float("-inf")
     defined = named & (t_label < float("inf")) & (s_label < float("inf")) & ((no_t_label & no_s_label) == 0)
 
-    # The rest: the row without its label.
+    # The rest is the row without its label.
     top_t, z_t, top_s, z_s = normalise(
         teacher, t_c, student, s_c, classes, look, label, doublings, height, width, wide
     )
-    # A network without any rest says nothing about it; it lends the other's, and its odds are infinite.
+    # A network whose rest is empty borrows the other's, to keep the formulas finite; its odds are infinite.
     no_t, no_s = z_t == 0.0, z_s == 0.0
     alone = no_t & no_s
     top_t, top_s = tl.where(no_t, top_s, top_t), tl.where(no_s, top_t, top_s)
@@ -109,7 +97,7 @@ def _kernel(
     between = tl.zeros([height], tl.float64)
     tiles = tl.cdiv(classes, width)
     wrong = tl.full([height], 1, tl.int32)
-    for attempt in range(2):  # a second one where the normalisers turn out not to be known well enough
+    for attempt in range(2):  # again if the surplus shows that the normalisers are not exact enough
         if tl.max(wrong, 0) > 0:
             s_odds = s_label / temperature - (log_z - (tops + rest) / temperature)
             s_odds = tl.where(no_s, float("inf"), s_odds)
@@ -120,7 +108,7 @@ def _kernel(
             among = tl.zeros([height], tl.float64)
             surplus = tl.zeros([height], tl.float64)
             size = tl.zeros([height], tl.float64)
-            for back in range(0, tiles):  # what was read last may still be near
+            for back in range(0, tiles):  # from the end: the tiles read last may still be in the cache
                 column = (tiles - 1 - back) * width + tl.arange(0, width)
                 a, b = load_pair(teacher, t_c, student, s_c, column, classes, look, label, wide)
                 a, b = tl.where(no_t[:, None], b, a), tl.where(no_s[:, None], a, b)
@@ -141,7 +129,7 @@ def _kernel(
             rest = tl.where(wrong > 0, better, rest)
 
     among = tl.where(no_s, float("inf"), among)
-    # A part that is switched off may be infinite, and is left out.
+    # A part of weight 0 may be infinite: 0 times it would be NaN.
     value = tl.where(alpha != 0.0, alpha * between, 0.0) + tl.where(beta != 0.0, beta * among, 0.0)
     value = tl.where(alone, 0.0, value)
     value = tl.where(defined, value, float("nan"))
@@ -161,11 +149,7 @@ def dkd(
     check_rows(student, teacher, target=target, weight=weight)
     values, gradient = empty_results(student, teacher, needs_gradient)
     asked = gradient if needs_gradient else None
-    numbers: list[float] = [
-        *strides(teacher),
-        *strides(student),
-        *(strides(asked) if asked is not None else (0, 0, 0)),
-    ]
+    numbers: list[float] = [*strides(teacher), *strides(student), *strides(asked)]
     numbers += [half for x in (temperature, alpha, beta) for half in split_number(x)]
     tensors = (teacher, student, target, weight, values, asked)
     options = {"wide": wide_type(student, teacher), "short": are_short(student, teacher)}

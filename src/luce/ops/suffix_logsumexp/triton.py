@@ -1,8 +1,8 @@
-"""Log-sum-exp of every suffix in Triton, and its gradient; csrc/kernels has the notation.
+"""Log-sum-exp of every suffix in Triton, with its gradient; csrc/kernels/suffix_logsumexp.cpp explains it.
 
-A program walks over its rows a tile at a time, from the end to the beginning and, for the gradient, back.
-What one tile hands on to the next is kept in float64. So a row is the work of one program, however long it
-is, and a few long rows leave most of a device idle.
+A program walks over its rows a tile at a time, from the end to the beginning and, for the gradient, back. The
+carry between tiles is kept in float64, so that errors do not grow with the number of tiles. One program
+processes a row, however long: a few long rows leave most of a device idle.
 """
 
 from __future__ import annotations
@@ -13,33 +13,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .._rows import wide_dtype
-from .._triton import (
-    LOGITS,
-    exp,
-    launch,
-    load_logits,
-    log,
-    rows_of,
-    starts_of,
-    store_classes,
-    strides,
-    tile,
-    wide_type,
-)
-from .._triton_scan import add, at, nothing, prefixes, suffixes
+from ..triton.launch import LOGITS, launch, strides, tile, wide_type
+from ..triton.math import exp, log
+from ..triton.rows import load_logits, rows_of, starts_of, store_classes
+from ..triton.scan import add, at, nothing, prefixes, suffixes
 
 LONGEST = 1024
-"""The most places that a program looks at at a time."""
+"""The most places that a program processes at a time."""
 
 
 @triton.jit
 def _suffixes(x, x_c, column, classes, exists, last_nan, last_inf, carry, e_carry, wide: tl.constexpr):
-    """A tile of x and the sums from its places on.
+    """Load a tile of x and sum the exponentials from each of its places on.
 
     Args:
-        last_nan: ``(height,)``, the last place of a NaN behind the tile, -1 for none; returned with the tile.
+        last_nan: ``(height,)``, the last place of a NaN behind the tile, -1 for none.
         last_inf: Likewise of +inf.
-        carry: The sum behind the tile, a pair of float64; returned is that from the tile on.
+        carry: The sum behind the tile, a pair of float64.
+    Returns:
+        The tile, its sums as mantissas and scales, and `last_nan`, `last_inf` and the carry including it.
     """
     x = load_logits(x, x_c, column, classes, exists, wide)
     last_nan = tl.maximum(last_nan, tl.max(tl.where(x != x, column[None, :], -1), 1))
@@ -80,7 +72,7 @@ def _forward(
 
 @triton.jit
 def _ratios(upstream, u_c, column, classes, exists, z, last_inf, wide: tl.constexpr):
-    """What arrives over Z's mantissa; 0 where a suffix is empty or infinite."""
+    """Return the upstream gradient over Z's mantissa; 0 where a suffix is empty or infinite."""
     g = load_logits(upstream, u_c, column, classes, exists, wide)
     counts = (z > 0.0) & (column[None, :] > last_inf[:, None])
     return tl.where(counts, g / tl.where(counts, z, 1.0), 0.0)
@@ -88,7 +80,7 @@ def _ratios(upstream, u_c, column, classes, exists, z, last_inf, wide: tl.conste
 
 @triton.jit
 def _slopes(x, ratio, e, last_nan, carry, e_carry, wide: tl.constexpr):
-    """The gradient on a tile, from g/Z on it and before it; and what that is behind the tile."""
+    """Return a tile's gradient from the sums of g/Z up to its places, and the sum including the tile."""
     sums, e_sums, _, _ = prefixes(ratio, e)
     last: tl.constexpr = x.shape[1] - 1
     total, e_total = add(at(sums, last).to(tl.float64), at(e_sums, last).to(tl.float64), carry, e_carry)
@@ -112,7 +104,7 @@ def _backward(
     last_inf = tl.full([height], -1, tl.int32)
     carry, e_carry = _nothing_yet(height, wide)
     before, e_before = _nothing_yet(height, wide)
-    if ratios is None:  # one tile is the whole row
+    if ratios is None:  # one tile holds the whole row
         column = tl.arange(0, width)
         s, z, e, last_nan, last_inf, _, _ = _suffixes(
             x, x_c, column, classes, exists, last_nan, last_inf, carry, e_carry, wide
@@ -131,7 +123,7 @@ def _backward(
             ratio = _ratios(upstream, u_c, column, classes, exists, z, last_inf, wide)
             store_classes(ratios, 1, column, classes, exists, ratio)
             store_classes(scales, 1, column, classes, exists, e)
-        # What was stored is read again, by other threads.
+        # Other threads read what this one has stored.
         tl.debug_barrier()
         for start in range(0, classes, width):
             column = start + tl.arange(0, width)

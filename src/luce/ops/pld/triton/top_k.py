@@ -1,18 +1,18 @@
-"""PLD with `top_k` for long rows in Triton, without sorting them.
+"""PLD with `top_k` for long rows, without a sort.
 
-A program has a row. It reads the teacher once and the student twice:
+A program has one row. It reads the teacher once and the student twice:
 
-1. The teacher: its normaliser, and the largest logit of every block of classes. The K-th largest of these is
-   a bound from below for the K-th largest logit of all: only classes in the few blocks that reach it can be
-   among the first K. These blocks are read again, and what reaches the bound in them is gathered and ranked.
-2. The student without these K: the other blocks as they are, and then these few without their classes of the
-   head. So what is left is a sum, never a difference.
-3. Suffix sums and loss of the K places, from what is left on.
-4. The student once more for the gradient, from behind: what was read last may be in the cache still. The
-   head's entries are written over.
+1. The teacher: its normaliser, and the largest logit of every block of classes. The K-th largest of these
+   maxima is a lower bound of the K-th largest logit: only classes in the few blocks that reach it can be
+   among the first K. These blocks are read again, and their classes above the bound are gathered and ranked.
+2. The student without these K: the other blocks as they are, then the few blocks without their first K. So
+   the tail is a sum, never a difference that would cancel.
+3. Suffix sums and loss of the K places, starting from the tail.
+4. The student again for the gradient, from the end: the blocks read last may still be in the cache. The
+   entries of the first K are overwritten.
 
-Where so many classes reach the bound that there is no room for them, as in a sorted vocabulary, the K-th
-largest is found by halving the range of its bits, reading these blocks every time.
+If more classes reach the bound than there is room for, as in a sorted vocabulary, bisection over the bits of
+the logits finds the K-th largest; it reads these blocks once for each bit.
 """
 
 from __future__ import annotations
@@ -22,27 +22,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
-from .._triton import exp, finite_top, load_label, narrowed, number, split_number, strides, weights_of
-from .._triton_scan import add, at, nothing, prefixes, suffixes
-from .gpu_row import choice, described, label_of, store_row
+from ...triton import launch
+from ...triton.launch import split_number, strides
+from ...triton.math import exp, finite_top, number
+from ...triton.rows import load_label, narrowed, weights_of
+from ...triton.scan import add, at, nothing, prefixes, suffixes
+from .row import choice, described, label_of, store_row
 
 MOST_PLACES = 512
 MOST_BLOCKS = 4096
 CAPACITY = 256
-"""Room for candidates: this, or four times the places if that is more."""
+"""Candidates for which there is room: this many, or four times the places if that is more."""
 
 
 @triton.jit
 def _accumulate(top, total, x, softness, precise: tl.constexpr):
-    """Each block's largest logit so far, and sums of exponentials over it that are each thread's own."""
+    """Add a tile to each block's running maximum and to sums of exponentials, one sum for each thread."""
     rate = (softness * 1.4426950408889634).to(tl.float32)
     new = tl.maximum(top, tl.max(x, 1))
     base = finite_top(new)
     total *= tl.exp2((top - base) * rate)[:, None]
     d = x - base[:, None]
     if precise:
-        # e^-87 stands for all that is less: beside the 1 of the largest it makes no difference. NaN stays.
+        # Smaller terms become e^-87, which does not change a sum with a term of 1. Without the bound, the
+        # correction below would be inf - inf for excluded classes. NaN stays.
         lowest = (-87.0 / softness).to(tl.float32)
         d = tl.maximum(d, lowest, propagate_nan=tl.PropagateNan.ALL)
         y = d * rate
@@ -57,7 +60,7 @@ def _accumulate(top, total, x, softness, precise: tl.constexpr):
 
 @triton.jit
 def _together(top, total, softness):
-    """The row's largest logit, and its sum of exponentials over it; NaN if a logit was, or was +inf."""
+    """Join the blocks: the row's maximum and sum of exponentials relative to it; NaN after NaN or +inf."""
     most = tl.max(top, 0)
     shares = tl.exp((top - finite_top(most)).to(tl.float64) * softness)
     return most, tl.sum(tl.sum(total.to(tl.float64), 1) * shares, 0)
@@ -65,13 +68,13 @@ def _together(top, total, softness):
 
 @triton.jit
 def _load(start, stride, column, there):
-    """Logits in float32; -inf where there is none."""
+    """Load logits in float32; -inf where there is no class."""
     return tl.load(start + column.to(tl.int64) * stride, mask=there, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _turned(pattern, bits: tl.constexpr):
-    """From the upper bits of a float32 to a whole number that rises with it, and back."""
+    """Map the upper bits of a float32 to an integer of the same order, and back."""
     return pattern ^ ((pattern >> 31) & (0x7FFFFFFF >> (32 - bits)))
 
 
@@ -82,7 +85,7 @@ def _key(t, bits: tl.constexpr):
 
 @triton.jit
 def _logit(key, bits: tl.constexpr):
-    """What has this key; NaN for the lowest key of all and the highest."""
+    """Return the logit of a key; NaN for the lowest key and the highest."""
     return (_turned(key, bits) << (32 - bits)).to(tl.float32, bitcast=True)
 
 
@@ -93,7 +96,7 @@ def _lowest(bits: tl.constexpr):
 
 @triton.jit
 def _listed_tile(listed, first, count, classes, height: tl.constexpr, width: tl.constexpr):
-    """Classes ``(height, width)`` of the blocks that stand in the list from `first` on, and if they exist."""
+    """Return classes ``(height, width)`` of the listed blocks from `first` on, and whether they exist."""
     which = first + tl.arange(0, height)
     block = tl.load(listed + which, mask=which < count, other=0)
     column = block[:, None] * width + tl.arange(0, width)[None, :]
@@ -105,7 +108,7 @@ def _kth_listed(
     teacher, t_c, listed, count, classes, label, wanted,
     height: tl.constexpr, width: tl.constexpr, bits: tl.constexpr,
 ):  # fmt: skip
-    """The `wanted`-th largest logit of all classes but the label in the blocks of a list; not -inf."""
+    """Return the `wanted`-th largest logit, above -inf, of the classes in the listed blocks but the label."""
     least = _lowest(bits)
     step = -least
     for _ in range(bits):
@@ -125,7 +128,7 @@ def _collect(
     teacher, t_c, listed, count, classes, label, least, wanted, rivals, capacity,
     height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Gather what lies above a logit and the first `wanted` that have it, lower classes first; how many."""
+    """Gather the classes above a logit and the first `wanted` at it, by index; return their number."""
     above = tl.full([], 0, tl.int32)
     equal = tl.full([], 0, tl.int32)
     for first in range(0, count, height):
@@ -149,7 +152,7 @@ def _collect(
 
 @triton.jit
 def _rank(rivals, logits, count, wanted, ranked, ranked_logits, group: tl.constexpr, steps: tl.constexpr):
-    """Put the `wanted` largest of the gathered classes in their order."""
+    """Rank each gathered class by the number of those before it, and store the `wanted` first in order."""
     for first in range(0, count, group):
         i = first + tl.arange(0, group)
         t = tl.load(logits + i, mask=i < count, other=float("-inf"))
@@ -192,7 +195,7 @@ def _first_k(
     rival_logits = peaks + blocks
     ranked_logits = rival_logits + capacity
 
-    # The teacher, and the blocks where its best classes are.
+    # The teacher's normaliser, and the blocks with its largest logits.
     spot = tl.arange(0, height)[:, None] * width + tl.arange(0, width)[None, :]
     top = tl.full([height], float("-inf"), tl.float32)
     total = tl.zeros([height, width], tl.float32)
@@ -203,7 +206,7 @@ def _first_k(
         top, total = _accumulate(top, total, t, softness, teacher.dtype.element_ty == tl.float32)
     top_t, alphas = _together(top, total, softness)
 
-    tl.debug_barrier()  # here and below: what was stored is read by other threads
+    tl.debug_barrier()  # here and below: other threads read what this one has stored
     block = tl.arange(0, blocks)
     known = block * width < end
     peak = tl.load(peaks + block, mask=known, other=0.0)
@@ -215,20 +218,20 @@ def _first_k(
         least_key = tl.where(enough, least_key + step, least_key)
         step = step >> 1
     least_peak = _logit(least_key.to(tl.int32), bits)
-    # The label's block is read again with them: it is part of the head.
+    # The label's block is among them: the label belongs to the first places.
     chosen = known & ((peak >= least_peak) | ((block == only // width) & (only >= 0)))
     count = tl.sum(chosen.to(tl.int32), 0)
     tl.store(listed + tl.cumsum(chosen.to(tl.int32), 0) - 1, block, mask=chosen)
     tl.debug_barrier()
 
-    # The best of these classes.
+    # The largest of these classes.
     few: tl.constexpr = height // 4 if height > 4 else 1  # fewer registers than four times as many
     group: tl.constexpr = capacity if capacity < 256 else 256
     found = _collect(
         teacher, t_c, listed, count, classes, only, least_peak, others, rivals, capacity,
         few, width,
     )  # fmt: skip
-    if found > capacity:  # the best classes crowd in few blocks
+    if found > capacity:  # the largest classes crowd in few blocks
         exact = _kth_listed(teacher, t_c, listed, count, classes, only, others, few, width, bits)
         tl.debug_barrier()
         found = _collect(
@@ -275,7 +278,7 @@ def _first_k(
     inside = inside | (place < 0)
     s = _load(student, s_c, member, inside)
     t = _load(teacher, t_c, member, inside)
-    # Numbers of the row from here on, not tensors of one element, to keep the layouts of the tiles apart.
+    # Reductions to scalars, not to tensors of one element, which would tie the layouts of the tiles together.
     top_s = tl.maximum(top_rest, tl.max(tl.max(s, 1), 0))
     spoilt = tl.max(tl.max((s != s).to(tl.int32), 1), 0)
     spoilt = tl.where((alphas != alphas) | (rest != rest), 1, spoilt)
@@ -312,14 +315,14 @@ def _first_k(
 
 
 def fits(student: Tensor, places: int) -> bool:
-    """Whether rows are long enough for so few places; ``(N, C, M)`` is left to the sort."""
+    """Return whether rows are long enough for so few places; ``(N, C, M)`` is left to the sort."""
     classes = student.shape[1]
     few = 0 < places <= min(MOST_PLACES, classes // 16)
-    return student.ndim == 2 and few and _block(classes, places) <= _triton.TILE // 4
+    return student.ndim == 2 and few and _block(classes, places) <= launch.TILE // 4
 
 
 def _block(classes: int, places: int) -> int:
-    """Classes in a block: so many that there are twice as many blocks as places, or more."""
+    """Return the classes of a block, so few that there are at least twice as many blocks as places."""
     block = min(64, 2 ** ((classes // (2 * places)).bit_length() - 1))
     return max(block, triton.next_power_of_2(triton.cdiv(classes, MOST_BLOCKS)))
 
@@ -335,11 +338,11 @@ def first_k(
     places: int,
     teacher_temperature: float,
 ) -> None:
-    """Fill values, bound and gradient of rows ``(N, C)`` that `fits` is true of, float32 or narrower."""
+    """Fill values, bound and gradient of rows ``(N, C)`` that `fits`, float32 or narrower."""
     rows, classes = student.shape
     if not rows:
         return
-    # Rows that begin anywhere are read a class at a time, and then registers are short.
+    # Rows at any address are read a class at a time; a full tile would then spill registers.
     aligned = classes % 16 == 0 and all(
         x.stride(1) == 1 and x.stride(0) % 16 == 0 for x in (student, teacher)
     )
@@ -348,7 +351,7 @@ def first_k(
     capacity = triton.next_power_of_2(max(CAPACITY, 4 * places))
     head = triton.next_power_of_2(places)
     indices = torch.empty(rows * (blocks + capacity + head), dtype=torch.int32, device=student.device)
-    with _triton.on_device(student):
+    with launch.on_device(student):
         _first_k[(rows,)](
             *(student, teacher, target, weight, values, bound, gradient),
             *(indices, torch.empty_like(indices, dtype=torch.float32), classes),
@@ -356,12 +359,12 @@ def first_k(
             *strides(teacher)[:2],
             *(strides(gradient)[:2] if gradient is not None else (0, 0)),
             *(places, *split_number(1 / teacher_temperature)),
-            height=(_triton.TILE if aligned else _triton.TILE // 4) // width,
+            height=(launch.TILE if aligned else launch.TILE // 4) // width,
             width=width,
             blocks=blocks,
             capacity=capacity,
             head=head,
-            # Those of a float32 that a narrower number does not leave 0.
+            # The bits of a float32 that the teacher's dtype can set: bisection needs no more steps.
             bits={torch.bfloat16: 16, torch.float16: 19}.get(teacher.dtype, 32),
             num_warps=4,
             maxnreg=128,

@@ -1,8 +1,8 @@
 """RKKD in Triton; csrc/kernels/rkkd.cpp explains the formulas.
 
-A program takes a few classes i of one row and compares them with all others, `width` of them at a time. Each
-pair is looked at from both sides, so that every class sums up its own gradient: C^2 steps, for the clipped
-form too, memory for nothing but the row, and an order of addition that does not depend on chance.
+A program compares a few classes i of one row with all others, `width` of them at a time. Each pair is
+evaluated from both sides, so that every class sums its own gradient: this takes C^2 steps, also for the
+clipped form, but no memory beyond the row, and no atomics, whose order of addition would differ between runs.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
-from .._triton import check_rows, narrowed, strides, wide_type
 from ..fused import empty_results
+from ..triton.launch import check_rows, on_device, strides, wide_type
+from ..triton.rows import narrowed
 
 WIDTH, PAIRS = 64, 256
-"""With how many classes a program, one warp, compares its own at a time, and how many pairs that may be."""
+"""Classes that a program, one warp, compares with its own at a time, and the most pairs of such a tile."""
 
 
 @triton.jit
 def _decay(y):
-    """e^-y and 1 - e^-y for y >= 0, both to rounding."""
+    """Return e^-y and 1 - e^-y for y >= 0, both to rounding."""
     double: tl.constexpr = y.dtype == tl.float64
     last = 708.0 if double else 87.0
     gone = y > last
     y = tl.minimum(y, last)
-    # What is added to it is rounded, and lies where exponents lie.
+    # 1.5 * 2^23 plus the exponent's bias (or 1.5 * 2^52): an addend is rounded to an integer, which a shift
+    # moves to the place of the exponent.
     magic: tl.constexpr = 6755399441056767.0 if double else 12583039.0
     biased = magic - y * 1.4426950408889634
     n = biased - magic
@@ -63,7 +64,7 @@ def _with_sign(x, like):
 
 @triton.jit
 def _pair(d_s, d_t, k, form: tl.constexpr):
-    """What a pair costs, and what the student's difference gains over 4k (clipped: over k)."""
+    """Return the cost of a pair, and its slope in the student's difference over 4k (clipped: over k)."""
     opposed = (d_s < 0.0) != (d_t < 0.0)
     if form == 0:
         e_s, _ = _decay(tl.abs(d_s) * (2.0 * k))
@@ -74,11 +75,11 @@ def _pair(d_s, d_t, k, form: tl.constexpr):
     elif form == 1:
         e, _ = _decay(tl.abs(d_s) * (2.0 * k))
         half = 1.0 / (1.0 + e)
-        cost = 2.0 * half * tl.where(opposed, 1.0, e)  # a tie costs 2 from both sides together
+        cost = 2.0 * half * tl.where(opposed, 1.0, e)  # where d_t is 0, both sides together cost 2
         slope = _with_sign(e * half * half, d_t)
     elif form == 2:
         x = d_s * d_t
-        x = tl.where(x == x, x, 0.0)  # a tie of one network outweighs an infinite difference of the other
+        x = tl.where(x == x, x, 0.0)  # 0 * inf: a tie in one network decides
         e, _ = _decay(tl.abs(x) * (2.0 * k))
         half = 1.0 / (1.0 + e)
         cost = 2.0 * half * tl.where(x < 0.0, 1.0, e)
@@ -92,7 +93,7 @@ def _pair(d_s, d_t, k, form: tl.constexpr):
 
 @triton.jit
 def _load(row, class_stride, column, seen, wide: tl.constexpr):
-    """Some classes of a row; -inf behind the last."""
+    """Load classes of a row; -inf past the last."""
     x = tl.load(row + column.to(tl.int64) * class_stride, mask=column < seen, other=float("-inf"))
     if x.dtype.primitive_bitwidth == 16:
         x = x.to(tl.float32)
@@ -113,7 +114,7 @@ def _kernel(
     student += n * s_n + m * s_m
     teacher += n * t_n + m * t_m
     w = tl.full([], 1.0, tl.float64) if weight is None else tl.load(weight + row).to(tl.float64)
-    seen = tl.where(w != 0.0, classes, 0)  # a row of weight 0 is not looked at
+    seen = tl.where(w != 0.0, classes, 0)  # rows of weight 0 are skipped
     steepness = bits.to(tl.int64).to(tl.float64, bitcast=True)
     k = tl.minimum(steepness, 8e307 if wide == tl.float64 else 1e38).to(wide)
 
@@ -131,7 +132,7 @@ def _kernel(
         spoilt |= ((s_j < float("inf")) & (t_j < float("inf"))).to(tl.int32) ^ 1
         d_s = s_i[:, None] - s_j[None, :]
         d_t = t_i[:, None] - t_j[None, :]
-        fixed = d_s != d_s  # the student excludes both: they are tied, and cannot move
+        fixed = d_s != d_s  # -inf - -inf: the student excludes both, so they are tied and have no gradient
         d_s = tl.where(fixed, 0.0, d_s)
         d_t = tl.where(d_t != d_t, 0.0, d_t)
         cost, gain = _pair(d_s, d_t, k, form)
@@ -169,14 +170,16 @@ def rkkd(
     height = min(width, PAIRS // width)
     tiles = triton.cdiv(student.shape[1], height)
     parts = values.new_empty((*values.shape, tiles))
-    with _triton.on_device(student):
+    with on_device(student):
         _kernel[(parts.numel(),)](
             *(student, teacher, weight, parts, asked, student.shape[1]),
             student.shape[2] if student.ndim == 3 else 1,
             *strides(student),
             *strides(teacher),
-            *(strides(asked) if asked is not None else (0, 0, 0)),
-            struct.unpack("q", struct.pack("d", steepness))[0],  # a float argument would be rounded
+            *strides(asked),
+            struct.unpack("q", struct.pack("d", steepness))[
+                0
+            ],  # a float argument would be rounded to float32
             form=form,
             height=height,
             width=width,

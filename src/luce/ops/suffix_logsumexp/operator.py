@@ -1,4 +1,4 @@
-"""As one operator; csrc/kernels/suffix_logsumexp.cpp and, for CUDA, gpu.py hold the mathematics."""
+"""Operators of suffix_logsumexp and its gradient, declared for all engines."""
 
 from __future__ import annotations
 
@@ -8,28 +8,13 @@ import torch
 from torch import Tensor
 
 from ..engines import LIBRARY, run_by_triton
-from .plain import suffix_rows
+from .reference import suffix_rows
 
 LIBRARY.define("suffix_logsumexp(Tensor x) -> Tensor")
 LIBRARY.define("suffix_logsumexp_backward(Tensor upstream, Tensor x) -> Tensor")
 for _name in ("suffix_logsumexp", "suffix_logsumexp_backward"):
-    run_by_triton(_name, "luce.ops.suffix_logsumexp.gpu")
-
-
-def suffix_logsumexp(x: Tensor) -> Tensor:
-    """``(N, L)`` to ``(N, L)``, L > 0."""
-    values: Tensor = torch.ops.luce.suffix_logsumexp(x)
-    return values
-
-
-@torch.library.register_fake("luce::suffix_logsumexp")  # type: ignore[untyped-decorator]
-def _fake(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("luce::suffix_logsumexp_backward")  # type: ignore[untyped-decorator]
-def _fake_backward(upstream: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    run_by_triton(_name, "luce.ops.suffix_logsumexp.triton")
+    torch.library.register_fake(f"luce::{_name}", lambda *tensors: torch.empty_like(tensors[-1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -38,7 +23,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _backward(ctx: Any, upstream: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody wants to differentiate the gradient: plain PyTorch can
+    if torch.is_grad_enabled():  # the gradient will be differentiated, for which the kernel has no formula
         (gradient,) = torch.autograd.grad(suffix_rows(x), x, upstream, create_graph=True)
     else:
         gradient = torch.ops.luce.suffix_logsumexp_backward(upstream, x)
