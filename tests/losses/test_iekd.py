@@ -506,7 +506,7 @@ def test_what_was_prepared_and_split_is_saved_and_restored() -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     unprepared = built(split="random")
-    with pytest.raises(RuntimeError, match='Missing key.*"prepared"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"prepared"'):
         fresh.load_state_dict(unprepared.state_dict())
     other = built(split="random")
     other.load_state_dict(unprepared.state_dict())

@@ -80,6 +80,13 @@ def test_cross_entropy_needs_no_teacher():
     assert_close(module(student, None, target), module(student, teacher, target), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("module", [luce.CrossEntropyLoss, luce.TfKDLoss])
+def test_labels_in_the_place_of_the_teacher_are_refused_with_the_call_to_write(module):
+    student, _, target = batch(4)
+    with pytest.raises(TypeError, match=r"third argument.*: loss\(student_logits, None, target\)"):
+        module()(student, target)
+
+
 def test_making_a_module_leaves_the_random_state_alone(default):
     before = torch.get_rng_state()
     default.loss.module()

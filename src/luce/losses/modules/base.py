@@ -1,4 +1,4 @@
-"""The base class of the losses on logits, and the state that a loss takes from the teacher before training."""
+"""The base class of the losses on logits, and the state that `prepare` fills before training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .._reduce import Reduction
 class Prepared(nn.Module):
     """A module with buffers that its `prepare` fills before training and that a checkpoint restores.
 
-    A buffer that was not filled is None and is not saved; loading a checkpoint fills it. So a state dict holds
-    tensors only, and has no entry for a loss that needs no preparation.
+    Until then a buffer is None and is not saved; loading a checkpoint fills it. So a state dict holds tensors
+    only, and has no entry for a loss that needs no preparation.
 
     Attributes:
         prepared_buffers: The names of these buffers.
