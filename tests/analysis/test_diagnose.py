@@ -361,10 +361,10 @@ def test_findings_point_at_the_papers_two_failures_and_name_their_heuristics() -
     smoothed = (torch.nn.functional.one_hot(target, 5) * 0.8 + 0.04).log().double()
     noisy = smoothed + 0.2 * torch.randn(smoothed.shape, dtype=torch.float64)
     disguise, even = findings(diagnose(noisy, target), diagnose(teacher, target))
-    assert disguise.title == "It looks like label smoothing in disguise."
-    assert even.title == "It hardly tells hard rows from easy ones."
-    assert f"{FLAT_RELATIONS:.1%}, a heuristic of ours" in disguise.text
-    assert f"{EVEN_CONFIDENCE:g}, a heuristic of ours" in even.text
+    assert disguise.title == "The teacher resembles label smoothing."
+    assert even.title == "The teacher hardly separates hard rows from easy ones."
+    assert f"{FLAT_RELATIONS:.1%}, a heuristic, not a known bound" in disguise.text
+    assert f"{EVEN_CONFIDENCE:g}, a heuristic, not a known bound" in even.text
     found = diagnose(noisy, target).teacher
     assert f"{found.relation_share:.1%}" in disguise.text
     assert f"{found.fresh_weight_spread:.4f}" in even.text
@@ -378,9 +378,11 @@ def test_findings_look_at_one_failure_at_a_time() -> None:
     one_hot = torch.nn.functional.one_hot(target, 4)
     rival = torch.nn.functional.one_hot((target + 1) % 4, 4)
     even_rest = one_hot * (1 - missing) + (1 - one_hot) * missing / 3
-    assert titles(even_rest.log(), target) == ["It looks like label smoothing in disguise."]
+    assert titles(even_rest.log(), target) == ["The teacher resembles label smoothing."]
     one_rival = one_hot * 0.8 + rival * 0.2
-    assert titles(one_rival.log().double(), target) == ["It hardly tells hard rows from easy ones."]
+    assert titles(one_rival.log().double(), target) == [
+        "The teacher hardly separates hard rows from easy ones."
+    ]
 
 
 # What cannot be ---------------------------------------------------------------------------------------------
@@ -394,8 +396,8 @@ def test_findings_look_at_one_failure_at_a_time() -> None:
         ({"weight": 1.5}, "`weight` in"),
         ({"floor": 0.0}, "`floor`"),
         ({"teacher_logits": torch.zeros(3)}, "shape (N, C)"),
-        ({"teacher_logits": torch.zeros(3, 1)}, "at least 2 classes, got (3, 1)"),
-        ({"teacher_logits": torch.zeros(0, 3), "target": torch.zeros(0).long()}, "with rows"),
+        ({"teacher_logits": torch.zeros(3, 1)}, "at least 1 row and 2 classes, got (3, 1)"),
+        ({"teacher_logits": torch.zeros(0, 3), "target": torch.zeros(0).long()}, "at least 1 row"),
         ({"teacher_logits": torch.full((3, 2), torch.nan)}, "got NaN or +inf"),
         ({"teacher_logits": torch.full((3, 2), -torch.inf)}, "got NaN or +inf"),
         ({"target": None}, "a label for each of 3 rows, got NoneType"),

@@ -215,11 +215,11 @@ def test_rows_are_averaged() -> None:
 
 def test_the_verdict_tells_how_far() -> None:
     assert limits(Z, UNEQUAL, temperature=100).verdict.startswith(
-        "At T = 100 KD is 0.8% away from its limit at infinite temperature; "
+        "At T = 100 KD differs by 0.8% from its limit at infinite temperature; "
         "the cosine of their gradients is 1.0000."
     )
     near = limits(Z, UNEQUAL, temperature=1).verdict
-    assert "79.6% away" in near
+    assert "differs by 79.6%" in near
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.1])
@@ -227,7 +227,7 @@ def test_networks_that_agree_have_no_distance(offset: float) -> None:
     found = limits(Z, Z + offset)
     assert found.limit == 0
     assert found.chosen.distance is found.chosen.cosine_limit is None
-    assert found.verdict.startswith("Student and teacher agree up to a constant")
+    assert found.verdict.startswith("The logits of student and teacher agree up to a constant")
     assert found.mean_gap == pytest.approx(-offset)
 
 
@@ -236,7 +236,7 @@ def test_networks_that_agree_have_no_distance(offset: float) -> None:
     [
         (Z, UNEQUAL[:, :3], {}, "`teacher_logits` of shape"),
         (Z[0], UNEQUAL[0], {}, "(N, C)"),
-        (Z[:, :1], Z[:, :1], {}, "at least 2 classes"),
+        (Z[:, :1], Z[:, :1], {}, "at least 1 row and 2 classes"),
         (Z, UNEQUAL * math.inf, {}, "finite `teacher_logits`"),
         (Z * math.nan, UNEQUAL, {}, "finite `student_logits`"),
         (Z, UNEQUAL, {"temperature": 0.0}, "`temperature`"),

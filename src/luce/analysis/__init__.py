@@ -1,8 +1,8 @@
-"""Theory to run on one's own teacher: what it knows, where a temperature stands, how a loss is shaped.
+"""Analyses of a teacher, a temperature and a loss.
 
-`diagnose` splits what a teacher says beyond the labels into levels, `limits` compares KD with logit matching
-over temperatures, and `landscape` looks at a loss over a plane of logits. They take tensors; the commands
-``luce diagnose`` and ``luce landscape`` find the networks and the data.
+`diagnose` splits the knowledge of a teacher beyond the labels into levels, `limits` compares KD with logit
+matching over temperatures, and `landscape` evaluates a loss over a plane of student logits. They take
+tensors; the commands ``luce diagnose`` and ``luce landscape`` load networks and data.
 """
 
 from .diagnose import diagnose

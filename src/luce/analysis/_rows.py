@@ -1,4 +1,4 @@
-"""What every analysis asks of the tensors it is given."""
+"""Checks of the tensors that the analyses take."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from .. import checks
 
 
 def check_matrix(name: str, logits: Tensor) -> None:
-    """A floating ``(N, C)`` tensor of at least one row and two classes.
+    """Check that ``logits`` is a floating ``(N, C)`` tensor with at least one row and two classes.
 
     Raises:
-        TypeError: If it is no tensor, or of another dtype.
-        ValueError: If it has another shape.
+        TypeError: If it is not a tensor or not floating.
+        ValueError: If its shape is wrong.
     """
     checks.check_logits(name, logits)
     if logits.ndim != 2 or not len(logits) or logits.shape[1] < 2:
         raise ValueError(
-            f"expected `{name}` of shape (N, C) with rows and at least 2 classes, got {tuple(logits.shape)}"
+            f"expected `{name}` of shape (N, C) with at least 1 row and 2 classes, got {tuple(logits.shape)}"
         )
 
 
-def finite_logits(name: str, logits: Tensor) -> None:
-    """As `check_matrix`, and every logit a finite number."""
+def check_finite(name: str, logits: Tensor) -> None:
+    """Check as `check_matrix` does, and that every logit is finite."""
     check_matrix(name, logits)
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(f"expected finite `{name}`, got NaN or an infinity")
 
 
-def check_twin(name: str, logits: Tensor, like_name: str, like: Tensor) -> None:
-    """Of the same shape as its like."""
+def check_same_shape(name: str, logits: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that ``logits`` has the shape of ``like``."""
     if logits.shape != like.shape:
         raise ValueError(
             f"expected `{name}` of shape {tuple(like.shape)} like `{like_name}`, got {tuple(logits.shape)}"

@@ -1,8 +1,9 @@
-r"""What a teacher knows beyond the labels, and how much of it reaches a student.
+r"""Levels of a teacher's knowledge beyond the labels, and their share in the gradient of a student.
 
-With *rho* the teacher's softened probabilities, ``M = 1 - rho_y`` what a row leaves to the wrong classes,
-*rel* how a row spreads it beyond an even spread (zero at the label, and in sum), ``K = C / (C - 1)``, and an
-index *y* for the mean over the rows of a class, the teacher's departure from the labels is exactly
+Let *rho* be the teacher's softened probabilities, ``M = 1 - rho_y`` the probability mass on wrong classes,
+*rel* the deviation of the wrong classes from an even spread of that mass (0 at the label, sum 0), and
+``K = C / (C - 1)``; an index *y* denotes the mean over the rows of a class. Then the teacher's departure from
+the labels is exactly
 
     E||rho - e_y||² = K (E M)²              universe: the same smoothing everywhere
                     + K Var(M_y)            class difficulty
@@ -10,9 +11,9 @@ index *y* for the mean over the rows of a class, the teacher's departure from th
                     + K E Var(M | y)        instance confidence: which row is hard
                     + E||rel - rel_y||²     instance relations: what each row resembles
 
-The three levels (universe, domain, instance) are those of the paper below, as its abstract and others'
-summaries tell them. The five terms, the reference teachers and the split of the gradient are our own; both
-are orthogonal decompositions and add up without remainder.
+The three levels (universe, domain, instance) are those of the paper below, known to us from its abstract and
+from summaries by others. The five terms, the reference teachers and the split of the gradient are our own.
+Both decompositions are orthogonal and sum to the whole without remainder.
 
 References:
     Tang et al., Understanding and Improving Knowledge Distillation, arXiv 2002.03532.
@@ -28,20 +29,20 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..losses import UNLABELLED
-from ._rows import check_matrix, check_temperature, check_twin, finite_logits
+from ..labels import UNLABELLED
+from ._rows import check_finite, check_matrix, check_same_shape, check_temperature
 from .knowledge import Diagnosis, Knowledge, Pull, Terms
 
 CHUNK = 1 << 20
-"""Probabilities that are looked at together, so that a thousand classes need no more memory than ten."""
+"""Probabilities per chunk of rows, so that peak memory does not grow with the number of classes."""
 FLOOR = 1e-6
-"""The least ``1 - p_y`` that a weight is divided by."""
+"""Lower bound of the divisor ``1 - p_y``, which goes to 0 on rows that the student fits perfectly."""
 IGNORED = -100
-NOTHING = 1e-12
-"""What is smaller than this part of its like is rounding."""
+NEGLIGIBLE = 1e-12
+"""A norm below this share of the other norm is rounding noise, and its direction means nothing."""
 
 Spread = Callable[[Tensor, Tensor], Tensor]
-"""From a teacher's probabilities ``(n, C)`` and the labels ``(n,)`` to those of another teacher."""
+"""Maps a teacher's probabilities ``(n, C)`` and labels ``(n,)`` to the probabilities of another teacher."""
 
 
 def diagnose(
@@ -56,24 +57,24 @@ def diagnose(
     ignore_index: int = IGNORED,
     references: bool = True,
 ) -> Diagnosis:
-    r"""Split what a teacher says beyond the labels into its levels, and compare it with simpler teachers.
+    r"""Split a teacher's departure from the labels into levels, and compare it with simpler teachers.
 
-    Works in float64, on some rows at a time.
+    Computes in float64, one chunk of rows at a time.
 
     Args:
-        teacher_logits: Of the rows to learn from, ``(N, C)``; ``-inf`` is probability 0.
-        target: Their labels, ``(N,)``; rows at `ignore_index` or `luce.UNLABELLED` are left out.
-        temperature: Of the teacher's softmax. Positive, no unit.
-        student_logits: ``(N, C)``, of a student that is to learn, for instance as it is at the start; None
-            leaves `Knowledge.pull` out.
-        weight: Of KD in ``(1 - weight) CE + weight KD``, in [0, 1]; matters only with a student.
-        scale_by_temperature: As in `luce.kd_loss`; matters only with a student.
-        floor: The least ``1 - p_y`` to divide by; matters only with a student.
-        ignore_index: As named.
+        teacher_logits: Unnormalised log-scores of the training rows, ``(N, C)``; ``-inf`` is probability 0.
+        target: Class indices, ``(N,)``; rows at ``ignore_index`` or `luce.UNLABELLED` are skipped.
+        temperature: Temperature of the teacher's softmax. Positive, no unit.
+        student_logits: Logits of the student that learns, ``(N, C)``, for instance at its start. None leaves
+            `Knowledge.pull` None.
+        weight: Weight of KD in ``(1 - weight) CE + weight KD``, in [0, 1]; used only with a student.
+        scale_by_temperature: As in `luce.kd_loss`; used only with a student.
+        floor: Lower bound of the divisor ``1 - p_y``; used only with a student.
+        ignore_index: Label of rows to skip.
         references: Whether to measure the reference teachers too.
     Raises:
-        ValueError: On wrong shapes or values, a label that names no class, or no label at all.
-        TypeError: On a wrong dtype.
+        ValueError: If a shape or value is wrong, a label is not a class, or no row has a label.
+        TypeError: If a dtype is wrong.
     Example:
         >>> rho = torch.tensor([[0.7, 0.2, 0.1], [0.9, 0.06, 0.04], [0.3, 0.6, 0.1],
         ...                     [0.1, 0.8, 0.1], [0.05, 0.15, 0.8], [0.02, 0.18, 0.8]])
@@ -98,8 +99,8 @@ def diagnose(
         raise ValueError(f"expected `target` with a label for each of {len(teacher_logits)} rows, got {got}")
     checks.check_target(target, teacher_logits.shape[:1], teacher_logits)
     if student_logits is not None:
-        finite_logits("student_logits", student_logits)
-        check_twin("student_logits", student_logits, "teacher_logits", teacher_logits)
+        check_finite("student_logits", student_logits)
+        check_same_shape("student_logits", student_logits, "teacher_logits", teacher_logits)
     if not 0 <= weight <= 1:
         raise ValueError(f"expected `weight` in [0, 1], got {weight!r}")
     checks.check_positive(floor=floor)
@@ -140,7 +141,7 @@ def diagnose(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows that have a label, a chunk at a time and in float64."""
+    """The labelled rows, read in chunks and converted to float64."""
 
     teacher: Tensor
     student: Tensor | None
@@ -149,37 +150,40 @@ class _Rows:
     temperature: float
     weight: float
     scale: float
-    """What KD's ``softmax(s/T) - rho`` is multiplied by: ``weight * T``, or ``weight / T`` unscaled."""
+    """Factor of KD's ``softmax(s/T) - rho``: ``weight * T``, or ``weight / T`` if KD is not scaled by T²."""
     floor: float
 
     def chunks(self, spread: Spread) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Probabilities of a teacher, labels, and logits of the student."""
+        """Yield a teacher's probabilities, the labels, and the student's logits."""
         size = max(1, CHUNK // self.teacher.shape[1])
         for at, labels in zip(self.kept.split(size), self.labels.split(size), strict=True):
             rho = (self.teacher[at].double() / self.temperature).softmax(-1)
             if bool(rho.isnan().any()):
-                raise ValueError("expected `teacher_logits` that are numbers or -inf, got NaN or +inf")
+                raise ValueError("expected `teacher_logits` to be finite or -inf, got NaN or +inf")
             yield spread(rho, labels), labels, None if self.student is None else self.student[at].double()
 
 
 def _missing(rho: Tensor, labels: Tensor) -> Tensor:
-    """``1 - rho_y`` as the sum of the others, which keeps its digits where the teacher is sure."""
+    """Return ``1 - rho_y`` as the sum of the other classes.
+
+    Subtracting from 1 would cancel to 0 where the teacher is confident.
+    """
     return rho.scatter(1, labels[:, None], 0.0).sum(-1)
 
 
 def _even(missing: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """``1 - missing`` at the label, the rest in equal parts."""
+    """Return ``1 - missing`` at the label, and the rest in equal parts."""
     rho = (missing / (classes - 1))[:, None].expand(-1, classes)
     return rho.scatter(1, labels[:, None], (1 - missing)[:, None])
 
 
 def _relation(rho: Tensor, missing: Tensor, labels: Tensor) -> Tensor:
-    """What each wrong class has beyond an even share; 0 at the label."""
+    """Return the excess of each wrong class over an even share; 0 at the label."""
     return (rho - (missing / (rho.shape[1] - 1))[:, None]).scatter(1, labels[:, None], 0.0)
 
 
 def _unevenness(rho: Tensor, missing: Tensor, labels: Tensor) -> Tensor:
-    """``M`` times the KL from a row's spread over the wrong classes to an even one."""
+    """Return ``M`` times the KL divergence of a row's spread over the wrong classes from an even one."""
     wrong = rho.scatter(1, labels[:, None], 0.0)
     share = wrong * (rho.shape[1] - 1) / torch.where(missing == 0, 1, missing)[:, None]
     return torch.special.xlogy(wrong, share).sum(-1).clamp(min=0)
@@ -191,7 +195,7 @@ def _measure(rows: _Rows, spread: Spread) -> Knowledge:
     class_rows = torch.bincount(rows.labels, minlength=classes)
     occurring = class_rows.clamp(min=1).double()
 
-    # Once for the means, and again for the deviations from them: differences of sums would lose their digits.
+    # Two passes, first means, then deviations from them: E[x²] - E[x]² would cancel for small variances.
     means = torch.zeros(classes, classes, dtype=torch.float64, device=device)
     class_missing = torch.zeros(classes, dtype=torch.float64, device=device)
     unevenness = entropy = top = right = departure = 0.0
@@ -210,17 +214,17 @@ def _measure(rows: _Rows, spread: Spread) -> Knowledge:
     left_over = class_missing.sum().item()
     means, class_missing = means / occurring[:, None], class_missing / occurring
 
-    every = torch.arange(classes, device=device)
+    all_classes = torch.arange(classes, device=device)
     factor, share, mean_missing = classes / (classes - 1), class_rows.double() / count, left_over / count
-    class_relation = _relation(means, class_missing, every)
-    class_unevenness = _unevenness(means, class_missing, every)
+    class_relation = _relation(means, class_missing, all_classes)
+    class_unevenness = _unevenness(means, class_missing, all_classes)
     within_missing = within_relation = 0.0
     for rho, y, _ in rows.chunks(spread):
         missing = _missing(rho, y)
         within_missing += (missing - class_missing[y]).square().sum().item()
         within_relation += (_relation(rho, missing, y) - class_relation[y]).square().sum().item()
 
-    nothing_left = torch.where(class_missing == 0, 1, class_missing)
+    divisor = torch.where(class_missing == 0, 1, class_missing)  # a class without mass gives 0, not NaN
     class_nats = count * (share * class_unevenness).sum().item() / (left_over or 1.0)
     return Knowledge(
         rows=count,
@@ -239,10 +243,10 @@ def _measure(rows: _Rows, spread: Spread) -> Knowledge:
         top_probability=top / count,
         label_probabilities=torch.cat(label_probabilities),
         class_means=means,
-        relations=means.scatter(1, every[:, None], 0.0) / nothing_left[:, None],
-        relation_divergence=class_unevenness / nothing_left,
+        relations=means.scatter(1, all_classes[:, None], 0.0) / divisor[:, None],
+        relation_divergence=class_unevenness / divisor,
         class_relation_nats=class_nats,
-        # A convexity makes this at least 0; rounding may not know.
+        # Non-negative by convexity of the KL divergence; rounding can make it slightly negative.
         instance_relation_nats=max(unevenness / (left_over or 1.0) - class_nats, 0.0),
         pull=None if rows.student is None else _pull(rows, spread, means, mean_missing),
     )
@@ -260,7 +264,7 @@ def _pull(rows: _Rows, spread: Spread, means: Tensor, mean_missing: float) -> Pu
         p, soft = student.softmax(-1), (student / rows.temperature).softmax(-1)
         missing = _missing(p, y)
         floored += int((missing < rows.floor).sum())
-        # rho_y - soft_y by what both leave to the others, which keeps its digits where both are sure.
+        # rho_y - soft_y as a difference of the masses on other classes: the direct one cancels near 1.
         gain = _missing(soft, y) - _missing(rho, y)
         weights.append(1 - rows.weight + rows.scale * gain / missing.clamp(min=rows.floor))
         confidence.append(rho.gather(1, at).squeeze(1))
@@ -279,12 +283,12 @@ def _pull(rows: _Rows, spread: Spread, means: Tensor, mean_missing: float) -> Pu
             norms[name] += part.norm(dim=-1).sum().item()
             squares[name] += part.square().sum().item()
             products[name] += (part * plain).sum().item()
-    every = torch.cat(weights)
+    all_weights = torch.cat(weights)
     return Pull(
-        weights=every,
+        weights=all_weights,
         floored=floored,
         floor=rows.floor,
-        negative=(every < 0).double().mean().item(),
+        negative=(all_weights < 0).double().mean().item(),
         correlation=_correlation(torch.cat(confidence), torch.cat(losses)),
         norms={name: value / count for name, value in norms.items()},
         cosines={
@@ -294,17 +298,18 @@ def _pull(rows: _Rows, spread: Spread, means: Tensor, mean_missing: float) -> Pu
     )
 
 
-def _cosine(product: float, square: float, other: float) -> float | None:
-    """None where one of the two is nothing but rounding beside the other."""
-    if min(square, other) <= NOTHING**2 * max(square, other):
+def _cosine(product: float, square: float, other_square: float) -> float | None:
+    """Return the cosine; None if one vector is rounding noise next to the other."""
+    if min(square, other_square) <= NEGLIGIBLE**2 * max(square, other_square):
         return None
-    return product / math.sqrt(square * other)
+    return product / math.sqrt(square * other_square)
 
 
 def _correlation(one: Tensor, other: Tensor) -> float | None:
+    """Return the correlation; None if the deviations of either are rounding noise next to its values."""
     deviations = [values - values.mean() for values in (one, other)]
     squares = [values.square().sum().item() for values in deviations]
     for values, square in zip((one, other), squares, strict=True):
-        if square <= NOTHING**2 * values.square().sum().item():
+        if square <= NEGLIGIBLE**2 * values.square().sum().item():
             return None
     return (deviations[0] * deviations[1]).sum().item() / math.sqrt(squares[0] * squares[1])

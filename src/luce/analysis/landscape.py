@@ -1,9 +1,9 @@
-"""The shape of a loss over a plane of student logits.
+"""The values of a loss over a plane of student logits.
 
-The plane is that of appendix J of the PLD paper, as we know it second-hand: ``s = t + a d1 + b d2``, with *a*
-and *b* in ``[-5 ||t||, 5 ||t||]`` and orthonormal directions, random ones for more than three classes. With
-three classes the directions span all logits of a given mean, which is all that a loss can tell apart unless
-it looks at the mean: that picture is complete, and the one to look at first.
+The plane follows appendix J of the PLD paper, which we know from secondary sources: ``s = t + a d1 + b d2``,
+with *a* and *b* in ``[-5 ||t||, 5 ||t||]`` and orthonormal directions, random ones for more than three
+classes. With three classes the directions span all logits of a given mean, so the picture shows everything
+that a shift-invariant loss can distinguish. Start with that one.
 
 References:
     Plackett-Luce Distillation, arXiv 2506.12542, appendix J.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 THREE = torch.tensor([[0.0, -1.0, 1.0], [2.0, -1.0, -1.0]], dtype=torch.float64)
-"""Class 0 is up, class 1 lower left, class 2 lower right."""
+"""Directions for three classes: class 0 points up, class 1 to the lower left, class 2 to the lower right."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Landscape:
     """A loss on a square grid around the teacher's logits.
 
     Attributes:
-        name: Of the loss.
-        teacher_logits: ``(C,)``, the middle of the grid.
-        label: A class.
+        name: Name of the loss.
+        teacher_logits: Centre of the grid, ``(C,)``.
+        label: Class index.
         directions: d1 and d2, ``(2, C)``, orthonormal.
-        steps: The values of *a* and of *b*, ``(P,)``, from minus to plus the radius.
+        steps: Values of *a* and of *b*, ``(P,)``, from minus to plus the radius.
         values: ``(P, P)``; the entry ``[i, j]`` is the loss at ``a = steps[j]``, ``b = steps[i]``.
     """
 
@@ -57,7 +57,7 @@ class Landscape:
 
     @property
     def minimum(self) -> tuple[float, float, float]:
-        """*a*, *b* and the loss at the lowest point of the grid; the nearest to the teacher of equals."""
+        """*a*, *b* and the loss at the lowest grid point; of equal ones the nearest to the teacher."""
         lowest = self.values.nan_to_num(nan=math.inf).min()
         places = (self.values == lowest).nonzero()
         if not len(places):
@@ -68,12 +68,12 @@ class Landscape:
 
     @property
     def minimum_on_edge(self) -> bool:
-        """Whether the loss still falls where the grid ends, so that its minimum lies beyond, if anywhere."""
+        """Whether the lowest point lies on the edge, so that a minimum, if any, lies outside the grid."""
         a, b, _ = self.minimum
         return max(abs(a), abs(b)) >= self.radius
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; a loss that is not finite is None."""
+        """Return plain values for JSON; a non-finite loss becomes None."""
         a, b, value = self.minimum
         return {
             "loss": self.name,
@@ -98,21 +98,21 @@ def landscape(
 ) -> Landscape:
     """Evaluate a loss at every point of a grid around the teacher's logits, in float64.
 
-    Each point is a batch of its own: a loss that couples the rows of a batch must not see others.
+    Each point is a batch of one row, because some losses couple the rows of a batch.
 
     Args:
-        loss: Called as ``loss(student_logits, teacher_logits, target)`` with one row; a scalar, or a mapping
-            whose ``"loss"`` is one.
-        teacher_logits: Finite, ``(C,)``, at least two classes.
-        label: In ``[0, C)``.
-        name: What the picture calls it.
-        radius: Half the side of the square, in logits; five times the norm of the teacher's logits unless
-            given (5 if they are 0).
-        points: Along each side, odd, so that the teacher is one of them.
-        seed: Of the directions where there are not three classes.
+        loss: Called as ``loss(student_logits, teacher_logits, target)`` with one row; returns a scalar, or a
+            mapping with a scalar at ``"loss"``.
+        teacher_logits: Finite unnormalised log-scores, ``(C,)``, at least two classes.
+        label: Class index in ``[0, C)``.
+        name: Name of the loss in the picture.
+        radius: Half the side of the square, in logits; by default five times the norm of the teacher's logits
+            (5 if they are 0).
+        points: Number of points along each side; odd, so that the teacher's logits are a grid point.
+        seed: Seed of the directions, which are random unless there are three classes.
     Raises:
-        ValueError: On a wrong shape or value.
-        TypeError: On a wrong dtype.
+        ValueError: If a shape or value is wrong.
+        TypeError: If a dtype is wrong.
     Example:
         >>> from luce import KDLoss
         >>> found = landscape(KDLoss(), torch.tensor([2.0, 0.5, -1.0]), 0, points=11)
@@ -133,7 +133,8 @@ def landscape(
     checks.check_positive(radius=radius)
     directions, target = _directions(len(t), seed), torch.tensor([label])
     half = points // 2
-    steps = torch.arange(-half, half + 1, dtype=torch.float64) / half * radius  # with a 0 that is one
+    # Integers keep an exact 0 in the middle, so that the teacher's logits are a grid point; linspace may not.
+    steps = torch.arange(-half, half + 1, dtype=torch.float64) / half * radius
     b, a = torch.meshgrid(steps, steps, indexing="ij")
     grid = t + a.reshape(-1, 1) * directions[0] + b.reshape(-1, 1) * directions[1]
     with torch.no_grad():
@@ -163,8 +164,8 @@ def picture(landscapes: Sequence[Landscape]) -> bytes:
 
     def paint_all(figure: Figure) -> None:
         panels = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axes, found in zip(panels, landscapes, strict=False):
-            _paint(figure, axes, found)
+        for axes, shown in zip(panels, landscapes, strict=False):
+            _paint(figure, axes, shown)
         for axes in panels[len(landscapes) :]:
             axes.set_axis_off()
         marks = "plus: the student's logits equal the teacher's\ndot: lowest point"
@@ -175,41 +176,41 @@ def picture(landscapes: Sequence[Landscape]) -> bytes:
     return draw_png((4.3 * columns, 4.2 * lines + 0.6), paint_all)
 
 
-def _paint(figure: Figure, axes: Axes, found: Landscape) -> None:
+def _paint(figure: Figure, axes: Axes, shown: Landscape) -> None:
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
-    values = np.ma.masked_invalid(found.values.numpy())
-    steps, radius = found.steps.numpy(), found.radius
+    values = np.ma.masked_invalid(shown.values.numpy())
+    steps, radius = shown.steps.numpy(), shown.radius
     flat = values.count() == 0 or np.ptp(values.compressed()) < 1e-12
     if values.count():
         filled = axes.contourf(steps, steps, values, levels=1 if flat else 24, cmap="viridis")
         if not flat:
             axes.contour(steps, steps, values, levels=24, colors="white", linewidths=0.3, alpha=0.5)
         figure.colorbar(filled, ax=axes, shrink=0.75, pad=0.02, ticks=MaxNLocator(6), label="loss")
-    if len(found.teacher_logits) == 3:
-        _mark_classes(axes, found)
+    if len(shown.teacher_logits) == 3:
+        _mark_classes(axes, shown)
     axes.plot(0, 0, "+", color="white", markersize=11, markeredgewidth=2.2, clip_on=False)
-    a, b, value = found.minimum
+    a, b, value = shown.minimum
     if math.isfinite(value) and not flat:
         axes.plot(a, b, "o", color=OTHERS[0], markeredgecolor="white", markersize=7, clip_on=False, zorder=4)
-    where = "is flat" if flat else f"lowest {value:.3g}" + (" at the edge" if found.minimum_on_edge else "")
-    axes.set_title("\n".join([*textwrap.wrap(found.name, 44), where]), fontsize=8.5, color=INK)
+    where = "constant" if flat else f"lowest {value:.3g}" + (" at the edge" if shown.minimum_on_edge else "")
+    axes.set_title("\n".join([*textwrap.wrap(shown.name, 44), where]), fontsize=8.5, color=INK)
     axes.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal")
     axes.set(xlabel="a (logits)", ylabel="b (logits)")
     axes.grid(visible=False)
 
 
-def _mark_classes(axes: Axes, found: Landscape) -> None:
-    """Where the student's first choice changes, and its classes by name."""
+def _mark_classes(axes: Axes, shown: Landscape) -> None:
+    """Draw the borders at which the predicted class changes, and name the classes."""
     from matplotlib.patheffects import withStroke
 
-    middle = -(found.directions @ found.teacher_logits)  # where the three logits are equal
-    for index, towards in enumerate(found.directions.T):
+    middle = -(shown.directions @ shown.teacher_logits)  # where the three logits are equal
+    for index, towards in enumerate(shown.directions.T):
         unit = towards / towards.norm()
-        end = middle - 10 * found.radius * unit
+        end = middle - 10 * shown.radius * unit
         axes.plot(*zip(middle.tolist(), end.tolist(), strict=True), color="white", linewidth=1, alpha=0.8)
-        x, y = (middle + 0.72 * found.radius * unit).tolist()
-        name = f"class {index}" + (", the label" if index == found.label else "")
+        x, y = (middle + 0.72 * shown.radius * unit).tolist()
+        name = f"class {index}" + (" (label)" if index == shown.label else "")
         text = axes.text(x, y, name, color="white", ha="center", va="center", fontsize=8, clip_on=True)
         text.set_path_effects([withStroke(linewidth=2, foreground="#00000088")])

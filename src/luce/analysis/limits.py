@@ -1,16 +1,16 @@
-"""KD against logit matching: where a temperature stands on the way to its limit.
+"""KD compared with logit matching: the distance of a temperature from the limit of infinite temperature.
 
-With *a* and *b* the student's and the teacher's logits, each less its mean over the classes,
+With *a* and *b* the student's and the teacher's logits *s* and *t* minus their means over the classes,
 
     L_KD(T) = T² KL(softmax(t/T) || softmax(s/T))  ->  L_inf = ½ <(a - b)²>     as T grows,
     L_inf   = L_LM + R,    L_LM = ½ <(s - t)²>,    R = -½ (<s> - <t>)²,
 
-where <.> is the mean over the classes: KD at an infinite temperature is logit matching without its wish for
-equal means. The way there is ``L_KD(T) = L_inf + c1/T + O(1/T²)`` with
+where <.> is the mean over the classes: KD at infinite temperature is logit matching without its penalty on
+different means. The rate is ``L_KD(T) = L_inf + c1/T + O(1/T²)`` with
 ``c1 = <a³>/6 + <b³>/3 - <a b²>/2``. The gradients of KD and of cross-entropy have mean zero over the classes.
 
-That KD tends to logit matching and an extra term is the claim of the paper below; we have read its abstract
-only, so that the terms, the rate *c1* and their proofs are our own, checked in float64.
+The paper below states that KD tends to logit matching plus an extra term. We have read its abstract only; the
+terms, the rate *c1* and their proofs are our own, checked in float64.
 
 References:
     Chen et al., Exploring the Connection between Knowledge Distillation and Logits Matching, arXiv
@@ -27,26 +27,26 @@ import torch
 from torch import Tensor
 
 from ..losses.functional import kd_loss, logit_matching_loss
-from ._rows import check_temperature, check_twin, finite_logits
+from ._rows import check_finite, check_same_shape, check_temperature
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 
 
 @dataclass(frozen=True)
 class AtTemperature:
-    """KD at one temperature, beside its limit; means over the rows.
+    """KD at one temperature compared with its limit; means over the rows.
 
     Attributes:
-        temperature: No unit.
+        temperature: Temperature, no unit.
         kd: ``T²`` times the KL divergence, nats.
-        predicted: ``L_inf + c1 / T``, what the first order says that `kd` is.
+        predicted: ``L_inf + c1 / T``, the first-order prediction of ``kd``.
         remainder: ``kd - L_inf``.
-        distance: ``|kd - L_inf| / L_inf``; None where the limit is 0.
-        cosine_limit: Between the gradients of KD and of its limit, all rows taken as one vector; None where
+        distance: ``|kd - L_inf| / L_inf``; None if the limit is 0.
+        cosine_limit: Cosine of the gradients of KD and of its limit, all rows taken as one vector; None if
             one of them is 0.
-        cosine_matching: As `cosine_limit`, with the gradient of logit matching.
-        gradient_sum: Largest sum over the classes of a row's gradient, as a share of its absolute sum: 0 but
-            for rounding.
+        cosine_matching: Cosine of the gradients of KD and of logit matching, likewise.
+        gradient_sum: Largest absolute sum over the classes of a row's gradient, as a share of the sum of its
+            absolute values: 0 up to rounding.
     """
 
     temperature: float
@@ -64,16 +64,17 @@ class Limits:
     """KD and logit matching of one student and teacher; means over the rows.
 
     Attributes:
-        rows: How many.
+        rows: Number of rows.
         matching: ``L_LM``, half the mean squared difference of the logits.
-        regularization: ``R``, at most 0: a penalty of logit matching that KD does not have.
+        regularization: ``R``, at most 0: removes the penalty of logit matching on different means.
         limit: ``L_inf = matching + regularization``.
-        c1: Of the first order, ``(kd - limit) * T`` for large T.
+        c1: First-order coefficient: ``(kd - limit) * T`` tends to it as T grows.
         mean_gap: Mean over the rows of ``<s> - <t>``.
-        mean_gap_deviation: Its standard deviation over the rows; a constant gap could be taken out of a head.
-        matching_gradient_sum: As `AtTemperature.gradient_sum`, of logit matching: 0 only without a gap.
-        chosen: At the temperature that was asked about.
-        sweep: At the temperatures to compare it with, in order.
+        mean_gap_deviation: Standard deviation of the gap over the rows; a constant gap can be removed from a
+            head by `luce.models.center_head_`.
+        matching_gradient_sum: `AtTemperature.gradient_sum` of logit matching: 0 only without a gap.
+        chosen: KD at the chosen temperature.
+        sweep: KD at the temperatures to compare with, in ascending order.
     """
 
     rows: int
@@ -89,14 +90,14 @@ class Limits:
 
     @property
     def verdict(self) -> str:
-        """How far the chosen temperature is from the limit, in a sentence."""
+        """The distance of the chosen temperature from the limit, in a sentence."""
         at = self.chosen
         if at.distance is None or at.cosine_limit is None:
-            return "Student and teacher agree up to a constant: KD is 0 at every temperature."
+            return "The logits of student and teacher agree up to a constant: KD is 0 at every temperature."
         return (
-            f"At T = {at.temperature:g} KD is {100 * at.distance:.1f}% away from its limit at infinite "
-            f"temperature; the cosine of their gradients is {at.cosine_limit:.4f}. Where these are near 0% "
-            "and 1, a higher temperature changes nothing but rounding."
+            f"At T = {at.temperature:g} KD differs by {100 * at.distance:.1f}% from its limit at infinite "
+            f"temperature; the cosine of their gradients is {at.cosine_limit:.4f}. Close to 0% and 1, a "
+            "higher temperature changes nothing but rounding."
         )
 
 
@@ -107,30 +108,30 @@ def limits(
     temperature: float = 4.0,
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> Limits:
-    """Compare KD with logit matching over temperatures; everything in float64.
+    """Compare KD with logit matching over temperatures, in float64.
 
     Args:
-        student_logits: Finite, ``(N, C)``.
+        student_logits: Finite unnormalised log-scores, ``(N, C)``.
         teacher_logits: Same shape.
-        temperature: The one to judge. Positive, no unit.
-        temperatures: To compare it with.
+        temperature: The chosen temperature. Positive, no unit.
+        temperatures: Temperatures to compare it with.
     Raises:
-        ValueError: On wrong shapes, logits that are not finite, or a temperature that is not positive.
-        TypeError: On a wrong dtype.
+        ValueError: If shapes differ, a logit is not finite, or a temperature is not positive.
+        TypeError: If a dtype is wrong.
     Example:
         >>> student_logits = torch.tensor([[2.0, -0.5, 0.5, 1.0]])
         >>> found = limits(student_logits, torch.tensor([[4.0, 1.0, -1.0, 2.0]]), temperature=100.0)
         >>> found.limit, found.matching, found.regularization
         (0.90625, 1.1875, -0.28125)
         >>> found.verdict.partition(";")[0]
-        'At T = 100 KD is 0.8% away from its limit at infinite temperature'
+        'At T = 100 KD differs by 0.8% from its limit at infinite temperature'
 
     References:
-        As in `luce.analysis.limits`' module.
+        See the module's docstring.
     """
-    finite_logits("student_logits", student_logits)
-    finite_logits("teacher_logits", teacher_logits)
-    check_twin("teacher_logits", teacher_logits, "student_logits", student_logits)
+    check_finite("student_logits", student_logits)
+    check_finite("teacher_logits", teacher_logits)
+    check_same_shape("teacher_logits", teacher_logits, "student_logits", student_logits)
     for value in (temperature, *temperatures):
         check_temperature(value)
     s, t = student_logits.detach().double(), teacher_logits.detach().double()
@@ -141,7 +142,8 @@ def limits(
     )
     apart = a - b
     if apart.abs().max() <= 1e-12 * (s.abs().max() + t.abs().max()):
-        apart = torch.zeros_like(apart)  # all that is left of a common offset is rounding
+        # A common offset of the logits leaves rounding noise, and a cosine with noise means nothing.
+        apart = torch.zeros_like(apart)
     limit, limit_gradient = 0.5 * apart.square().mean().item(), apart / s.shape[-1]
     c1 = (a**3 / 6 + b**3 / 3 - a * b**2 / 2).mean().item()
     rows = len(s)

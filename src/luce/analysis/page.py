@@ -1,4 +1,4 @@
-"""A diagnosis for people: a table, sentences and a page; and for programs: plain values."""
+"""The report of a diagnosis: sentences, a table, a page and plain values."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ REFERENCES = {"label_smoothing": "label smoothing", "class_mean": "class_mean", 
 
 @dataclass(frozen=True)
 class DiagnosisReport:
-    """Everything that is known of a teacher on some data.
+    """The figures of a teacher on one data set.
 
     Attributes:
-        teacher: Its name.
-        data: Its name.
-        classes: Their names.
-        student: What the teacher is to pull at, in words.
-        train: On the rows to learn from, with a student.
-        held_out: On rows it was not trained on, with the same student; None if there are none.
-        held_out_rows: Which rows these are, in words.
-        sweep: On rows to learn from, at other temperatures.
-        limits: Student and teacher between KD and logit matching, on rows to learn from.
-        suggested_temperature: `luce.suggest_temperature` of the rows to learn from.
-        reliability: Of the teacher at temperature 1, by split.
-        command: That makes the report again.
-        facts: Further lines for the end of the page.
+        teacher: Name of the teacher.
+        data: Name of the data.
+        classes: Class names.
+        student: Description of the student.
+        train: Diagnosis on the training rows, with the student.
+        held_out: Diagnosis on rows that the teacher was not trained on, with the same student; None without.
+        held_out_rows: Description of the held-out rows.
+        sweep: Diagnoses on training rows at other temperatures.
+        limits: KD and logit matching of student and teacher, on training rows.
+        suggested_temperature: `luce.suggest_temperature` on the training rows.
+        reliability: Reliability of the teacher at temperature 1, by split.
+        command: Reproduces the report.
+        facts: Further names and values for the end of the page.
     """
 
     teacher: str
@@ -65,9 +65,9 @@ class DiagnosisReport:
 
     @property
     def columns(self) -> dict[str, Knowledge]:
-        """The teacher on each split, and the reference teachers on the training rows."""
-        return {name: found.teacher for name, found in self.splits.items()} | {
-            REFERENCES[name]: found for name, found in self.train.references.items()
+        """The teacher on each split and the reference teachers on the training rows, by column name."""
+        return {name: split.teacher for name, split in self.splits.items()} | {
+            REFERENCES[name]: knowledge for name, knowledge in self.train.references.items()
         }
 
     @property
@@ -76,63 +76,65 @@ class DiagnosisReport:
 
 
 def answers(report: DiagnosisReport) -> list[str]:
-    """What the figures say, a sentence each."""
+    """Return the result in sentences."""
     teacher, shares = report.train.teacher, report.train.teacher.terms.shares
-    said = [
-        f"Of what the teacher says beyond the labels of {teacher.rows:,} training rows at temperature "
-        f"{report.train.temperature:g}, {number(shares['universe'])}% is the same smoothing everywhere, "
-        f"{number(shares['class_difficulty'] + shares['class_relations'])}% is about classes and "
-        f"{number(shares['instance_confidence'] + shares['instance_relations'])}% about single rows."
+    sentences = [
+        f"The teacher's departure from the labels of {teacher.rows:,} training rows at temperature "
+        f"{report.train.temperature:g} consists of {number(shares['universe'])}% smoothing that is the same "
+        f"for all rows, {number(shares['class_difficulty'] + shares['class_relations'])}% knowledge of "
+        f"classes and {number(shares['instance_confidence'] + shares['instance_relations'])}% knowledge of "
+        "single rows."
     ]
     if report.held_out is not None:
         other = report.held_out.teacher
-        said.append(
-            f"It leaves {number(teacher.missing)}% to wrong classes on training rows and "
-            f"{number(other.missing)}% on held-out rows, and is right on {number(teacher.accuracy)}% and "
-            f"{number(other.accuracy)}%: the gap shows how much it knows by heart."
+        sentences.append(
+            f"The teacher gives {number(teacher.missing)}% of its probability to wrong classes on training "
+            f"rows and {number(other.missing)}% on held-out rows; its accuracy is "
+            f"{number(teacher.accuracy)}% and {number(other.accuracy)}%. The gap shows how much it has "
+            "memorised."
         )
-    said.append(report.limits.verdict)
-    said.append(
-        f"Suggested teacher temperature for PLD: {report.suggested_temperature:.3g}; there its first choice "
-        "has a probability of 0.9 on average over the training rows. In our study no such rule was "
-        "best everywhere (benchmarks/results/temperature); 1 and 2 are worth a try beside it."
+    sentences.append(report.limits.verdict)
+    sentences.append(
+        f"Suggested teacher temperature for PLD: {report.suggested_temperature:.3g}; at this temperature the "
+        "mean probability of the predicted class over the training rows is 0.9. In our study no such rule "
+        "was best on all data sets (benchmarks/results/temperature): try 1 and 2 as well."
     )
-    return said
+    return sentences
 
 
 # The table --------------------------------------------------------------------------------------------------
 
 
 def table(report: DiagnosisReport) -> Table:
-    """Teacher and reference teachers side by side."""
+    """Return the figures of the teacher and the reference teachers, a column each."""
     columns = report.columns
     return Table(
         headers=("", *columns),
         sections=(
             Section("Departure from the labels", _rows(columns, _departure)),
             Section("Strength of each level", _rows(columns, _strength)),
-            Section(f"Pull on {report.student}", _rows(columns, lambda found: _pull(found.pull))),
+            Section(f"Gradient of {report.student}", _rows(columns, lambda column: _pull(column.pull))),
         ),
         note=(
-            "The five terms are parts of E||rho - e_y||², the squared distance of the teacher's "
-            "probabilities from the labels, and add up to it. Relations count in nats how far the "
-            "spread over the wrong classes is from an even one, of at most log(C - 1) = "
-            f"{math.log(report.train.teacher.classes - 1):.2f}. A row's weight is the factor by which the "
-            "teacher changes the cross-entropy's pull on its label; norms are means over the rows, cosines "
-            "are with the gradient of cross-entropy. The last three columns are made-up teachers on the "
-            "training rows: the same smoothing for all; the class mean for every row of a class; the "
-            "teacher's own probability of the label with an even rest."
+            "The five terms sum to E||rho - e_y||², the mean squared distance of the teacher's probabilities "
+            "from the labels. Relations are KL divergences in nats of the distribution over wrong classes "
+            f"from an even one, at most log(C - 1) = {math.log(report.train.teacher.classes - 1):.2f}. A "
+            "row's weight is the factor by which the teacher changes the gradient of cross-entropy at the "
+            "label; norms are means over the rows; cosines are with the gradient of cross-entropy. The last "
+            "three columns are synthetic teachers on the training rows: label smoothing with one strength "
+            "for all rows; the class mean for every row of a class; the teacher's probability of the label "
+            "with an even rest."
         ),
     )
 
 
 def _rows(columns: Mapping[str, Knowledge], figures: Any) -> tuple[tuple[str, ...], ...]:
-    found = [figures(column) for column in columns.values()]
-    return tuple((name, *(column[name] for column in found)) for name in found[0])
+    cells = [figures(column) for column in columns.values()]
+    return tuple((name, *(column[name] for column in cells)) for name in cells[0])
 
 
-def _departure(found: Knowledge) -> dict[str, str]:
-    shares = found.terms.shares
+def _departure(knowledge: Knowledge) -> dict[str, str]:
+    shares = knowledge.terms.shares
     names = {
         "universe": "smoothing (universe) %",
         "class_difficulty": "class difficulty %",
@@ -140,19 +142,21 @@ def _departure(found: Knowledge) -> dict[str, str]:
         "instance_confidence": "instance confidence %",
         "instance_relations": "instance relations %",
     }
-    return {"in all": f"{found.departure:.4f}"} | {text: number(shares[name]) for name, text in names.items()}
+    return {"total": f"{knowledge.departure:.4f}"} | {
+        text: number(shares[name]) for name, text in names.items()
+    }
 
 
-def _strength(found: Knowledge) -> dict[str, str]:
+def _strength(knowledge: Knowledge) -> dict[str, str]:
     return {
-        "smoothing strength": f"{found.smoothing:.4f}",
-        "entropy, of log C %": number(found.entropy),
-        "class relations, nats": f"{found.class_relation_nats:.3f}",
-        "instance relations, nats": f"{found.instance_relation_nats:.3f}",
-        "weight deviation": f"{found.fresh_weight_spread:.4f}",
-        "left to wrong classes %": number(found.missing),
-        "accuracy %": number(found.accuracy),
-        "top probability %": number(found.top_probability),
+        "smoothing strength": f"{knowledge.smoothing:.4f}",
+        "entropy, % of log C": number(knowledge.entropy),
+        "class relations, nats": f"{knowledge.class_relation_nats:.3f}",
+        "instance relations, nats": f"{knowledge.instance_relation_nats:.3f}",
+        "weight deviation": f"{knowledge.fresh_weight_spread:.4f}",
+        "wrong classes %": number(knowledge.missing),
+        "accuracy %": number(knowledge.accuracy),
+        "top probability %": number(knowledge.top_probability),
     }
 
 
@@ -165,7 +169,7 @@ def _pull(pull: Pull | None) -> dict[str, str]:
         "weight, 95th percentile": _figure(high),
         "negative weights %": number(pull.negative),
         f"rows at the floor {pull.floor:g}": f"{pull.floored}",
-        "confidence ~ student's loss": _figure(pull.correlation),
+        "correlation with student loss": _figure(pull.correlation),
         **{f"norm, {name.replace('_', '-')}": _figure(norm) for name, norm in pull.norms.items()},
         **{f"cosine, {name}": _figure(cosine) for name, cosine in pull.cosines.items()},
     }
@@ -207,14 +211,16 @@ def write_html(report: DiagnosisReport, path: Path) -> Path:
 def _galleries(report: DiagnosisReport) -> list[Gallery]:
     train = report.train
     pulls = {"teacher": train.teacher.pull} | {
-        REFERENCES[name]: found.pull for name, found in train.references.items() if name == "label_smoothing"
+        REFERENCES[name]: knowledge.pull
+        for name, knowledge in train.references.items()
+        if name == "label_smoothing"
     }
     calibration = [
         draw(
             f"reliability-{index}",
             name,
             f"Reliability on {name} rows: "
-            + ", ".join(f"{number(b.confidence)}% sure, {number(b.accuracy)}% right" for b in bins),
+            + ", ".join(f"confidence {number(b.confidence)}%, accuracy {number(b.accuracy)}%" for b in bins),
             (2.3, 2.2),
             partial(paint_reliability, bins=bins, colour=(BLUE, OTHERS[0])[index]),
         )
@@ -222,45 +228,40 @@ def _galleries(report: DiagnosisReport) -> list[Gallery]:
     ]
     return [
         Gallery(
-            "What it says beyond the labels",
-            "Shares of the squared distance between the teacher's probabilities and the labels, which stands "
-            "on the right. Grey is what label smoothing gives for free; warm colours tell of classes: how "
-            "hard each is, and what it resembles; blue ones of single rows: how hard this one is, and what "
-            "it resembles. The lower bars are made-up teachers that each know less, to compare with.",
+            "Knowledge beyond the labels",
+            "Shares of the squared distance between the teacher's probabilities and the labels; the distance "
+            "is on the right. Grey is the share that label smoothing has as well. Warm colours are knowledge "
+            "of classes: how hard each class is and which classes it resembles. Blue colours are knowledge "
+            "of single rows: how hard the row is and which classes it resembles. The lower bars are "
+            "synthetic reference teachers with less knowledge.",
             [plots.shares(report.columns)],
             wide=True,
         ),
         Gallery(
-            "What each class resembles",
-            "Of what the teacher leaves to wrong classes on the rows of a class, the part that each of them "
-            "gets, in percent. An even spread would be "
-            f"{number(1 / (train.teacher.classes - 1))}% everywhere. "
-            f"Strongest: {strongest(report)}."
-            + (
-                " Classes stand in an order that keeps relatives together."
-                if len(report.classes) > plots.MOST_NAMES
-                else ""
-            ),
+            "Class relations",
+            "Distribution of the probability on wrong classes, by label, in percent. An even spread would be "
+            f"{number(1 / (train.teacher.classes - 1))}% in each cell. Strongest: {strongest(report)}."
+            + (" Classes are ordered by similarity." if len(report.classes) > plots.MOST_NAMES else ""),
             [
-                plots.relations(f"relations-{index}", f"{name} rows", found.teacher, report.classes)
-                for index, (name, found) in enumerate(report.splits.items())
+                plots.relations(f"relations-{index}", f"{name} rows", split.teacher, report.classes)
+                for index, (name, split) in enumerate(report.splits.items())
             ],
         ),
         Gallery(
             "Calibration at temperature 1",
-            "How often it is right when it is that sure; larger dots hold more rows. On the dashed line "
-            "confidence is earned, below it the teacher is too sure.",
+            "Accuracy against confidence; larger dots hold more rows. On the dashed line confidence equals "
+            "accuracy; below it the teacher is overconfident.",
             calibration,
             small=True,
         ),
         Gallery(
-            "What it does to a student",
-            "The probability of the label over the rows: a teacher that knows its training rows by heart is "
-            "equally sure of all of them, and has nothing to say about which are hard. The factor by which "
-            f"it changes the cross-entropy's pull on each row's label, for {report.student}: beside it, "
-            "label smoothing of the same strength, whose weights vary with the student alone; below zero the "
-            "label is pushed down, and the outermost bars hold all that lies further out. Last, the length "
-            "of the gradient's parts and their cosine with cross-entropy's.",
+            "Effect on a student",
+            "First, the probability of the label over the rows: a teacher that has memorised its training "
+            "rows is equally confident on all of them and cannot tell which are hard. Second, the weight of "
+            "each row, the factor by which the teacher changes the gradient of cross-entropy at the label, "
+            f"for {report.student}, compared with label smoothing of the same strength. A weight below zero "
+            "lowers the label's logit; the outermost bars include all values beyond them. Third, the norms "
+            "of the gradient's parts and their cosines with the gradient of cross-entropy.",
             [
                 plots.confidence(report.splits),
                 plots.weights({name: pull for name, pull in pulls.items() if pull is not None}),
@@ -268,24 +269,24 @@ def _galleries(report: DiagnosisReport) -> list[Gallery]:
             ],
         ),
         Gallery(
-            "Over temperatures",
-            "Left, the shares as above; the colours are those of the first plot. Right, how strong each "
-            "level is: what is left to wrong classes, how uneven its spread is (relations, of the most they "
-            "could be), and how far the weights of rows deviate. The dashed line is the chosen temperature.",
+            "Knowledge over temperatures",
+            "First, the shares of the terms, in the colours of the first plot. Second, the strength of each "
+            "level: the probability on wrong classes, relations as a share of their maximum, and the "
+            "standard deviation of the row weights. The dashed line is the chosen temperature.",
             plots.over_temperatures(report.sweep, train.temperature),
         ),
         Gallery(
             "Between KD and logit matching",
             "As the temperature grows, T² KL tends to half the variance over the classes of the difference "
-            "of the logits (limit): logit matching, but for its wish that the mean logits be equal. "
-            f"{report.limits.verdict}",
+            "between the logits (the limit), which is logit matching without its penalty on different mean "
+            f"logits. {report.limits.verdict}",
             plots.limit(report.limits),
         ),
     ]
 
 
 def strongest(report: DiagnosisReport, count: int = 5) -> str:
-    """The closest pairs of classes, in words."""
+    """Return the strongest class relations as text."""
     pairs = plots.strongest(report.train.teacher, report.classes, count)
     return ", ".join(f"{one} as {other} {number(share)}%" for one, other, share in pairs) or "none"
 
@@ -294,7 +295,7 @@ def strongest(report: DiagnosisReport, count: int = 5) -> str:
 
 
 def as_json(report: DiagnosisReport) -> dict[str, Any]:
-    """Everything as plain values; figures of six digits, what is not a number None."""
+    """Return all figures as plain values for JSON, with six digits; NaN and infinities become None."""
     content = {
         "teacher": report.teacher,
         "data": report.data,
@@ -310,7 +311,7 @@ def as_json(report: DiagnosisReport) -> dict[str, Any]:
         if report.held_out is None
         else {"which": report.held_out_rows, **_diagnosis(report.held_out)},
         "over_temperatures": [
-            {"temperature": found.temperature, **_knowledge(found.teacher)} for found in report.sweep
+            {"temperature": point.temperature, **_knowledge(point.teacher)} for point in report.sweep
         ],
         "limits": {**asdict(report.limits), "verdict": report.limits.verdict},
         "reliability": {name: [asdict(b) for b in bins] for name, bins in report.reliability.items()},
@@ -319,28 +320,28 @@ def as_json(report: DiagnosisReport) -> dict[str, Any]:
     return _plain(content)
 
 
-def _diagnosis(found: Diagnosis) -> dict[str, Any]:
-    teacher = found.teacher
+def _diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
+    teacher = diagnosis.teacher
     return {
-        "unlabelled": found.unlabelled,
+        "unlabelled": diagnosis.unlabelled,
         "teacher": {
             **_knowledge(teacher),
             "class_rows": teacher.class_rows.tolist(),
             "relation_divergence": teacher.relation_divergence.tolist(),
             "relations": teacher.relations.tolist(),
         },
-        "references": {name: _knowledge(reference) for name, reference in found.references.items()},
+        "references": {name: _knowledge(reference) for name, reference in diagnosis.references.items()},
     }
 
 
-def _knowledge(found: Knowledge) -> dict[str, Any]:
+def _knowledge(knowledge: Knowledge) -> dict[str, Any]:
     names = ("rows", "departure", "smoothing", "missing", "entropy", "accuracy", "top_probability")
     more = ("class_relation_nats", "instance_relation_nats", "relation_share", "fresh_weight_spread")
     return {
-        **{name: getattr(found, name) for name in names + more},
-        "terms": found.terms.as_dict(),
-        "shares": found.terms.shares,
-        "pull": None if found.pull is None else _pull_values(found.pull),
+        **{name: getattr(knowledge, name) for name in names + more},
+        "terms": knowledge.terms.as_dict(),
+        "shares": knowledge.terms.shares,
+        "pull": None if knowledge.pull is None else _pull_values(knowledge.pull),
     }
 
 

@@ -1,4 +1,4 @@
-"""The plots of a diagnosis, one panel each."""
+"""The plots of a diagnosis, one per panel."""
 
 from __future__ import annotations
 
@@ -26,55 +26,58 @@ TERMS = {
     "instance_confidence": ("instance confidence", OTHERS[4]),
     "instance_relations": ("instance relations", BLUE),
 }
-"""What each term is called and its colour: grey, the universe; warm, classes; blue, rows."""
+"""Label and colour of each term: grey for the universe, warm colours for classes, blue ones for rows."""
 LIGHT = (OTHERS[3], OTHERS[4])
-"""Colours that white figures cannot be read on."""
+"""Colours too light for white text."""
 MOST_NAMES = 30
-"""Classes whose names fit beside a heat map."""
+"""Largest number of classes whose names fit next to a heat map."""
 MOST_CELLS = 12
-"""Classes whose figures fit into its cells."""
+"""Largest number of classes whose figures fit into the cells."""
 
 
 def shares(columns: Mapping[str, Knowledge]) -> Plot:
-    """The five terms as shares of each teacher's departure from the labels."""
-    told = "; ".join(
-        f"{name}: " + ", ".join(f"{TERMS[term][0]} {share:.0%}" for term, share in found.terms.shares.items())
-        for name, found in columns.items()
+    """Plot the five terms as shares of each teacher's departure from the labels."""
+    values = "; ".join(
+        f"{name}: "
+        + ", ".join(f"{TERMS[term][0]} {share:.0%}" for term, share in knowledge.terms.shares.items())
+        for name, knowledge in columns.items()
     )
     size = (2 * WIDE, 1.3 + 0.36 * len(columns))
-    return draw("shares", "", f"Shares of the terms. {told}.", size, partial(_paint_shares, columns=columns))
+    return draw(
+        "shares", "", f"Shares of the terms. {values}.", size, partial(_paint_shares, columns=columns)
+    )
 
 
 def _paint_shares(figure: Figure, *, columns: Mapping[str, Knowledge]) -> None:
     axes = figure.subplots()
-    for row, found in enumerate(columns.values()):
+    for row, knowledge in enumerate(columns.values()):
         left = 0.0
-        for term, share in found.terms.shares.items():
+        for term, share in knowledge.terms.shares.items():
             label = TERMS[term][0] if row == 0 else None
             axes.barh(row, share, left=left, height=0.62, color=TERMS[term][1], label=label)
             if share >= 0.05:
                 colour = INK if TERMS[term][1] in LIGHT else "white"
                 axes.text(left + share / 2, row, f"{share:.0%}", color=colour, ha="center", va="center")
             left += share
-        axes.text(1.01, row, f"{found.departure:.2g}", va="center", color=INK)
-    axes.text(1.01, -0.75, "in all", va="center", color=INK)
+        axes.text(1.01, row, f"{knowledge.departure:.2g}", va="center", color=INK)
+    axes.text(1.01, -0.75, "total", va="center", color=INK)
     name_rows(axes, columns)
     axes.set(xlim=(0, 1), xticks=[])
     axes.spines[["left", "bottom"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
 
 
-def relations(name: str, title: str, found: Knowledge, classes: Sequence[str]) -> Plot:
-    """The matrix R as a heat map; many classes are put in an order that keeps relatives together."""
-    pairs = ", ".join(f"{a} as {b} {share:.0%}" for a, b, share in strongest(found, classes, 5))
+def relations(name: str, title: str, knowledge: Knowledge, classes: Sequence[str]) -> Plot:
+    """Plot the matrix R as a heat map; more than `MOST_NAMES` classes are ordered by clustering."""
+    pairs = ", ".join(f"{a} as {b} {share:.0%}" for a, b, share in strongest(knowledge, classes, 5))
     side = WIDE if len(classes) <= MOST_NAMES else 1.4 * WIDE
-    paint = partial(_paint_relations, relations=found.relations, classes=classes)
+    paint = partial(_paint_relations, relations=knowledge.relations, classes=classes)
     return draw(name, title, f"Class relations. Strongest: {pairs}.", (side, 0.92 * side), paint)
 
 
-def strongest(found: Knowledge, classes: Sequence[str], count: int) -> list[tuple[str, str, float]]:
-    """The pairs of a class and the wrong class that gets most of what is left over, the largest first."""
-    flat = found.relations.flatten()
+def strongest(knowledge: Knowledge, classes: Sequence[str], count: int) -> list[tuple[str, str, float]]:
+    """Return the largest relations as ``(class, wrong class, share)``, in descending order."""
+    flat = knowledge.relations.flatten()
     top = flat.topk(min(count, flat.numel()))
     size = len(classes)
     return [
@@ -89,7 +92,7 @@ def _paint_relations(figure: Figure, *, relations: Tensor, classes: Sequence[str
 
     values, names = relations.cpu().numpy(), list(classes)
     if len(names) > MOST_NAMES:
-        order = _relatives_together(values)
+        order = _clustered_order(values)
         values = values[np.ix_(order, order)]
     axes = figure.subplots()
     image = axes.imshow(values, cmap="Blues", vmin=0, vmax=values.max() or 1, aspect="auto")
@@ -112,10 +115,10 @@ def _paint_relations(figure: Figure, *, relations: Tensor, classes: Sequence[str
             share = values[row, column]
             colour = "white" if share > 0.6 * values.max() else INK
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=7)
-    axes.set(xlabel="gets this part of what is left over", ylabel="rows of class")
+    axes.set(xlabel="wrong class, its share in %", ylabel="label of the row")
 
 
-def _relatives_together(relations: np.ndarray) -> np.ndarray:
+def _clustered_order(relations: np.ndarray) -> np.ndarray:
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
@@ -126,20 +129,20 @@ def _relatives_together(relations: np.ndarray) -> np.ndarray:
 
 
 def confidence(splits: Mapping[str, Diagnosis]) -> Plot:
-    """How much probability the label gets, over the rows."""
-    values = {name: found.teacher.label_probabilities for name, found in splits.items()}
-    told = ", ".join(f"{name} {found.teacher.missing:.1%}" for name, found in splits.items())
-    alt = f"Histogram of the label's probability; left to other classes on average: {told}."
+    """Plot the distribution of the label's probability over the rows."""
+    values = {name: split.teacher.label_probabilities for name, split in splits.items()}
+    means = ", ".join(f"{name} {split.teacher.missing:.1%}" for name, split in splits.items())
+    alt = f"Histogram of the label's probability; mean probability of wrong classes: {means}."
     paint = partial(_paint_histogram, values=values, low=0.0, high=1.0, label="probability of the label")
     return draw("confidence", "Confidence", alt, (WIDE, 2.6), paint)
 
 
 def weights(columns: Mapping[str, Pull]) -> Plot:
-    """How the gradient weights are spread over the rows."""
-    every = np.concatenate([pull.weights.cpu().numpy() for pull in columns.values()])
-    low, high = np.quantile(every, [0.005, 0.995])
+    """Plot the distribution of the gradient weights over the rows."""
+    all_weights = np.concatenate([pull.weights.cpu().numpy() for pull in columns.values()])
+    low, high = np.quantile(all_weights, [0.005, 0.995])
     margin = 0.05 * (high - low) or 0.05
-    told = ", ".join(
+    means = ", ".join(
         f"{name} mean {pull.weights.mean():.3f}, {pull.negative:.1%} negative"
         for name, pull in columns.items()
     )
@@ -147,7 +150,7 @@ def weights(columns: Mapping[str, Pull]) -> Plot:
     paint = partial(
         _paint_histogram, values=values, low=low - margin, high=high + margin, label="weight of the row"
     )
-    return draw("weights", "Gradient weights", f"Histogram of the weights: {told}.", (WIDE, 2.6), paint)
+    return draw("weights", "Gradient weights", f"Histogram of the weights: {means}.", (WIDE, 2.6), paint)
 
 
 def _paint_histogram(
@@ -155,8 +158,8 @@ def _paint_histogram(
 ) -> None:
     axes = figure.subplots()
     edges = np.linspace(low, high, 41)
-    for (name, found), colour in zip(values.items(), (BLUE, OTHERS[0], GREY), strict=False):
-        inside = np.clip(found.cpu().numpy(), low, high)
+    for (name, numbers), colour in zip(values.items(), (BLUE, OTHERS[0], GREY), strict=False):
+        inside = np.clip(numbers.cpu().numpy(), low, high)
         counts, _ = np.histogram(inside, edges)
         share = 100 * counts / len(inside)
         axes.stairs(share, edges, color=colour, fill=True, alpha=0.2)
@@ -170,11 +173,11 @@ def _paint_histogram(
 
 
 def gradients(pull: Pull) -> Plot:
-    """How long each part of the gradient is, and whether it points where cross-entropy points."""
-    told = ", ".join(f"{name} {norm:.3f}" for name, norm in pull.norms.items())
+    """Plot the norm of each part of the gradient and its cosine with the gradient of cross-entropy."""
+    norms = ", ".join(f"{name} {norm:.3f}" for name, norm in pull.norms.items())
     size = (WIDE, 2.6)
     return draw(
-        "gradients", "Gradient by part", f"Mean norms: {told}.", size, partial(_paint_gradients, pull=pull)
+        "gradients", "Gradient by part", f"Mean norms: {norms}.", size, partial(_paint_gradients, pull=pull)
     )
 
 
@@ -193,21 +196,21 @@ def _paint_gradients(figure: Figure, *, pull: Pull) -> None:
 
 
 def over_temperatures(sweep: Sequence[Diagnosis], chosen: float) -> list[Plot]:
-    """The shares of the terms, and what is left of the teacher's knowledge, as the temperature rises."""
-    told = "; ".join(
-        f"T = {found.temperature:g}: universe {found.teacher.terms.shares['universe']:.0%}" for found in sweep
+    """Plot the shares of the terms and the strength of each level over temperatures."""
+    values = "; ".join(
+        f"T = {point.temperature:g}: universe {point.teacher.terms.shares['universe']:.0%}" for point in sweep
     )
     lines = {
-        "left to wrong classes": ([found.teacher.missing for found in sweep], GREY),
-        "relations": ([found.teacher.relation_share for found in sweep], OTHERS[0]),
-        "weights": ([found.teacher.fresh_weight_spread for found in sweep], BLUE),
+        "wrong classes": ([point.teacher.missing for point in sweep], GREY),
+        "relations": ([point.teacher.relation_share for point in sweep], OTHERS[0]),
+        "weights": ([point.teacher.fresh_weight_spread for point in sweep], BLUE),
     }
-    at = [found.temperature for found in sweep]
+    at = [point.temperature for point in sweep]
     return [
         draw(
             "sweep-shares",
             "Shares of the terms",
-            f"Shares of the terms over temperatures. {told}.",
+            f"Shares of the terms over temperatures. {values}.",
             (WIDE, 2.6),
             partial(_paint_sweep, sweep=sweep, chosen=chosen),
         ),
@@ -215,41 +218,41 @@ def over_temperatures(sweep: Sequence[Diagnosis], chosen: float) -> list[Plot]:
             "sweep-lines",
             "Strength of each level",
             "Over temperatures, from the first to the last: "
-            + "; ".join(f"{name} {values[0]:.3f} to {values[-1]:.3f}" for name, (values, _) in lines.items()),
+            + "; ".join(f"{name} {line[0]:.3f} to {line[-1]:.3f}" for name, (line, _) in lines.items()),
             (WIDE, 2.6),
             partial(_paint_lines, at=at, lines=lines, chosen=chosen, label="strength (no unit)"),
         ),
     ]
 
 
-def limit(found: Limits) -> list[Plot]:
-    """KD over temperatures beside logit matching and the limit, and how alike the gradients are."""
-    at = [point.temperature for point in found.sweep]
+def limit(limits: Limits) -> list[Plot]:
+    """Plot KD over temperatures with its limit and logit matching, and the cosines of their gradients."""
+    at = [point.temperature for point in limits.sweep]
     values = {
-        "KD": ([point.kd for point in found.sweep], BLUE),
-        "limit": ([found.limit] * len(at), OTHERS[1]),
-        "logit matching": ([found.matching] * len(at), OTHERS[0]),
+        "KD": ([point.kd for point in limits.sweep], BLUE),
+        "limit": ([limits.limit] * len(at), OTHERS[1]),
+        "logit matching": ([limits.matching] * len(at), OTHERS[0]),
     }
     cosines = {
-        "limit": ([_number(point.cosine_limit) for point in found.sweep], OTHERS[1]),
-        "logit matching": ([_number(point.cosine_matching) for point in found.sweep], OTHERS[0]),
+        "limit": ([_number(point.cosine_limit) for point in limits.sweep], OTHERS[1]),
+        "logit matching": ([_number(point.cosine_matching) for point in limits.sweep], OTHERS[0]),
     }
-    told = ", ".join(f"{point.kd:.3g} at T = {point.temperature:g}" for point in found.sweep)
+    losses = ", ".join(f"{point.kd:.3g} at T = {point.temperature:g}" for point in limits.sweep)
     return [
         draw(
             "limit-values",
             "The loss",
-            f"KD {told}; limit {found.limit:.3g}, logit matching {found.matching:.3g}.",
+            f"KD {losses}; limit {limits.limit:.3g}, logit matching {limits.matching:.3g}.",
             (WIDE, 2.6),
-            partial(_paint_lines, at=at, lines=values, chosen=found.chosen.temperature, label="loss (nats)"),
+            partial(_paint_lines, at=at, lines=values, chosen=limits.chosen.temperature, label="loss (nats)"),
         ),
         draw(
             "limit-cosines",
-            "The gradient's cosine with that of",
+            "Cosine of KD's gradient with that of",
             "Cosine of KD's gradient with the limit's and with logit matching's, over temperatures: "
             + ", ".join(f"{c:.3f} at T = {t:g}" for t, c in zip(at, cosines["limit"][0], strict=True)),
             (WIDE, 2.6),
-            partial(_paint_lines, at=at, lines=cosines, chosen=found.chosen.temperature, label="cosine"),
+            partial(_paint_lines, at=at, lines=cosines, chosen=limits.chosen.temperature, label="cosine"),
         ),
     ]
 
@@ -260,8 +263,8 @@ def _number(value: float | None) -> float:
 
 def _paint_sweep(figure: Figure, *, sweep: Sequence[Diagnosis], chosen: float) -> None:
     axes = figure.subplots()
-    at = [found.temperature for found in sweep]
-    heights = [[found.teacher.terms.shares[term] for found in sweep] for term in TERMS]
+    at = [point.temperature for point in sweep]
+    heights = [[point.teacher.terms.shares[term] for point in sweep] for term in TERMS]
     axes.stackplot(at, heights, colors=[colour for _, colour in TERMS.values()], linewidth=0)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -289,7 +292,7 @@ def _paint_lines(
             zorder=3 - index,
         )
     axes.set_ylabel(label)
-    figure.legend(loc="outside upper center", ncols=len(lines), frameon=False)  # no line runs through it
+    figure.legend(loc="outside upper center", ncols=len(lines), frameon=False)  # inside, lines would cross it
     _temperature_axis(axes, at, chosen, INK)
 
 
