@@ -136,7 +136,7 @@ def test_files_that_are_there_are_replaced(teacher: Path, luce, place: Path) -> 
         (["runs/teacher", "sklearn:iris", "--out", "file"], "expected a folder that can be written to"),
         (["python:toy.nan", "sklearn:iris"], "got NaN"),
         (["python:toy.five", "sklearn:iris"], "logits of shape (1, 5)"),
-        (["python:toy.one", "python:toy.one_class"], "at least 2 classes, got"),
+        (["python:toy.one", "python:toy.one_class"], "at least 1 row and 2 classes, got"),
         (["runs/teacher", "python:toy.unlabelled"], "got -1 .. -1"),
     ],
 )  # fmt: skip
