@@ -196,9 +196,8 @@ def test_rows_without_a_label_or_unknown_count_for_nothing() -> None:
     index = torch.cat([INDEX[at], torch.tensor([500])])
     with_more = one([student], [teacher], target=torch.tensor([2, 0, UNLABELLED, 2]), index=index)
     assert_close(with_more, call(other, student[:2], teacher[:2], [0, 1]))
-    assert all(
-        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    )
+    # Close, not equal: matrix products of four rows and of two round differently on processors with AVX-512.
+    assert_close(one.state_dict(), other.state_dict())
 
 
 def test_a_batch_without_any_label_is_worth_nothing_and_settles_nothing() -> None:

@@ -262,7 +262,9 @@ def test_a_server_that_ends_in_the_middle_is_asked_about_nothing_twice(
                 "cache": str(tmp_path / f"{cache}.sqlite"),
                 "budget": 90,
             }
-            given |= {"batch_size": 8, "concurrency": 2}
+            # One request at a time: the server merges requests that come together, and on processors with
+            # AVX-512 a row's logits differ in their last bits with the size of the batch.
+            given |= {"batch_size": 16, "concurrency": 1}
             made.teacher = parse(Recipe, {"teacher": given}).teacher
             return made
 

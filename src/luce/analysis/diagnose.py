@@ -168,7 +168,8 @@ def _missing(rho: Tensor, labels: Tensor) -> Tensor:
 
     Subtracting from 1 would cancel to 0 where the teacher is confident.
     """
-    return rho.scatter(1, labels[:, None], 0.0).sum(-1)
+    # Rounding can carry the sum past 1, and `_even` would then give the label a negative probability.
+    return rho.scatter(1, labels[:, None], 0.0).sum(-1).clamp(max=1.0)
 
 
 def _even(missing: Tensor, labels: Tensor, classes: int) -> Tensor:
