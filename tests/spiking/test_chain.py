@@ -84,7 +84,7 @@ class Pair(nn.Module):
 LAST = nn.Linear(4, 2)
 REFUSED = {
     "max pooling": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), nn.ReLU()), "`1` is MaxPool2d"),
-    "another activation": (nn.Sequential(nn.Linear(4, 4), nn.GELU(), LAST), "`1` is GELU, and a rate"),
+    "another activation": (nn.Sequential(nn.Linear(4, 4), nn.GELU(), LAST), "`1` is GELU, and the rate"),
     "a residual block": (
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Residual(), LAST),
         "`2` joins several paths",
@@ -92,16 +92,16 @@ REFUSED = {
     "layer norm": (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(), LAST), "`1` is LayerNorm"),
     "norm behind the activation": (
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4), LAST),
-        "`2` is BatchNorm1d that does not follow its layer",
+        "`2` is BatchNorm1d that does not directly follow a layer",
     ),
     "norm behind a pooling": (
         nn.Sequential(nn.Conv2d(2, 4, 3), nn.AvgPool2d(2), nn.BatchNorm2d(4), nn.ReLU(), LAST),
-        "`2` is BatchNorm2d that does not follow its layer",
+        "`2` is BatchNorm2d that does not directly follow a layer",
     ),
     "two layers in a row": (nn.Sequential(nn.Linear(4, 4), LAST), "`1` follows `0` without a ReLU"),
     "an activation at the end": (
         nn.Sequential(LAST, nn.ReLU()),
-        "no layer with weights behind its last ReLU",
+        "no layer with weights after its last ReLU",
     ),
     "two activations in a row": (
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.ReLU(), LAST),
@@ -111,21 +111,21 @@ REFUSED = {
         nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.ReLU(), LAST),
         "`1` stands between a layer and its ReLU",
     ),
-    "a forward pass that branches": (nn.Sequential(nn.Linear(4, 4), Branch(), LAST), "cannot be followed"),
-    "no tensor": (nn.Sequential(LAST, Pair()), "something else than the output of its last layer"),
+    "a forward pass that branches": (nn.Sequential(nn.Linear(4, 4), Branch(), LAST), "cannot be traced"),
+    "no tensor": (nn.Sequential(LAST, Pair()), "does not return the output of its last layer"),
     "no activation": (nn.Sequential(nn.Flatten(), LAST), "it has no ReLU"),
-    "an output that nobody reads": (Forgotten(), "`head` branches off"),
+    "an output that is not read": (Forgotten(), "`head` starts a branch"),
     "statistics of the batch": (
         nn.Sequential(LAST, nn.BatchNorm1d(2, track_running_stats=False), nn.ReLU(), nn.Linear(2, 2)),
-        "`1` is BatchNorm1d of each batch's own statistics",
+        "`1` is BatchNorm1d without running statistics",
     ),
     "weights of a parametrisation": (
         nn.Sequential(LAST, nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))),
-        "`2` has hooks, or weights that are computed",
+        "`2` has hooks or computed weights",
     ),
     "weights that are pruned": (
         nn.Sequential(LAST, nn.ReLU(), prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5)),
-        "`2` has hooks, or weights that are computed",
+        "`2` has hooks or computed weights",
     ),
     "another function": (
         nn.Sequential(LAST, nn.Unflatten(1, (1, 2))),

@@ -246,8 +246,8 @@ def test_memory_does_not_grow_with_time(chain: Chain, images: Tensor) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"steps": 0}, "expected at least 1 time step"),
-        ({"steps": 3, "start": 1.0}, "expected membranes to start"),
+        ({"steps": 0}, "expected `steps` to be at least 1"),
+        ({"steps": 3, "start": 1.0}, "expected `start`, the initial potential"),
         ({"steps": 3, "mode": "layerwize"}, "did you mean `layerwise`"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Networks of spikes, made from trained ones: read, calibrate, convert, simulate.
+"""Spiking networks from trained ones: read, calibrate, convert, simulate.
 
 >>> import torch
 >>> from luce import models

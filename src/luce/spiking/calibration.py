@@ -1,4 +1,4 @@
-"""How large the activations of a network get: percentiles over any number of them, in fixed memory."""
+"""Percentiles of a network's activations over any number of rows, in fixed memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BINS = 1 << 16
 
 
 class Percentiles:
-    """Percentiles of non-negative numbers that come in batches.
+    """Percentiles of non-negative numbers that arrive in batches.
 
-    They are counted in bins of equal width, whose number stays while their width doubles whenever a number is
-    too large. So a percentile is right to within two bins of the 65,536 up to the largest number, however
-    many numbers there are, and the 100th is the largest number itself. Where two neighbouring numbers are
-    further apart, it is the lower one rather than what interpolation would put between them.
+    Numbers are counted in 65,536 bins of equal width, which doubles whenever a number exceeds the last bin. A
+    percentile is therefore accurate to two bins, that is to 2/65,536 of the largest number; the 100th is the
+    largest number itself. Between two neighbouring numbers further apart than a bin, the result is the lower
+    one rather than an interpolation.
 
     Example:
         >>> percentiles = Percentiles()
@@ -31,16 +31,17 @@ class Percentiles:
     """
 
     def __init__(self) -> None:
-        self.zeros = 0  # a ReLU has many, and they are no small numbers
+        # Zeros are counted apart: a ReLU gives many, and in the first bin they would pass for small numbers.
+        self.zeros = 0
         self.counts = torch.zeros(BINS, dtype=torch.int64)
         self.width = 0.0
         self.largest = 0.0
 
     def add(self, values: Tensor) -> None:
-        """Count some numbers; they may be on any device.
+        """Count a batch of numbers on any device.
 
         Raises:
-            ValueError: If one of them is negative, NaN or infinite.
+            ValueError: If a number is negative, NaN or infinite.
         """
         values = values.detach().flatten()
         if values.numel() == 0:
@@ -55,21 +56,23 @@ class Percentiles:
         self.largest = max(self.largest, high)
         if self.width == 0:
             self.width = high / BINS
+        # Each new bin is the union of two old ones, so that no count has to be split.
         while self.width * BINS < high:
             pairs = self.counts.view(-1, 2).sum(1)
             self.counts = torch.cat([pairs, torch.zeros_like(pairs)])
             self.width *= 2
+        # The largest number falls on the upper edge of the last bin, or past it by a rounding.
         bins = (positive / self.width).long().clamp(max=BINS - 1)
         self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
     def __call__(self, percentile: float) -> float:
-        """The number that so many percent are at most as large as; 0 if there are none.
+        """Return the given percentile; 0 if no numbers were added.
 
         Raises:
             ValueError: If the percentile is not in (0, 100].
         """
         if not 0 < percentile <= 100:
-            raise ValueError(f"expected a percentile above 0 and of at most 100, got {percentile}")
+            raise ValueError(f"expected a percentile in (0, 100], got {percentile}")
         positive = int(self.counts.sum())
         rank = percentile / 100 * (self.zeros + positive - 1) - self.zeros
         if percentile == 100 or positive == 0:
@@ -84,13 +87,13 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Scale:
-    """What stands for a rate of one spike per step behind a layer.
+    """The activation of a layer that corresponds to a rate of one spike per step.
 
     Attributes:
-        value: An activation, positive.
-        largest: The largest one seen.
-        dead: No activation was above 0: the layer never fires.
-        sparse: So many are 0 that the percentile is, too: the largest one stands in for it.
+        value: The activation, positive.
+        largest: The largest activation of the calibration rows.
+        dead: Whether no activation was above 0; the layer never fires.
+        sparse: Whether the percentile was 0 because most activations are; ``value`` is the largest one then.
     """
 
     value: float
@@ -100,11 +103,11 @@ class Scale:
 
 
 class Calibration:
-    """The activations of each layer of a chain, over some rows.
+    """Percentiles of the activations of each layer of a chain.
 
     Args:
-        chain: What they run through.
-        batches: Of normalised inputs, on the chain's device.
+        chain: The chain that computes the activations.
+        batches: Normalised inputs, on the chain's device.
     Raises:
         UserError: If an activation is NaN or infinite.
     """
@@ -120,17 +123,17 @@ class Calibration:
                     self.layers[index].add(activation)
                 except ValueError as error:
                     path = chain.layers[index].path
-                    raise UserError(f"cannot calibrate what comes out of `{path}`: {error}") from error
+                    raise UserError(f"cannot calibrate the output of `{path}`: {error}") from error
 
     def scales(self, percentile: float) -> list[Scale]:
-        """What stands for a rate of one, layer by layer.
+        """Return the scale of each layer at a percentile.
 
         Raises:
             ValueError: If the percentile is not in (0, 100].
         """
-        found = []
+        scales = []
         for layer in self.layers:
             value = layer(percentile)
             dead, sparse = layer.largest == 0, value == 0 < layer.largest
-            found.append(Scale(1.0 if dead else value or layer.largest, layer.largest, dead, sparse))
-        return found
+            scales.append(Scale(1.0 if dead else value or layer.largest, layer.largest, dead, sparse))
+        return scales

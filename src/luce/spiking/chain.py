@@ -1,4 +1,4 @@
-"""A network read as the chain that spikes can run through, and what stands in the way of it."""
+"""Reading a network as a chain of layers that spikes can run through, and the obstacles to it."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ POOLS = (
     nn.AdaptiveAvgPool3d,
 )
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-NOTHING = (
+IDENTITIES = (
     nn.Identity,
     nn.Dropout,
     nn.Dropout1d,
     nn.Dropout2d,
     nn.Dropout3d,
 )
-"""What does nothing in evaluation."""
+"""Modules that are the identity in evaluation mode."""
 
 LISTED = 4
-"""Obstacles that an error names."""
+"""Number of obstacles that an error lists."""
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Something in a network that spikes cannot do.
+    """A part of a network that does not convert to spikes.
 
     Attributes:
-        path: Of the module, as `named_modules` has it.
-        what: What it is, and what to do about it.
+        path: Path of the module, as in ``named_modules``.
+        what: Reason and remedy.
     """
 
     path: str
@@ -56,14 +56,14 @@ class Obstacle:
 
 @dataclass
 class Layer:
-    """What happens between two activations: a layer with weights, and what is linear around it.
+    """The part of a network between two activations: a layer with weights and the linear modules around it.
 
     Attributes:
-        path: Of the layer with weights.
-        before: From the spikes to the layer: pooling, flattening.
-        weighted: The layer itself, without its weights' scales.
-        scale: Of each filter, ``(O,)``: all 1 where the weights are real.
-        after: From the layer to the activation: pooling. The output of the network is not one.
+        path: Path of the layer with weights.
+        before: Modules from the spikes to the layer: pooling, flattening.
+        weighted: The layer, its weights without their scales.
+        scale: Scale of each filter, ``(O,)``; 1 for real weights.
+        after: Modules from the layer to the activation: pooling.
         binary: Whether the weights are -1 and 1.
     """
 
@@ -75,7 +75,7 @@ class Layer:
     binary: bool
 
     def scaled(self, factor: Tensor | float, bias_factor: Tensor | float) -> nn.Sequential:
-        """The layer with each filter's weights and bias multiplied by factors, ``(O,)`` or one for all."""
+        """Return the layer with each filter's weights and bias multiplied by factors, ``(O,)`` or scalar."""
         layer: Any = copy.deepcopy(self.weighted)
         factors = torch.as_tensor(factor, dtype=layer.weight.dtype, device=layer.weight.device)
         layer.weight.data.mul_(factors.view(-1, *[1] * (layer.weight.ndim - 1)))
@@ -85,13 +85,13 @@ class Layer:
 
 
 class Chain(nn.Module):
-    """The same answers as the network it was read from, but for rounding, layer by layer.
+    """A network as a chain of layers, equal to its source up to rounding.
 
-    Batch normalisation is part of the layer before it: its factors of the scales (a negative one turns the
-    signs around), its shift of the bias.
+    Batch normalisation is folded into the layer before it: its factors into the scales (a negative factor
+    flips the signs), its shift into the bias.
 
     Args:
-        layers: In order; the last one gives the logits.
+        layers: Layers in order; the last one gives the logits.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -103,11 +103,11 @@ class Chain(nn.Module):
         return self.activations(inputs)[-1]
 
     def activations(self, inputs: Tensor) -> list[Tensor]:
-        """After the ReLU of each layer, and the logits."""
-        found = [inputs]
+        """Return the output of each ReLU, and the logits."""
+        activations = [inputs]
         for linear in self.linear[:-1]:
-            found.append(F.relu(linear(found[-1])))
-        return [*found[1:], self.linear[-1](found[-1])]
+            activations.append(F.relu(linear(activations[-1])))
+        return [*activations[1:], self.linear[-1](activations[-1])]
 
 
 class Call(nn.Module):
@@ -122,44 +122,44 @@ class Call(nn.Module):
 
 
 def read(network: nn.Module) -> Chain:
-    """The chain that a network is.
+    """Read a network as a chain.
 
-    Convolutions and linear layers with ReLU between them, average pooling on either side of the ReLU, biases,
-    and batch normalisation right behind a layer with weights can be read; dropout vanishes.
+    Convertible are convolutions and linear layers with ReLU between them, average pooling before or after the
+    ReLU, biases, and batch normalisation directly after a layer with weights. Dropout is dropped.
 
     Args:
         network: From normalised inputs to logits; unchanged.
     Raises:
-        UserError: If anything in it does not convert; names the modules.
+        UserError: If a part of it does not convert; lists the modules.
     Example:
         >>> from luce import models
         >>> network = models.build("binary:vgg_pool", classes=10, input_shape=(1, 8, 8), widths=[4, 8, 8])
         >>> [(layer.path, layer.binary) for layer in read(network).layers]
         [('stem.0', False), ('stages.0.0', True), ('stages.1.0', True), ('head', False)]
     """
-    chain, found = _read(network)
-    if found:
-        listed = "; ".join(map(str, found[:LISTED]))
-        more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    chain, problems = _read(network)
+    if problems:
+        listed = "; ".join(map(str, problems[:LISTED]))
+        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise UserError(f"expected a network that converts to spikes: {listed}{more}")
     assert chain is not None
     return chain
 
 
 def obstacles(network: nn.Module) -> list[Obstacle]:
-    """Everything in a network that does not convert; none if `read` can read it.
+    """List the parts of a network that do not convert; empty if `read` accepts it.
 
     Example:
         >>> from luce import models
         >>> for obstacle in obstacles(models.build("cnn", classes=10, input_shape=(1, 8, 8))):
         ...     print(obstacle)
-        `stages.0.0` is MaxPool2d, and the largest of some spikes is no sum; use average pooling
+        `stages.0.0` is MaxPool2d, and a maximum over spikes is not a sum; use average pooling
     """
     return _read(network)[1]
 
 
 def _read(network: nn.Module) -> tuple[Chain | None, list[Obstacle]]:
-    pieces, found = _pieces(network)
+    pieces, problems = _pieces(network)
     steps: list[list[tuple[str, nn.Module]]] = [[]]
     for path, piece in pieces:
         if isinstance(piece, nn.ReLU):
@@ -167,26 +167,26 @@ def _read(network: nn.Module) -> tuple[Chain | None, list[Obstacle]]:
         else:
             steps[-1].append((path, piece))
     layers = []
-    if not found:
+    if not problems:
         for number, step in enumerate(steps):
-            layers.append(_layer(step, last=number == len(steps) - 1, found=found))
-        if not found and len(steps) == 1:
-            found.append(Obstacle("", "it has no ReLU, so that nothing in it would spike"))
-    if found:
-        return None, found
+            layers.append(_layer(step, last=number == len(steps) - 1, problems=problems))
+        if not problems and len(steps) == 1:
+            problems.append(Obstacle("", "it has no ReLU, so it has no neurons that spike"))
+    if problems:
+        return None, problems
     return Chain([layer for layer in layers if layer is not None]).eval(), []
 
 
 def _pieces(network: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[Obstacle]]:
-    """The modules that run one after the other, with their paths."""
+    """Trace the network; return its modules in order with their paths, and the obstacles."""
     try:
         graph = fx.Tracer().trace(network)
-    except Exception as error:  # whatever a forward pass does that cannot be followed
+    except Exception as error:  # tracing fails in many ways, depending on the forward pass
         reason = " ".join(str(error).split())[:160]
-        return [], [Obstacle("", f"its forward pass cannot be followed ({type(error).__name__}: {reason})")]
+        return [], [Obstacle("", f"its forward pass cannot be traced ({type(error).__name__}: {reason})")]
     pieces: list[tuple[str, nn.Module]] = []
-    found: list[Obstacle] = []
-    strays: list[Obstacle] = []  # what leads nowhere, unless other obstacles say where
+    problems: list[Obstacle] = []
+    branches: list[Obstacle] = []  # reported only if there is no obstacle where the branches join
     (start, *others) = [node for node in graph.nodes if node.op == "placeholder"]
     previous = start
     for node in graph.nodes:
@@ -194,40 +194,40 @@ def _pieces(network: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[Obsta
             continue
         if node.op == "output":
             if node.all_input_nodes != [previous] or not isinstance(node.args[0], fx.Node):
-                found.append(Obstacle("", "it returns something else than the output of its last layer"))
+                problems.append(Obstacle("", "it does not return the output of its last layer"))
             continue
-        path = node.target if node.op == "call_module" else _place(node)
+        path = node.target if node.op == "call_module" else _module_path(node)
         if node.all_input_nodes not in ([], [previous]):
-            strays.append(Obstacle(path, "branches off, and spikes run along a chain"))
+            branches.append(Obstacle(path, "starts a branch; spikes run along a chain"))
         if len(node.all_input_nodes) > 1:
-            found.append(
-                Obstacle(path, "joins several paths, as a residual block does, and spikes run along a chain")
+            problems.append(
+                Obstacle(path, "joins several paths, as a residual block does; spikes run along a chain")
             )
         elif node.op == "call_module":
             module = network.get_submodule(node.target)
-            if _is_reworked(module):
-                found.append(Obstacle(path, "has hooks, or weights that are computed; make them plain"))
+            if _is_modified(module):
+                problems.append(Obstacle(path, "has hooks or computed weights; remove them"))
             elif isinstance(module, (*WEIGHTED, *POOLS, *NORMS, nn.ReLU, nn.Flatten)):
                 pieces.append((path, module))
-            elif not isinstance(module, NOTHING):
-                found.append(Obstacle(path, _refusal(module)))
+            elif not isinstance(module, IDENTITIES):
+                problems.append(Obstacle(path, _refusal(module)))
         elif (piece := _function(node)) is not None:
             pieces.append((path, piece))
         else:
             name = getattr(node.target, "__name__", node.target)
-            found.append(Obstacle(path, f"calls {name}, which has no spiking counterpart"))
+            problems.append(Obstacle(path, f"calls {name}, which has no spiking counterpart"))
         previous = node
-    return pieces, found or strays
+    return pieces, problems or branches
 
 
-def _is_reworked(module: Any) -> bool:
-    """Whether more happens in a module than its class says, such as pruning or weight normalisation."""
+def _is_modified(module: Any) -> bool:
+    """Whether hooks or parametrisations, such as pruning or weight normalisation, change a module."""
     computed = parametrize.is_parametrized(module) and binary_parts(module) is None
     return bool(computed or module._forward_pre_hooks or module._forward_hooks)
 
 
-def _place(node: fx.Node) -> str:
-    """The module in whose forward pass a function is called."""
+def _module_path(node: fx.Node) -> str:
+    """Return the path of the module whose forward pass calls the function."""
     stack = node.meta.get("nn_module_stack") or {}
     return next(reversed(stack), "")
 
@@ -245,7 +245,7 @@ AVERAGES = (F.avg_pool2d, F.adaptive_avg_pool2d)
 
 
 def _function(node: fx.Node) -> nn.Module | None:
-    """A function or method as a module; None for one that does not convert."""
+    """Return a function or method as a module; None if it does not convert."""
     if node.target not in FUNCTIONS:
         return None
     function = FUNCTIONS[node.target]
@@ -255,31 +255,35 @@ def _function(node: fx.Node) -> nn.Module | None:
 def _refusal(module: nn.Module) -> str:
     name = type(module).__name__
     if "MaxPool" in name:
-        return f"is {name}, and the largest of some spikes is no sum; use average pooling"
+        return f"is {name}, and a maximum over spikes is not a sum; use average pooling"
     if "Norm" in name:
-        return f"is {name}, which depends on the input; use none, or batch normalisation"
+        return f"is {name}, whose statistics depend on the input; use batch normalisation or none"
     if "activation" in inspect.getmodule(type(module)).__name__:  # type: ignore[union-attr]
-        return f"is {name}, and a rate of spikes is a ReLU; use that"
+        return f"is {name}, and the rate of a spiking neuron is a ReLU; use ReLU"
     return f"is {name}, which has no spiking counterpart"
 
 
-def _layer(step: Iterable[tuple[str, nn.Module]], *, last: bool, found: list[Obstacle]) -> Layer | None:
-    """One layer from the modules between two activations; None, and obstacles found, if they are none."""
+def _layer(step: Iterable[tuple[str, nn.Module]], *, last: bool, problems: list[Obstacle]) -> Layer | None:
+    """Return the layer between two activations; if there is none, add an obstacle and return None."""
     before: list[nn.Module] = []
     after: list[nn.Module] = []
     layer: Layer | None = None
     for path, module in step:
         if isinstance(module, WEIGHTED):
             if layer is not None:
-                found.append(Obstacle(path, f"follows `{layer.path}` without a ReLU between them"))
+                problems.append(Obstacle(path, f"follows `{layer.path}` without a ReLU between them"))
                 return None
             layer = _weighted(path, module)
         elif isinstance(module, NORMS):
             if layer is None or after:
-                found.append(Obstacle(path, f"is {type(module).__name__} that does not follow its layer"))
+                problems.append(
+                    Obstacle(
+                        path, f"is {type(module).__name__} that does not directly follow a layer with weights"
+                    )
+                )
                 return None
             if module.running_var is None:
-                found.append(Obstacle(path, f"is {type(module).__name__} of each batch's own statistics"))
+                problems.append(Obstacle(path, f"is {type(module).__name__} without running statistics"))
                 return None
             _fold(layer, module)
         elif layer is None:
@@ -287,11 +291,11 @@ def _layer(step: Iterable[tuple[str, nn.Module]], *, last: bool, found: list[Obs
         elif isinstance(module, POOLS) or last or getattr(module, "function", None) in AVERAGES:
             after.append(module)
         else:
-            found.append(Obstacle(path, "stands between a layer and its ReLU; put it behind the ReLU"))
+            problems.append(Obstacle(path, "stands between a layer and its ReLU; move it after the ReLU"))
             return None
     if layer is None:
-        where = "behind its last ReLU" if last else "between two activations"
-        found.append(Obstacle("", f"it has no layer with weights {where}"))
+        where = "after its last ReLU" if last else "between two activations"
+        problems.append(Obstacle("", f"it has no layer with weights {where}"))
         return None
     layer.before, layer.after = nn.Sequential(*before), nn.Sequential(*after)
     return layer
@@ -310,7 +314,7 @@ def _weighted(path: str, module: nn.Module) -> Layer:
 
 @torch.no_grad()
 def _fold(layer: Layer, norm: Any) -> None:
-    """Batch normalisation, as in evaluation, becomes part of the layer before it."""
+    """Fold batch normalisation, as in evaluation mode, into the layer before it."""
     weighted: Any = layer.weighted
     shape = (-1, *[1] * (weighted.weight.ndim - 1))
     factor = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)

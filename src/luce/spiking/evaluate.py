@@ -1,4 +1,4 @@
-"""What a spiking network gets right after each time step, and what it spends on it."""
+"""Accuracy, spikes and energy of a spiking network after each time step."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from .network import Mode, SpikingNetwork
 
 MULTIPLY_ADD, ADD = 4.6, 0.9
 """Picojoules of an operation on 32-bit floats in 45 nm CMOS, after M. Horowitz, Computing's energy problem
-(and what we can do about it), ISSCC 2014: a multiplication takes 3.7, an addition 0.9. Without memory."""
+(and what we can do about it), ISSCC 2014: a multiplication takes 3.7, an addition 0.9. Memory is excluded."""
 
 POINT = 0.01
+ROUNDING = 1e-9
+"""Slack in comparisons of accuracies: without it, rounding rejects a loss of exactly the allowed size."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A spiking network on some rows, at every one of ``T`` time steps.
+    """The figures of a spiking network on ``N`` rows after each of ``T`` time steps.
 
     Attributes:
-        correct: Whether the first choice is right, ``(T, N)``.
-        margin: By how much the first choice is more probable than the second, ``(T, N)``.
-        spikes: Fired so far in all layers, ``(T, N)``.
-        additions: Along weights because of them, so far, ``(T, N)``.
-        layer_spikes: Of each layer, per row, after the last step, ``(L,)``.
-        neurons: Of each layer, ``(L,)``.
+        correct: Whether the most probable class is the label, ``(T, N)``.
+        margin: Difference of the probabilities of the first and the second class, ``(T, N)``.
+        spikes: Spikes up to this step in all layers, ``(T, N)``.
+        additions: Additions along weights that these spikes cause, ``(T, N)``.
+        layer_spikes: Spikes per row of each layer after the last step, ``(L,)``.
+        neurons: Number of neurons of each layer, ``(L,)``.
         saturated: Share of each layer's neurons, over the rows, that fired at every step, ``(L,)``.
-        products: Of the source network, per row, in each layer and the output, ``(L + 1,)``. Those of the
-            first, which sees real numbers, are the spiking network's too.
-        binary: Which of these have binary weights.
-        source_correct: Of the source network, ``(N,)``.
+        products: Products per row of the source network in each layer and the output, ``(L + 1,)``. The
+            spiking network shares those of the first layer, whose inputs are real numbers.
+        binary: Whether each of these layers has binary weights.
+        source_correct: Whether the source network is correct, ``(N,)``.
     """
 
     correct: Tensor
@@ -56,9 +58,9 @@ class Record:
 
     @property
     def accuracy(self) -> list[float]:
-        """After each step."""
-        found: list[float] = self.correct.double().mean(1).tolist()
-        return found
+        """Accuracy after each step."""
+        accuracy: list[float] = self.correct.double().mean(1).tolist()
+        return accuracy
 
     @property
     def source_accuracy(self) -> float:
@@ -67,12 +69,12 @@ class Record:
     @property
     def within_a_point(self) -> int | None:
         """The first step after which the accuracy is at most one point below the source's; None if never."""
-        least = self.source_accuracy - POINT - 1e-9
+        least = self.source_accuracy - POINT - ROUNDING
         return next((time for time, accuracy in enumerate(self.accuracy, 1) if accuracy >= least), None)
 
     @property
     def source_energy(self) -> dict[str, float]:
-        """Nanojoules per row: ``multiplied``, and where a product with -1 or 1 is an ``added`` number."""
+        """Nanojoules per row: ``multiplied``, and ``added`` if a product with ±1 counts as an addition."""
         binary = torch.tensor(self.binary)
         each = torch.where(binary, ADD, MULTIPLY_ADD).double()
         return {
@@ -81,14 +83,14 @@ class Record:
         }
 
     def energy(self, additions: float, time: float) -> dict[str, float]:
-        """Nanojoules per row of the spiking network, of operations alone.
+        """Return nanojoules per row of the spiking network, of its arithmetic alone.
 
-        ``held`` is that of a network whose input current is computed once and kept, ``recomputed`` of one
-        that computes it at every step. Adding a current to its membrane is not counted.
+        ``held`` computes the input current once and keeps it, ``recomputed`` computes it at every step.
+        Adding a current to its membrane is not counted.
 
         Args:
-            additions: Per row.
-            time: Steps.
+            additions: Additions per row.
+            time: Time steps.
         """
         first, added = float(self.products[0]) * MULTIPLY_ADD, additions * ADD
         return {"held": (first + added) / 1e3, "recomputed": (first * time + added) / 1e3}
@@ -105,15 +107,15 @@ def record(
     mode: Mode = "layerwise",
     advance: Callable[[], None] = lambda: None,
 ) -> Record:
-    """Simulate a spiking network on labelled rows. Memory grows with steps times rows, not with neurons.
+    """Simulate a spiking network on labelled rows, in memory that grows with steps times rows, not neurons.
 
     Args:
-        network: The spiking one.
-        source: What it was made from, from the same inputs to logits.
-        batches: Of normalised inputs and labels, on the device of both.
-        steps: Time steps.
+        network: The spiking network.
+        source: The source network, from the same inputs to logits.
+        batches: Normalised inputs and labels, on the device of both networks.
+        steps: Number of time steps.
         start: See `SpikingNetwork.simulate`.
-        mode: Likewise.
+        mode: See `SpikingNetwork.simulate`.
         advance: Called after every time step of every batch.
     Raises:
         ValueError: If there are no rows.
@@ -128,7 +130,7 @@ def record(
             fan_outs, products = network.fan_outs(inputs[:1])
         source_correct.append((source(inputs).argmax(-1) == target).cpu())
         rows += len(target)
-        seen: dict[str, list[Tensor]] = {name: [] for name in columns}
+        batch: dict[str, list[Tensor]] = {name: [] for name in columns}
         spikes = additions = torch.zeros(len(target), device=inputs.device, dtype=inputs.dtype)
         counts: list[Tensor] = []
         for moment in network.simulate(inputs, steps, start=start, mode=mode):
@@ -139,13 +141,14 @@ def record(
                 spikes = spikes + fired.flatten(1).sum(1)
                 additions = additions + (fired * fan_out).flatten(1).sum(1)
             first, second = moment.logits.softmax(-1).topk(2).values.T
-            seen["margin"].append(first - second)
-            seen["correct"].append(moment.logits.argmax(-1) == target)
-            seen["spikes"].append(spikes)
-            seen["additions"].append(additions)
+            batch["margin"].append(first - second)
+            batch["correct"].append(moment.logits.argmax(-1) == target)
+            batch["spikes"].append(spikes)
+            batch["additions"].append(additions)
             advance()
-        for name, column in seen.items():
+        for name, column in batch.items():
             columns[name].append(torch.stack(column).cpu())
+        # float64: float32 sums lose single spikes beyond 2^24.
         layers.append(torch.stack([count.sum(dtype=torch.float64) for count in counts]).cpu())
         saturated.append(torch.stack([(count == steps).sum() for count in counts]).cpu())
         neurons = torch.tensor([count[0].numel() for count in counts])
@@ -164,15 +167,15 @@ def record(
 
 @dataclass(frozen=True)
 class Exit:
-    """What leaving early gives: each row stops at the first step at which its margin reaches a threshold.
+    """Early exit: each row stops at the first step at which its margin reaches a threshold.
 
     Attributes:
-        threshold: Of the margin; above 1 nothing leaves early.
-        first: No row stops before this step.
-        accuracy: At the steps at which rows leave.
-        time: Mean of these steps.
-        spikes: Mean number fired until then.
-        additions: Mean number until then.
+        threshold: Threshold of the margin; above 1 no row exits early.
+        first: First step at which a row may exit.
+        accuracy: Accuracy at the exits.
+        time: Mean time step of the exits.
+        spikes: Mean number of spikes up to the exit.
+        additions: Mean number of additions up to the exit.
     """
 
     threshold: float
@@ -184,42 +187,43 @@ class Exit:
 
 
 NEVER = 2.0
+"""A threshold that no margin reaches."""
 THRESHOLDS = (*(index / 50 for index in range(50)), 0.99, 0.995, 0.999, 0.9999, NEVER)
 
 
-def early_exit(seen: Record, threshold: float, *, first: int = 1) -> Exit:
-    """What stopping each row early gives.
+def early_exit(figures: Record, threshold: float, *, first: int = 1) -> Exit:
+    """Return the figures of early exit at a threshold.
 
     Args:
-        seen: On some rows.
-        threshold: Of the margin between the two most probable classes.
-        first: No row stops before this step.
+        figures: Record of the rows.
+        threshold: Threshold of the margin between the two most probable classes.
+        first: First step at which a row may exit.
     """
-    sure = seen.margin >= threshold
-    sure[: first - 1] = False
-    sure[-1] = True
-    at = sure.int().argmax(0, keepdim=True)
+    exits = figures.margin >= threshold
+    exits[: first - 1] = False
+    exits[-1] = True
+    at = exits.int().argmax(0, keepdim=True)  # of equal values argmax returns the first
     return Exit(
         threshold,
         first,
-        accuracy=seen.correct.gather(0, at).double().mean().item(),
+        accuracy=figures.correct.gather(0, at).double().mean().item(),
         time=at.double().mean().item() + 1,
-        spikes=seen.spikes.gather(0, at).double().mean().item(),
-        additions=seen.additions.gather(0, at).double().mean().item(),
+        spikes=figures.spikes.gather(0, at).double().mean().item(),
+        additions=figures.additions.gather(0, at).double().mean().item(),
     )
 
 
-def choose_exit(seen: Record, *, loss: float = 0.005) -> Exit:
-    """The threshold and first step that stop soonest on rows, held out for this, while their accuracy stays.
+def choose_exit(figures: Record, *, loss: float = 0.005) -> Exit:
+    """Return the earliest exit whose accuracy is at most ``loss`` below that of the last step.
 
-    Margins after the very first steps come from a few spikes, which is why the first step is chosen too. A
-    threshold of 0 stops all rows at the same step.
+    The search covers thresholds and first steps: margins after the first few steps rest on a few spikes and
+    are unreliable. A threshold of 0 stops all rows at the same step.
 
     Args:
-        seen: On rows that are neither trained nor tested on.
-        loss: The share of rows that may be lost against the last step.
+        figures: Record of held-out rows, used for neither training nor testing.
+        loss: Share of rows that may be lost compared with the last step.
     """
-    firsts = [2**power for power in range(seen.steps.bit_length()) if 2**power <= seen.steps]
-    exits = (early_exit(seen, threshold, first=first) for first in firsts for threshold in THRESHOLDS)
-    enough = [found for found in exits if found.accuracy >= seen.accuracy[-1] - loss - 1e-9]
-    return min(enough, key=lambda found: found.time)
+    firsts = [2**power for power in range(figures.steps.bit_length()) if 2**power <= figures.steps]
+    exits = (early_exit(figures, threshold, first=first) for first in firsts for threshold in THRESHOLDS)
+    accurate = [each for each in exits if each.accuracy >= figures.accuracy[-1] - loss - ROUNDING]
+    return min(accurate, key=lambda each: each.time)
