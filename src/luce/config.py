@@ -1,36 +1,37 @@
-"""From nested mappings and ``--dotted.name value`` words to checked dataclasses."""
+"""Read YAML files, merge nested mappings, and build checked dataclasses from them."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import re
+import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from .errors import UserError, unknown_name
 
 T = TypeVar("T")
 
-
-def parser_of(cls: type[Any], **settings: Any) -> ArgumentParser:
-    """A parser whose options are the fields of a dataclass; its help is their documentation."""
-    parser = ArgumentParser(exit_on_error=False, **settings)
-    parser.add_class_arguments(cls, as_group=False)
-    return parser
+NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
 
 
-def parse(cls: type[T], content: Mapping[str, Any]) -> T:
-    """A dataclass from a nested mapping, each value checked against the type of its field.
+def parse(cls: type[T], content: Mapping[str, Any], prefix: str = "") -> T:
+    """Build a dataclass from a nested mapping and check each value against the type of its field.
 
+    Fields may be plain values, paths, literals, lists, tuples, mappings and dataclasses, or optional ones.
+
+    Args:
+        cls: The dataclass.
+        content: Values by name of the field; it is not modified.
+        prefix: Name of the outer fields in errors, such as ``training.``.
     Raises:
-        UserError: On an unknown key, with the nearest known ones, or a value of the wrong type.
+        UserError: On an unknown key, with the closest known ones, or a value of the wrong type.
     Example:
-        >>> from luce.recipes.schema import TrainingOptions
+        >>> from luce.training import TrainingOptions
         >>> parse(TrainingOptions, {"epochs": 3}).epochs
         3
         >>> parse(TrainingOptions, {"batch": 3})
@@ -38,70 +39,15 @@ def parse(cls: type[T], content: Mapping[str, Any]) -> T:
         ...
         luce.errors.UserError: unknown recipe key `batch`; did you mean `batch_size`?
     """
-    check_keys(cls, content)
-    parser = parser_of(cls)
-    try:
-        values = parser.instantiate(parser.parse_object(dict(content)))
-    except ArgumentError as error:
-        raise UserError(_plain(str(error))) from error
-    return cls(**vars(values))
-
-
-def _plain(message: str) -> str:
-    """The parser's words without those of Python's types."""
-    words = " ".join(message.split()).replace("Parser key", "recipe key").replace("Expected a ", "expected ")
-    return (
-        re.sub(r"<class '(\w+)'>", r"\1", words)
-        .replace("typing.Literal", "one of ")
-        .replace(". Got value:", ", got")
-    )
-
-
-def check_keys(cls: type[Any], content: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse keys that no field of the dataclass, or of a dataclass within it, is called."""
-    types: dict[str, Any] = typing.get_type_hints(cls)
-    for key, value in content.items():
-        if key not in types:
-            raise unknown_name("recipe key", f"{prefix}{key}", [prefix + name for name in types])
-        choices = (types[key], *typing.get_args(types[key]))
-        nested: Any = next(filter(dataclasses.is_dataclass, choices), None)
-        if nested is None or (value is None and type(None) in choices):
-            continue
-        if not isinstance(value, Mapping):
-            raise UserError(f"expected recipe key `{prefix}{key}` to hold a mapping, got {value!r}")
-        check_keys(nested, value, prefix=f"{prefix}{key}.")
-
-
-def overrides(words: Sequence[str]) -> dict[str, Any]:
-    """``--a.b value`` and ``--a.b=value`` as nested mappings; values are read as YAML.
-
-    >>> overrides(["--training.epochs", "3", "--loss.kd.weight=0.5"])
-    {'training': {'epochs': 3}, 'loss': {'kd': {'weight': 0.5}}}
-    """
-    nested: dict[str, Any] = {}
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("--") or word == "--":
-            raise UserError(f"expected an option such as --training.epochs 3, got `{word}`")
-        name, equals, text = word[2:].partition("=")
-        try:
-            value = yaml.safe_load(text if equals else next(rest))
-        except StopIteration:
-            raise UserError(f"expected a value after `{word}`") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"cannot read the value of --{name}: {' '.join(str(error).split())}") from error
-        *path, last = name.split(".")
-        inner = nested
-        for key in path:
-            inner = inner.setdefault(key, {})
-            if not isinstance(inner, dict):
-                raise UserError(f"--{name} and another option both set `{key}`; give one of them")
-        inner[last] = value
-    return nested
+    hints = field_types(cls)
+    for key in content:
+        if key not in hints:
+            raise unknown_name("recipe key", f"{prefix}{key}", [prefix + name for name in hints])
+    return cls(**{key: _convert(value, hints[key], f"{prefix}{key}") for key, value in content.items()})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file.
+    """Read a YAML mapping from a file.
 
     Raises:
         UserError: If the file cannot be read or holds something else.
@@ -111,14 +57,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe {path} ({error}); name a YAML file") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"expected {path} to hold a YAML mapping, got {type(content).__name__}")
     return content
 
 
 def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings laid over one another, the last one on top; nothing is modified.
+    """Merge nested mappings into a new one; later values replace earlier ones.
 
     >>> merge({"training": {"epochs": 3, "lr": 0.1}}, {"training": {"epochs": 5}})
     {'training': {'epochs': 5, 'lr': 0.1}}
@@ -129,3 +75,71 @@ def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, A
             old = merged.get(key)
             merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
+
+
+def field_types(cls: type[Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields by name."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def without_none(hint: Any) -> Any:
+    """The type X of an optional type ``X | None``; any other type as it is."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    [inner] = [part for part in typing.get_args(hint) if part is not type(None)]
+    return inner
+
+
+def type_at(cls: type[Any], path: list[str]) -> Any:
+    """The type of a nested field, such as ``["training", "epochs"]``; ``Any`` if there is no such field."""
+    hint: Any = cls
+    for name in path:
+        hint = without_none(hint)
+        if dataclasses.is_dataclass(hint):
+            hint = field_types(typing.cast("type[Any]", hint)).get(name, Any)
+        else:
+            hint = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else Any
+    return hint
+
+
+def _convert(value: Any, hint: Any, place: str) -> Any:
+    """Return the value as its type demands, or refuse it."""
+    if hint is Any:
+        return copy.deepcopy(value)  # a recipe must not share a mapping with the one that it was made from
+    inner = without_none(hint)
+    if value is None and inner is not hint:
+        return None
+    origin, arguments = typing.get_origin(inner), typing.get_args(inner)
+    if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+        return parse(typing.cast("type[Any]", inner), value, f"{place}.")
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _convert(item, arguments[1], f"{place}.{key}") for key, item in value.items()}
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        items = (_convert(item, arguments[0], f"{place}[{index}]") for index, item in enumerate(value))
+        return list(items) if origin is list else tuple(items)
+    if origin is Literal and type(value) is str and value in arguments:
+        return value
+    if origin is Literal and value is False and "no" in arguments:
+        return "no"  # YAML reads an unquoted no as False
+    # `type`, as isinstance takes True for an integer.
+    if inner in (bool, int, str) and type(value) is inner:
+        return value
+    if inner is Path and isinstance(value, str | Path):
+        return Path(value)
+    if inner is float and type(value) in (int, float, str):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            pass
+    raise UserError(f"expected `{place}` as {_noun(inner)}, got {value!r}")
+
+
+def _noun(hint: Any) -> str:
+    """What a value of this type is called in errors."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if origin in (list, tuple):
+        return "a list"
+    return "a mapping" if origin is dict or dataclasses.is_dataclass(hint) else NOUNS[hint]

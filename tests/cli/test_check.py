@@ -113,7 +113,7 @@ def test_the_help_lists_laws_adapters_and_groups(luce) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "required: MODULE:CALLABLE; luce check --help tells more"),
+        ([], "expected LOSS; luce check --help describes the arguments"),
         (["mine"], "expected `module:callable`, such as luce:kd_loss, got `mine`"),
         (["nowhere:kd"], "could not import `nowhere`"),
         (["mine:kdd"], "unknown attribute of `mine` `kdd`; did you mean `kd`"),
@@ -123,11 +123,11 @@ def test_the_help_lists_laws_adapters_and_groups(luce) -> None:
         (["mine:kd", "--adapter", "student"], "called as loss(student_logits, target) raised"),
         (["mine:kd", "--claims", "kl"], "unknown claim `kl`; known: all,"),
         (["mine:kd", "--laws", "gradients"], "unknown law `gradients`; did you mean `gradient`"),
-        (["mine:kd", "--options", "temperature=4"], "expected JSON such as '{\"temperature\": 4}'"),
+        (["mine:kd", "--options", "temperature=4"], "expected `--options` as a mapping, got 'temperature=4'"),
         (["mine:kd", "--options", '{"heat": 4}'], "unknown option of `kd` `heat`"),
-        (["mine:kd", "--examples", "0"], "expected a number above 0, got '0'"),
+        (["mine:kd", "--examples", "0"], "expected `--examples` of at least 1, got 0"),
         (["mine:kd", "--against", "mine:x"], "unknown attribute of `mine` `x`"),
-        (["mine:kd", "--law", "gradient"], "unrecognized arguments"),
+        (["mine:kd", "--law", "gradient"], "unknown option `--law`; did you mean `--laws`"),
         (["mine:kd", "--json", "mine.py/x"], "expected a folder that can be written to"),
     ],
 )

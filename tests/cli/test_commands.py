@@ -111,7 +111,7 @@ def test_compare_and_report(write, luce, place: Path) -> None:
     (place / "runs/irises/all/PLD/seed-1/result.json").unlink()
     answer = luce("compare", f"./{recipe}")  # the command is spelled otherwise, the recipe is the same
     assert (answer.status, answer.err) == (0, "")
-    assert "3 of 4 runs were there already" in answer.out
+    assert "skipped 3 of 4 runs, already finished" in answer.out
     assert (place / "runs/irises/all/PLD/seed-1/result.json").exists()
     assert luce("report", "runs/irises").status == 0
 
@@ -132,7 +132,7 @@ def test_an_interruption_says_how_to_go_on(write, luce, monkeypatch: pytest.Monk
     monkeypatch.setattr(LogitMethod, "step", stop)
     answer = luce("train", write())
     assert answer.status == 130
-    assert answer.err == "luce: stopped; the same command goes on from the last checkpoint\n"
+    assert answer.err == "luce: stopped; run the same command again to resume from the last checkpoint\n"
 
 
 def test_a_defect_of_luce_is_told_apart(write, luce, monkeypatch: pytest.MonkeyPatch) -> None:

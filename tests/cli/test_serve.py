@@ -104,20 +104,23 @@ def test_it_answers_and_ends_when_told(teacher: Path) -> None:
     ("words", "reason"),
     [
         (["nowhere"], "expected nowhere to be a finished run"),
-        ([], "the following arguments are required: FOLDER"),
-        (["runs/teacher", "--answers", "logits"], "unknown kind of `answers` `logits`"),
+        ([], "expected FOLDER; luce serve --help"),
+        (
+            ["runs/teacher", "--answers", "logits"],
+            "expected `--answers` as one of probs, topk, label, got 'logits'",
+        ),
         (["runs/teacher", "--answers", "topk"], "expected `top_k` in 1 .. 3"),
-        (["runs/teacher", "--decimals", "0"], "expected `decimals` in 1 .. 8"),
-        (["runs/teacher", "--max_batch", "0"], "expected `max_batch`"),
+        (["runs/teacher", "--decimals", "0"], "expected `--decimals` in 1 .. 8"),
+        (["runs/teacher", "--max_batch", "0"], "expected `--max_batch`"),
         (["runs/teacher", "--port", "99999"], "expected `--port` in 0 .. 65535"),
         (
             ["runs/teacher", "--host", "0.0.0.0"],
-            "expected a token to listen on 0.0.0.0, where others can ask",
+            "expected a token to listen on 0.0.0.0, which other machines can reach",
         ),
         (["runs/teacher", "--host", "203.0.113.1", "--token", "x"], "cannot listen on 203.0.113.1 port 0"),
-        (["runs/teacher", "--token", ""], "expected a token of plain characters"),
-        (["runs/teacher", "--token", "two words"], "expected a token of plain characters"),
-        (["runs/teacher", "--tok", "x"], "unrecognized arguments"),
+        (["runs/teacher", "--token", ""], "expected a token of printable ASCII characters"),
+        (["runs/teacher", "--token", "two words"], "expected a token of printable ASCII characters"),
+        (["runs/teacher", "--tok", "x"], "unknown option `--tok`; did you mean `--token`"),
     ],
 )
 def test_what_is_refused(

@@ -98,16 +98,17 @@ def test_networks_that_do_not_convert(write, luce, refuses, place: Path) -> None
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "the following arguments are required: RUN"),
+        ([], "expected RUN; luce spike --help describes the arguments"),
         (["nowhere"], "expected nowhere to be a finished run"),
+        (["run", "--calibration", "0"], "expected `--calibration` of at least 1"),
         (["run", "--steps", "0"], "expected `--steps` of at least 1"),
         (["run", "--rows", "0"], "expected `--rows` of at least 1"),
         (["run", "--percentile", "0"], "expected percentiles above 0"),
         (["run", "--lower", "99,101"], "expected percentiles above 0"),
         (["run", "--start", "1"], "expected `--start` of at least 0"),
-        (["run", "--mode", "both"], "expected `--mode` layerwise or synchronous"),
-        (["run", "--exit-loss", "2"], "expected `--exit-loss` in [0, 1]"),
-        (["run", "--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["run", "--mode", "both"], "expected `--mode` as one of layerwise, synchronous"),
+        (["run", "--exit_loss", "2"], "expected `--exit_loss` in [0, 1]"),
+        (["run", "--stepz", "3"], "unknown option `--stepz`; did you mean `--steps`"),
     ],
 )
 def test_wrong_words(words: list[str], reason: str, refuses, place: Path) -> None:
@@ -242,7 +243,7 @@ def test_onnx_of_binary_weights(run: Path, luce, onnx: Any) -> None:
     answer = luce("export", "runs/binary")
     assert answer.status == 0, answer.err
     assert answer.err == ""
-    assert "logits of onnxruntime differ by at most" in answer.out
+    assert "the logits of onnxruntime and of PyTorch differ by at most" in answer.out
     student, _ = checkpoint.load_student(run)
     assert student.normalises
     for rows in (1, 2, 17):
@@ -330,10 +331,10 @@ def test_without_the_extra(run: Path, refuses, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "the following arguments are required: RUN"),
+        ([], "expected RUN; luce export --help describes the arguments"),
         (["nowhere"], "expected nowhere to be a finished run"),
-        (["run", "--format", "torch"], "expected `--format` onnx or packed, got torch"),
-        (["run", "--out", "here.pt"], "expected a file that ends in .onnx after `--out`"),
+        (["run", "--format", "torch"], "expected `--format` as one of onnx, packed, got 'torch'"),
+        (["run", "--out", "here.pt"], "expected a file that ends in .onnx as `--out`"),
         (["run", "--format", "packed", "--out", "x.onnx"], "expected a file that ends in .safetensors"),
     ],
 )

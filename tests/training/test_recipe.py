@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from luce import WeightedSum, losses
-from luce.config import merge, overrides, parse, read_yaml
+from luce.config import merge, parse, read_yaml
 from luce.errors import UserError
 from luce.methods import FeatureMethod, LogitMethod, MetaDistil, Method
 from luce.recipes import ComparisonRecipe, Recipe, build_loss
@@ -129,19 +129,24 @@ def test_values_are_checked_and_converted() -> None:
         ({"data": {"label_per_class": 3}}, r"did you mean `data.labels_per_class`"),
         ({"teacher": {"chekpoint": "x"}}, r"did you mean `teacher.checkpoint`"),
         ({"student": {"cache_outputs": True}}, r"unknown recipe key `student.cache_outputs`"),
-        ({"training": {"epochs": "many"}}, r"training\.epochs.*int.*many"),
-        ({"training": {"epochs": 2.5}}, r"training\.epochs.*int.*2\.5"),
-        ({"training": {"epochs": [2]}}, r"training\.epochs"),
-        ({"training": {"cpu": "perhaps"}}, r"training\.cpu.*bool.*perhaps"),
-        ({"training": {"milestones": 3}}, r"training\.milestones.*list.*3"),
-        ({"training": {"optimizer": "lamb"}}, r"training\.optimizer.*'sgd', 'adamw'.*lamb"),
-        ({"training": {"schedule": "linear"}}, r"training\.schedule.*'cosine', 'step', 'constant'.*linear"),
-        ({"training": {"precision": "fp8"}}, r"training\.precision.*'no', 'bf16', 'fp16'.*fp8"),
-        ({"training": 3}, r"expected recipe key `training` to hold a mapping, got 3"),
-        ({"training": None}, r"expected recipe key `training` to hold a mapping, got None"),
-        ({"teacher": "cnn"}, r"expected recipe key `teacher` to hold a mapping, got 'cnn'"),
-        ({"loss": "PLDLoss"}, r'"loss".*dict.*PLDLoss'),
-        ({"loss": {"pld": "PLDLoss"}}, r"dict.*PLDLoss"),
+        ({"training": {"epochs": "many"}}, "expected `training.epochs` as an integer, got 'many'"),
+        ({"training": {"epochs": 2.5}}, "expected `training.epochs` as an integer, got 2.5"),
+        ({"training": {"epochs": True}}, "expected `training.epochs` as an integer, got True"),
+        ({"training": {"epochs": None}}, "expected `training.epochs` as an integer, got None"),
+        ({"training": {"lr": "fast"}}, "expected `training.lr` as a number, got 'fast'"),
+        ({"teacher": {"answers": "x"}}, "`teacher.answers` as one of probs, topk, label, got 'x'"),
+        ({"student": {"mean": [1, "a"]}}, r"expected `student.mean\[1\]` as a number, got 'a'"),
+        ({"student": {"name": 3}}, "expected `student.name` as text, got 3"),
+        ({"training": {"cpu": "perhaps"}}, "expected `training.cpu` as true or false, got 'perhaps'"),
+        ({"training": {"milestones": 3}}, "expected `training.milestones` as a list, got 3"),
+        ({"training": {"optimizer": "lamb"}}, "`training.optimizer` as one of sgd, adamw, got 'lamb'"),
+        ({"training": {"schedule": "linear"}}, "as one of cosine, step, constant, got 'linear'"),
+        ({"training": {"precision": "fp8"}}, "as one of no, bf16, fp16, got 'fp8'"),
+        ({"training": 3}, "expected `training` as a mapping, got 3"),
+        ({"training": None}, "expected `training` as a mapping, got None"),
+        ({"teacher": "cnn"}, "expected `teacher` as a mapping, got 'cnn'"),
+        ({"loss": "PLDLoss"}, "expected `loss` as a mapping, got 'PLDLoss'"),
+        ({"loss": {"pld": "PLDLoss"}}, "expected `loss.pld` as a mapping, got 'PLDLoss'"),
         ({"training": {"lr": -1}}, r"expected `training\.lr` above 0, got -1"),
         ({"data": {"workers": -1}}, r"expected `data\.workers` of at least 0, got -1"),
         ({"data": {"options": {"root": "x"}}}, r"expected no `root` among the `options` of the data"),
@@ -161,14 +166,14 @@ def test_what_a_recipe_may_not_say(content: dict[str, Any], message: str) -> Non
         ({"baseline": "cross-entropi"}, r"unknown baseline `cross-entropi`; did you mean `cross-entropy`"),
         ({"seeds": []}, r"expected `seeds` as a list of different integers, got \[\]"),
         ({"seeds": [1, 2, 1]}, r"different integers, got \[1, 2, 1\]"),
-        ({"seeds": 3}, r"seeds.*list"),
+        ({"seeds": 3}, "expected `seeds` as a list, got 3"),
         ({"settings": {}}, r"expected at least one entry in `settings`"),
         ({"settings": {"a/b": {}}}, r"can name a folder.*got `a/b`"),
         ({"settings": {"..": {}}}, r"can name a folder.*got `\.\.`"),
         ({"settings": {"teacher": {}}}, r"beside that of the teacher, got `teacher`"),
         ({"settings": {"a": {"loss": {}}}}, r"expected no `loss` in setting `a`"),
         ({"settings": {"a": {"method": "KD"}}}, r"expected no `method` in setting `a`"),
-        ({"settings": {"a": 3}}, r"settings.*dict"),
+        ({"settings": {"a": 3}}, "expected `settings.a` as a mapping, got 3"),
         ({"methods": {"": {}}}, r"can name a folder"),
     ],
 )
@@ -290,11 +295,11 @@ def test_what_a_loss_may_not_be(terms: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("training: [", "is no YAML"),
-        ("a: b: c", "is no YAML"),
+        ("training: [", "is not valid YAML"),
+        ("a: b: c", "is not valid YAML"),
         ("", "to hold a YAML mapping, got NoneType"),
         ("- 1", "to hold a YAML mapping, got list"),
-        ("\0", "is no YAML"),
+        ("\0", "is not valid YAML"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
@@ -313,48 +318,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_yaml_makes_no_objects(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: !!python/object/apply:os.system ['touch made']")
-    with pytest.raises(UserError, match="is no YAML"):
+    with pytest.raises(UserError, match="is not valid YAML"):
         read_yaml(tmp_path / "r.yaml")
 
 
-@pytest.mark.parametrize(
-    ("words", "nested"),
-    [
-        ([], {}),
-        (["--seeds", "[1, 2]"], {"seeds": [1, 2]}),
-        (["--training.lr=0.5", "--training.epochs", "3"], {"training": {"lr": 0.5, "epochs": 3}}),
-        (["--data.name=a=b"], {"data": {"name": "a=b"}}),
-        (["--loss.kd.temperature", "-1"], {"loss": {"kd": {"temperature": -1}}}),
-        (["--data.root", "null"], {"data": {"root": None}}),
-        (["--a", "1", "--a", "2"], {"a": 2}),
-    ],
-)
-def test_options(words: list[str], nested: dict[str, Any]) -> None:
-    assert overrides(words) == nested
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["epochs", "3"], "expected an option such as .*, got `epochs`"),
-        (["-e", "3"], "got `-e`"),
-        (["--", "3"], "got `--`"),
-        (["--training.epochs"], "expected a value after `--training.epochs`"),
-        (["--training.epochs", "[1"], "cannot read the value of --training.epochs"),
-        (
-            ["--training", "3", "--training.epochs", "2"],
-            "--training.epochs and another option both set `training`",
-        ),
-    ],
-)
-def test_options_that_cannot_be_read(words: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        overrides(words)
+def test_yaml_reads_an_unquoted_no_as_false(make_recipe: Callable[..., Recipe]) -> None:
+    assert make_recipe(training={"precision": False}).training.precision == "no"
 
 
 def test_scientific_notation_is_a_number(make_recipe: Callable[..., Recipe]) -> None:
-    """YAML takes 1e-2 for a word."""
-    assert make_recipe(**overrides(["--training.lr", "1e-2"])).training.lr == 0.01
+    """YAML reads 1e-2 as text."""
+    assert make_recipe(training={"lr": "1e-2"}).training.lr == 0.01
 
 
 def test_merging_changes_nothing() -> None:

@@ -89,7 +89,7 @@ class Landscape:
 def landscape(
     loss: Callable[..., Tensor | Mapping[str, Tensor]],
     teacher_logits: Tensor,
-    label: int,
+    label: int | None = None,
     *,
     name: str = "",
     radius: float | None = None,
@@ -102,9 +102,10 @@ def landscape(
 
     Args:
         loss: Called as ``loss(student_logits, teacher_logits, target)`` with one row; returns a scalar, or a
-            mapping with a scalar at ``"loss"``.
+            mapping with a scalar at ``"loss"``. A loss that needs preparation is prepared with the teacher's
+            logits.
         teacher_logits: Finite unnormalised log-scores, ``(C,)``, at least two classes.
-        label: Class index in ``[0, C)``.
+        label: Class index in ``[0, C)``; the teacher's top class if None.
         name: Name of the loss in the picture.
         radius: Half the side of the square, in logits; by default five times the norm of the teacher's logits
             (5 if they are 0).
@@ -124,6 +125,7 @@ def landscape(
         raise ValueError(
             f"expected `teacher_logits` as one row of at least 2 finite logits, got {teacher_logits.tolist()}"
         )
+    label = int(teacher_logits.argmax()) if label is None else label
     if not 0 <= label < len(teacher_logits):
         raise ValueError(f"expected `label` in [0, {len(teacher_logits)}), got {label}")
     if points < 3 or points % 2 == 0:
@@ -132,6 +134,8 @@ def landscape(
     radius = 5 * (t.norm().item() or 1.0) if radius is None else radius
     checks.check_positive(radius=radius)
     directions, target = _directions(len(t), seed), torch.tensor([label])
+    if getattr(loss, "needs_preparation", False):
+        loss.prepare(t[None], target)  # type: ignore[attr-defined]
     half = points // 2
     # Integers keep an exact 0 in the middle, so that the teacher's logits are a grid point; linspace may not.
     steps = torch.arange(-half, half + 1, dtype=torch.float64) / half * radius
@@ -141,6 +145,12 @@ def landscape(
         values = [_scalar(loss(row[None], t[None], target)) for row in grid]
     square = torch.tensor(values, dtype=torch.float64).reshape(points, points)
     return Landscape(name, t, label, directions, steps, square)
+
+
+def random_logits(classes: int, seed: int) -> Tensor:
+    """Random logits of norm 1, ``(classes,)``, in float64."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(classes, dtype=torch.float64, generator=random), dim=0)
 
 
 def _directions(classes: int, seed: int) -> Tensor:

@@ -1,30 +1,37 @@
-"""The command line: one file per command, imported when it is called."""
+"""The command line: one file per command, imported when the command is called.
+
+Each file has a dataclass ``Options`` (see `luce.cli._parser`) and a function ``main(options, command_line)``
+that returns the exit status, or None for 0.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 COMMANDS = {
     "train": "train a teacher or a baseline from a recipe without a teacher",
-    "distill": "train a student from a teacher, as a recipe says",
+    "distill": "train a student from a teacher, from a recipe",
     "compare": "train with several methods and seeds, and report the differences",
-    "evaluate": "figures of a finished run's student, on its own data or on others",
-    "serve": "answer over HTTP as a black box, with a finished run's student",
-    "diagnose": "what a teacher knows beyond the labels, and where KD with it may fail",
+    "evaluate": "print the test metrics of a finished run's student",
+    "serve": "serve a finished run's student over HTTP as a black box",
+    "diagnose": "analyse the knowledge of a teacher beyond the labels, and the limits of KD with it",
     "landscape": "draw losses over a plane of student logits",
-    "export": "a finished student as ONNX, or packed with one bit per binary weight",
+    "export": "write a finished student as ONNX, or packed with one bit per binary weight",
     "spike": "convert a finished student to a spiking network, and simulate it",
-    "report": "write the report of a run or of a comparison again",
-    "bench": "speed and memory of losses and ops against their baselines",
-    "check": "put a loss, anybody's, to the laws of distillation losses",
-    "info": "versions, devices, and which optional parts are installed",
+    "report": "write the report of a run or a comparison again",
+    "bench": "measure speed and memory of losses and ops against their baselines",
+    "check": "test a loss against the laws of distillation losses",
+    "info": "show versions, devices, and the optional packages that are installed",
 }
 
 
 def usage() -> str:
+    """The text of ``luce --help``."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(
@@ -35,44 +42,76 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "luce COMMAND --help tells more; --debug shows the traceback of an error.",
+            "luce COMMAND --help describes a command, luce --version prints the version,",
+            "and --debug shows the traceback of an error.",
         ]
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    The exit status is 2 for what the user can mend, and 1 for a defect: of Luce, or of what ``luce check`` is
-    asked about.
+    Args:
+        argv: The words after ``luce``; those of the process if None.
+    Returns:
+        The exit status: 0; 2 for an error that the user can mend; 1 for a defect, of Luce or of the loss that
+        ``luce check`` tests; 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
-    from ..errors import UserError, unknown_name
+    if words[0] == "--version":
+        from .. import __version__
 
-    if "" not in sys.path:  # what `python:` and `luce check` name may lie here, as for `python -m luce`
+        print(f"luce {__version__}")
+        return 0
+    # A console script lacks the working directory, where `python:` data and losses to check may be.
+    if "" not in sys.path:
         sys.path.insert(0, "")
     name, *rest = words
     try:
-        if name not in COMMANDS:
-            raise unknown_name("command", name, COMMANDS)
-        return importlib.import_module(f"luce.cli.{name}").main(rest) or 0
+        return _run(name, rest)
     except KeyboardInterrupt:
-        print("luce: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("luce: stopped; run the same command again to resume from the last checkpoint", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output has enough of it
+    except BrokenPipeError:  # `luce ... | head` closes the pipe when it has read enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except Exception as error:
         if debug:
             raise
+        from ..errors import UserError
+
         if isinstance(error, UserError):
             print(f"luce {name}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         print(f"luce {name}: unexpected {reason}; --debug shows where, please report it", file=sys.stderr)
         return 1
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    from ..errors import UserError, unknown_name
+
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS)
+    command: Any = importlib.import_module(f"luce.cli.{name}")
+    if name == "bench":
+        return command.main(argv) or 0
+    if "-h" in argv or "--help" in argv:
+        from ._help import help_text
+
+        print(help_text(command.Options, name))
+        if hasattr(command, "help_end"):
+            print(command.help_end())
+        return 0
+    from ._parser import as_typed, parse_arguments
+
+    try:
+        options = parse_arguments(command.Options, argv, name)
+        return command.main(options, shlex.join(["luce", name, *argv])) or 0
+    except UserError as error:
+        raise UserError(as_typed(str(error), command.Options)) from error

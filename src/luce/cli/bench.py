@@ -7,15 +7,31 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import NoReturn
 
 from ..errors import UserError
-from ._parser import Parser
 
 DESCRIPTION = """Measure losses and ops against what people use instead: candidate and baselines take turns
 in one process on the same random logits. Cases are named by the beginning of a name (softmax, pld, kd,
 pld/exact), by a pattern ('pld/*/float32'), or all at once. The tests of the ops run first: if one fails,
 there are no figures. A line for each case and number of threads is added to --out; README.md and ratios.png
 beside it show the last run. Close everything else: a busy machine makes figures useless."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses as Luce does: one sentence, exit status 2."""
+
+    def __init__(self, command: str, **settings: str) -> None:
+        super().__init__(
+            prog=f"luce {command}",
+            add_help=False,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **settings,  # type: ignore[arg-type]
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help tells more")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,71 +1,61 @@
-"""``luce check``: put somebody's loss to the laws."""
+"""``luce check``: test a loss against the laws of distillation losses."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import textwrap
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-DESCRIPTION = """Put a loss to the laws of distillation losses, with small examples that hypothesis makes up,
-and show the smallest on which a law breaks. The loss is imported from the working directory or from what is
-installed, which runs its module's code. Laws that a sound loss may well not obey bind only one that claims
-them: --claims divergence for a KL or Jensen-Shannon divergence, ranking for a list-wise loss, masking for
-one that leaves out rows labelled -100, all to see what holds. The exit status is 0 if no law is broken, 1 if
-one is, 2 if the request is wrong. Needs: pip install 'luce[check]'."""
+from ..errors import UserError
 
 
-def _parser() -> argparse.ArgumentParser:
-    from ._parser import Parser
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Test a loss against the laws of distillation losses.
 
-    parser = Parser("check", description=DESCRIPTION)
-    parser.add_argument(
-        "loss", metavar="MODULE:CALLABLE", help="a function, a module, or a class to build one"
-    )
-    parser.add_argument("--adapter", default="auto", metavar="NAME", help="how it is called; see below")
-    parser.add_argument(
-        "--options", type=_mapping, metavar="JSON", help="keyword arguments of the function or class"
-    )
-    parser.add_argument("--claims", type=_names, default=(), metavar="NAMES", help="laws that it claims")
-    parser.add_argument("--laws", type=_names, metavar="NAMES", help="only these laws")
-    parser.add_argument("--without", type=_names, default=(), metavar="NAMES", help="not these laws")
-    parser.add_argument(
-        "--against", metavar="MODULE:CALLABLE", help="another implementation; gets --options too"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float64", "float32"), default="float64", help="of the logits: float64"
-    )
-    parser.add_argument("--examples", type=_count, default=50, metavar="N", help="to try for each law: 50")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="another one draws other examples: 0"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there too")
-    return parser
+    Hypothesis draws small examples; where a law breaks, the smallest counter-example is shown. The loss is
+    imported from the working directory or from the installed packages, which runs its module's code. Some
+    laws bind only a loss that claims them: --claims divergence for a KL or Jensen-Shannon divergence, ranking
+    for a list-wise loss, masking for a loss that ignores rows labelled -100, all to see which hold.
 
+    The exit status is 0 if no law is broken, 1 if one is, 2 if the command cannot run.
+    Needs: pip install 'luce[check]'
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
+      luce check mine:kd_loss --claims divergence,temperature_scaled
 
+    Attributes:
+        loss: MODULE:CALLABLE, a function, a module, or a class that builds one.
+        adapter: How to call the loss; see below.
+        options: Keyword arguments of the function or class, as JSON or as --options.NAME VALUE.
+        claims: Laws that the loss claims.
+        laws: Run only these laws.
+        without: Skip these laws.
+        against: MODULE:CALLABLE of another implementation; it receives the options that it accepts.
+        dtype: Dtype of the logits.
+        examples: Number of examples for each law.
+        seed: Another seed draws other examples.
+        json: Write the verdicts to this file too.
+    """
 
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"expected JSON such as '{{\"temperature\": 4}}', got {text!r}")
-    return found
+    loss: str
+    adapter: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+    claims: tuple[str, ...] = ()
+    laws: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+    against: str | None = None
+    dtype: Literal["float64", "float32"] = "float64"
+    examples: int = 50
+    seed: int = 0
+    json: Path | None = None
 
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return int(text)
+    def __post_init__(self) -> None:
+        if self.examples < 1:
+            raise UserError(f"expected `examples` of at least 1, got {self.examples}")
 
 
-def _catalogue() -> str:
+def help_end() -> str:
     """Adapters, laws and groups of claims, for the help."""
     from ..conformance import ADAPTERS, GROUPS, LAWS
 
@@ -83,33 +73,26 @@ def _catalogue() -> str:
     return "\n".join(lines)
 
 
-def main(words: Sequence[str]) -> int:
-    """0 if no law is broken, else 1."""
-    parser = _parser()
-    if "--help" in words or "-h" in words:
-        parser.print_help()
-        print(_catalogue())
-        return 0
-    request = parser.parse_args(words)
-
+def main(options: Options, _: str) -> int:
+    """Print the verdicts; return 0 if no law is broken, else 1."""
     import torch
     from rich.console import Console
 
     from ..conformance import Loss, check, load_loss, report
     from ..files import make_folder, write_text
 
-    loss = Loss.of(load_loss(request.loss), request.adapter, options=request.options, claims=request.claims)
-    settings = {n: getattr(request, n) for n in ("laws", "without", "examples", "seed")}
+    loss = Loss.of(load_loss(options.loss), options.adapter, options=options.options, claims=options.claims)
+    settings = {name: getattr(options, name) for name in ("laws", "without", "examples", "seed")}
     verdicts = check(
         loss,
-        against=load_loss(request.against) if request.against else None,
-        dtype=getattr(torch, request.dtype),
+        against=load_loss(options.against) if options.against else None,
+        dtype=getattr(torch, options.dtype),
         **settings,
     )
     print(f"{loss}, called as {loss.adapter.text}; claims {', '.join(loss.claims) or 'nothing'}\n")
     Console().print(report.terminal(verdicts))
-    if request.json is not None:
-        make_folder(request.json.parent)
-        settings |= {"against": request.against, "dtype": request.dtype}
-        write_text(request.json, report.as_json(loss, verdicts, **settings))
+    if options.json is not None:
+        make_folder(options.json.parent)
+        settings |= {"against": options.against, "dtype": options.dtype}
+        write_text(options.json, report.as_json(loss, verdicts, **settings))
     return int(any(verdict.state == "broken" for verdict in verdicts))

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..recipes import ComparisonRecipe
+from ..runs import compare
+from ..training.processes import processes
+from ..training.progress import progress_bars
+from ._parser import recipe_fields
+from ._recipe import RecipeOptions, load_recipe
+from .report import show
 
 
-def main(words: Sequence[str]) -> None:
-    from ..recipes.schema import ComparisonRecipe
-    from ..runs.compare import compare
-    from ..training.processes import processes
-    from ..training.progress import progress_bars
-    from ._arguments import read_request
-    from .report import show
+@dataclass(frozen=True, kw_only=True)
+class Options(RecipeOptions):
+    """Train with several methods and seeds, and report the differences.
 
-    request = read_request("compare", words, ComparisonRecipe)
-    if request is None:
-        return
+    The fields of the recipe are options too and override the file. The same command skips finished runs and
+    resumes from the last checkpoint.
+
+      luce compare recipes/demo.yaml --seeds 0,1
+    """
+
+    overrides: dict[str, Any] = field(default_factory=dict, metadata=recipe_fields(ComparisonRecipe))
+
+
+def main(options: Options, command_line: str) -> None:
+    """Train, and print the report."""
+    recipe = load_recipe(ComparisonRecipe, options.recipe, options.overrides)
     with progress_bars() as progress:
-        runs, before = compare(request.recipe, request.folder, request.command, progress)
-    if before and processes().is_main_process:
-        print(f"{before} of {runs} runs were there already; delete {request.folder} to train them again")
-    show(request.folder)
+        runs, finished = compare(recipe, options.folder, command_line, progress)
+    if finished and processes().is_main_process:
+        print(f"skipped {finished} of {runs} runs, already finished; delete {options.folder} to repeat them")
+    show(options.folder)

@@ -1,30 +1,35 @@
-"""``luce evaluate``: figures of a finished run's student."""
+"""``luce evaluate``: test metrics of a finished run's student."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from ..errors import UserError
-
-USAGE = """usage: luce evaluate FOLDER [--data.name NAME ...] [--teacher.checkpoint FOLDER ...]
-
-Print, as JSON, the test figures of the exported student in a run folder: on the data of its recipe, or on
-that of the options. With a teacher, in the recipe or in the options, also how far the student follows it."""
+from ..recipes import Recipe
+from ..runs import evaluate
+from ._parser import recipe_fields
+from ._recipe import load_recipe
 
 
-def main(words: Sequence[str]) -> None:
-    from pathlib import Path
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Print, as JSON, the test metrics of the exported student of a run.
 
-    from ..config import merge, overrides, parse, read_yaml
-    from ..recipes.schema import Recipe
-    from ..runs.evaluate import evaluate
+    The fields of the run's recipe are options too: other data, or a teacher to compare the student with.
 
-    if words and words[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if not words or words[0].startswith("-"):
-        raise UserError("expected a run folder, such as: luce evaluate runs/digits")
-    folder = Path(words[0])
-    recipe = parse(Recipe, merge(read_yaml(folder / "recipe.yaml"), overrides(words[1:])))
-    print(json.dumps(evaluate(folder, recipe), indent=2))
+      luce evaluate runs/digits --data.name sklearn:digits --teacher.checkpoint runs/digits-teacher
+
+    Attributes:
+        folder: A finished run.
+    """
+
+    folder: Path
+    overrides: dict[str, Any] = field(default_factory=dict, metadata=recipe_fields(Recipe))
+
+
+def main(options: Options, _: str) -> None:
+    """Evaluate, and print the metrics."""
+    recipe = load_recipe(Recipe, options.folder / "recipe.yaml", options.overrides)
+    print(json.dumps(evaluate(options.folder, recipe), indent=2))

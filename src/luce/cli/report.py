@@ -1,23 +1,31 @@
-"""``luce report``: tables and the page, from what is in a folder."""
+"""``luce report``: tables and the page of a finished run or comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def main(words: Sequence[str]) -> None:
-    from ._arguments import single_folder
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Print the table of a run or a comparison, and write its report.html again.
 
-    folder = single_folder(
-        "report", words, "Print the table of a run or comparison folder and write its report.html."
-    )
-    if folder is not None:
-        show(folder)
+      luce report runs/demo
+
+    Attributes:
+        folder: A finished run or comparison.
+    """
+
+    folder: Path
+
+
+def main(options: Options, _: str) -> None:
+    """Print the table and write the page."""
+    show(options.folder)
 
 
 def show(folder: Path) -> None:
-    """Print the table, where the report is, and for a comparison what it found."""
+    """Print the table and the place of the page; for a comparison, the conclusions too."""
     from rich.console import Console
 
     from .. import reports

@@ -2,102 +2,73 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import secrets
-import socket
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..errors import UserError
+from ..remote.server import ServiceOptions, build_app, listen, new_server
+from ..training import checkpoint
 
-USAGE = "luce serve FOLDER [--answers probs|topk|label] [--host ADDRESS] [--port PORT] [--token TOKEN] [...]"
-DESCRIPTION = """Answer questions over HTTP with the student of a run folder, which tells no more than asked
-for; docs/black-box.md has the protocol. It listens on this machine alone unless an address is given.
-
-  luce serve runs/digits-teacher --answers label --port 8000"""
 TOKEN = "LUCE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def _parser() -> argparse.ArgumentParser:
-    from ._parser import Parser
+@dataclass(frozen=True, kw_only=True)
+class Options(ServiceOptions):
+    """Answer queries over HTTP with the student of a finished run; docs/black-box.md describes the protocol.
 
-    parser = Parser("serve", usage=USAGE, description=DESCRIPTION)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a finished run")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on: 127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="0, which takes a free one, unless given")
-    parser.add_argument(
-        "--answers", default="probs", help="what is told of a row: probs, topk or label; probs unless given"
-    )
-    parser.add_argument("--top_k", type=int, help="how many classes topk tells")
-    parser.add_argument("--decimals", type=int, help="round probabilities to so many")
-    parser.add_argument(
-        "--token", help=f"that a request must bring; else the variable {TOKEN} has it, or one is made up"
-    )
-    parser.add_argument("--max_request_bytes", type=int, default=16 * 2**20, help="16 MiB unless given")
-    parser.add_argument("--max_batch", type=int, default=1024, help="most rows in a request: 1024")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
-    return parser
+    The answers reveal no more than --answers allows. The server listens on this machine alone unless --host
+    is given.
 
+      luce serve runs/digits-teacher --answers label --port 8000
 
-def main(words: Sequence[str]) -> None:
-    parser = _parser()
-    if "--help" in words or "-h" in words:
-        parser.print_help()
-        return
-    request = parser.parse_args(list(words))
-    token = os.environ.get(TOKEN) if request.token is None else request.token
-    if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
-        raise UserError("expected a token of plain characters, without spaces")
-    if token is None and request.host not in LOOPBACK:
-        raise UserError(
-            f"expected a token to listen on {request.host}, where others can ask; give --token or {TOKEN}"
-        )
-
-    import torch
-
-    from ..remote.server import ServiceOptions, build_app, new_server
-    from ..training import checkpoint
-
-    offer = ServiceOptions(
-        request.answers, request.top_k, request.decimals, request.max_batch, request.max_request_bytes
-    )
-    network, description = checkpoint.load_student(request.folder)
-    device = torch.device("cuda" if torch.cuda.is_available() and not request.cpu else "cpu")
-    made_up = token is None
-    token = token or secrets.token_urlsafe(24)
-    server = new_server(build_app(network, description, offer, token=token, device=device))
-    with _listening(request.host, request.port) as door:
-        host = f"[{request.host}]" if ":" in request.host else request.host
-        print(
-            f"serving {description['model']} of {request.folder}: {len(description['classes'])} classes, "
-            f"{offer.answers} alone\nurl: http://{host}:{door.getsockname()[1]}"
-        )
-        print(f"token: {token}" if made_up else "token: the one that was given", flush=True)
-        try:
-            server.run(sockets=[door])
-        except KeyboardInterrupt:  # how a server is told to end
-            return
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket on this address.
-
-    Raises:
-        UserError: If it cannot be had.
+    Attributes:
+        folder: A finished run.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        token: Token that each request must present. If not given, the value of the environment variable
+            LUCE_TOKEN, else a random one, which is printed.
+        cpu: Use the CPU even if there is a GPU.
     """
-    if not 0 <= port < 2**16:
-        raise UserError(f"expected `--port` in 0 .. 65535, got {port}")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    door = socket.socket(family, socket.SOCK_STREAM)
-    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        door.bind((host, port))
-        door.listen()  # whoever reads the address may come before the server is quite awake
-    except OSError as error:
-        door.close()
+
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    token: str | None = None
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"expected `port` in 0 .. 65535, got {self.port}")
+
+
+def main(options: Options, _: str) -> None:
+    """Serve until interrupted."""
+    token = os.environ.get(TOKEN) if options.token is None else options.token
+    if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
+        raise UserError("expected a token of printable ASCII characters without spaces")
+    if token is None and options.host not in LOOPBACK:
         raise UserError(
-            f"cannot listen on {host} port {port} ({error.strerror or error}); choose another"
-        ) from error
-    return door
+            f"expected a token to listen on {options.host}, which other machines can reach; give --token or "
+            f"{TOKEN}"
+        )
+    network, description = checkpoint.load_student(options.folder)
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+    secret = token or secrets.token_urlsafe(24)
+    server = new_server(build_app(network, description, options, token=secret, device=device))
+    with listen(options.host, options.port) as listener:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(
+            f"serving {description['model']} of {options.folder}: {len(description['classes'])} classes, "
+            f"answers {options.answers}\nurl: http://{host}:{listener.getsockname()[1]}"
+        )
+        print(f"token: {secret if token is None else 'as given'}", flush=True)
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:  # Ctrl-C is the ordinary end of a server
+            return

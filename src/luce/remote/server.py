@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import socket
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -187,6 +188,26 @@ def new_server(app: Starlette) -> uvicorn.Server:
         timeout_graceful_shutdown=5,
     )
     return uvicorn.Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open a socket that listens on an address; port 0 takes a free one.
+
+    Raises:
+        UserError: If the system refuses the address.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()  # clients may connect as soon as they read the address, before the server runs
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error.strerror or error}); choose another"
+        ) from error
+    return listener
 
 
 def fingerprint(network: nn.Module, description: Mapping[str, Any]) -> str:

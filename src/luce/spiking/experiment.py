@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
+from ..errors import UserError
 from ..models import Classifier
 from ..models.binary import size_in_bits
 from .calibration import Calibration, Scale
@@ -42,6 +43,19 @@ class Settings:
     start: float = 0.5
     mode: Mode = "layerwise"
     exit_loss: float = 0.005
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"expected `steps` of at least 1, got {self.steps}")
+        for percentile in (self.percentile, *self.lower):
+            if not 0 < percentile <= 100:
+                raise UserError(f"expected percentiles above 0 and of at most 100, got {percentile:g}")
+        if not 0 <= self.start < 1:
+            raise UserError(f"expected `start` of at least 0 and below 1, got {self.start:g}")
+        if self.mode not in get_args(Mode):
+            raise UserError(f"expected `mode` layerwise or synchronous, got {self.mode}")
+        if not 0 <= self.exit_loss <= 1:
+            raise UserError(f"expected `exit_loss` in [0, 1], got {self.exit_loss:g}")
 
 
 @dataclass(frozen=True)
