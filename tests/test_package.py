@@ -20,7 +20,6 @@ HEAVY = [
     "accelerate",
     "datasets",
     "jinja2",
-    "jsonargparse",
     "matplotlib",
     "PIL",
     "rich",
