@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from luce import cli
+from luce import __version__, cli
 
 RECIPE_COMMANDS = ("train", "distill", "compare")
 STUDENT = {"method": "PLD", "loss": {"task": {"loss": "PLDLoss"}}, "teacher": {"checkpoint": "runs/teacher"}}
@@ -35,6 +35,17 @@ def test_help(word: str, luce) -> None:
     answer = luce(word)
     assert (answer.status, answer.err) == (0, "")
     assert all(f"  {command}" in answer.out for command in cli.COMMANDS)
+
+
+def test_help_imports_nothing(luce) -> None:
+    before = set(sys.modules)
+    assert luce("--help").status == 0
+    assert set(sys.modules) == before
+
+
+def test_the_version(luce) -> None:
+    answer = luce("--version")
+    assert (answer.status, answer.out, answer.err) == (0, f"luce {__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -135,7 +146,7 @@ def test_an_interruption_says_how_to_go_on(write, luce, monkeypatch: pytest.Monk
     assert answer.err == "luce: stopped; run the same command again to resume from the last checkpoint\n"
 
 
-def test_a_defect_of_luce_is_told_apart(write, luce, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_of_luce_has_status_1(write, luce, monkeypatch: pytest.MonkeyPatch) -> None:
     from luce.methods import LogitMethod
 
     monkeypatch.setattr(LogitMethod, "step", lambda *_: 1 / 0)

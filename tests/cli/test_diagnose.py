@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from luce import data, suggest_temperature
+from luce import data, runs, suggest_temperature
 from luce.analysis import diagnose as of_tensors
 from luce.cli.landscape import read_loss
 from luce.errors import UserError
@@ -66,6 +66,23 @@ def test_a_run_is_diagnosed_on_its_own_split(teacher: Path, luce, place: Path) -
     assert figures["held_out"]["which"] == "validation rows"
     assert figures["classes"] == list(data.load("sklearn:iris").classes)
     assert "luce diagnose runs/teacher sklearn:iris" in (place / "out/diagnose.html").read_text()
+
+
+def test_from_python(teacher: Path) -> None:
+    report = runs.diagnose(
+        runs.DiagnoseOptions(
+            teacher="runs/teacher", data="sklearn:iris", overrides={"data": {"validation": 0.5}}
+        )
+    )
+    assert report.held_out_rows == "validation rows"
+    assert report.train.teacher.rows == round(len(data.load("sklearn:iris").train) * 0.5)
+    assert "untrained" in report.student
+    with pytest.raises(UserError, match=r"expected `weight` in \[0, 1\], got 2"):
+        runs.DiagnoseOptions(teacher="runs/teacher", data="sklearn:iris", weight=2)
+    with pytest.raises(UserError, match="did you mean `data.validation`"):
+        runs.diagnose(
+            runs.DiagnoseOptions(teacher="mlp", data="sklearn:iris", overrides={"data": {"validatio": 1}})
+        )
 
 
 def test_json_is_all_that_is_printed(teacher: Path, luce) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from luce.config import parse
 from luce.errors import UserError
 from luce.recipes import Recipe
+from luce.runs import SpikeOptions, spike
 from luce.runs import run as train
 from luce.runs.export import read_packed
 from luce.training import checkpoint
@@ -67,6 +68,16 @@ def test_the_same_command_gives_the_same_figures(run: Path, luce, place: Path) -
     assert both[0] == both[1]
     assert json.loads(both[0])["rows"]["test"] == 40
     assert not (run / "spiking").exists()
+
+
+def test_from_python(run: Path) -> None:
+    result = spike(run, SpikeOptions(steps=3, rows=7, calibration=20, lower=()))
+    assert (result.test.rows, result.calibration_rows) == (7, 20)
+    assert list(result.tests) == [99.9]
+    assert len(result.test.accuracy) == 3
+    assert {path.name for path in run.iterdir() if path.is_dir()} == set()
+    with pytest.raises(UserError, match="expected `rows` of at least 1, got 0"):
+        SpikeOptions(rows=0)
 
 
 def test_one_row(run: Path, luce, place: Path) -> None:
