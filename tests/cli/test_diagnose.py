@@ -69,17 +69,15 @@ def test_a_run_is_diagnosed_on_its_own_split(teacher: Path, luce, place: Path) -
 
 
 def test_from_python(teacher: Path) -> None:
-    report = runs.diagnose(
-        runs.DiagnoseOptions(
-            teacher="runs/teacher", data="sklearn:iris", overrides={"data": {"validation": 0.5}}
-        )
-    )
+    overrides = {"data": {"validation": 0.5}}
+    options = runs.DiagnoseOptions(teacher="runs/teacher", data="sklearn:iris", overrides=overrides)
+    report = runs.diagnose(options)
     assert report.held_out_rows == "validation rows"
     assert report.train.teacher.rows == round(len(data.load("sklearn:iris").train) * 0.5)
     assert "untrained" in report.student
     with pytest.raises(UserError, match=r"expected `weight` in \[0, 1\], got 2"):
         runs.DiagnoseOptions(teacher="runs/teacher", data="sklearn:iris", weight=2)
-    with pytest.raises(UserError, match="did you mean `data.validation`"):
+    with pytest.raises(UserError, match=r"did you mean `data\.validation`"):
         runs.diagnose(
             runs.DiagnoseOptions(teacher="mlp", data="sklearn:iris", overrides={"data": {"validatio": 1}})
         )
