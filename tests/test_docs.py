@@ -20,7 +20,7 @@ def test_the_method_of_ones_own_trains_its_teacher() -> None:
     data = TensorDataset(torch.randn(64, 20), torch.randint(5, (64,)))
     names: dict[str, Any] = {"student": nn.Linear(20, 5), "teacher": teacher, "data": data}
     exec(code.replace("PLDLoss()))", "PLDLoss()), teacher_lr=0.1), epochs=3, show_progress=False"), names)
-    teacher_losses = [line["train"]["teacher"] for line in names["fitted"].lines]
+    teacher_losses = [line["train"]["teacher"] for line in names["fitted"].history]
     assert teacher_losses[0] > teacher_losses[1] > teacher_losses[2]
 
 

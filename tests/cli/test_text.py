@@ -166,7 +166,7 @@ def test_distilling_in_one_call(bert_folder: Path) -> None:
         models.build(f"hf:{bert_folder}", classes=3, num_hidden_layers=layers) for layers in (2, 1)
     )
     fitted = distill(student, teacher, rows, epochs=4, batch_size=10, lr=1e-3, show_progress=False)
-    assert fitted.lines[-1]["train"]["loss"] < fitted.lines[0]["train"]["loss"]
+    assert fitted.history[-1]["train"]["loss"] < fitted.history[0]["train"]["loss"]
     short, padded = torch.tensor([[2, 5, 7, 3]]), torch.tensor([[2, 5, 7, 3, 0, 0, 0]])
     answers = [fitted.student.eval()(ids) for ids in (short, padded)]
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)

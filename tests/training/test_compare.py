@@ -246,6 +246,6 @@ def test_what_a_teacher_cannot_remember_is_told_before_it_is_trained(
     make: Any, trained: list[str], tmp_path: Path
 ) -> None:
     data = {"name": "sklearn:digits", "augment": "flip"}
-    with pytest.raises(UserError, match=r"always look the same for `teacher.cache_outputs`"):
+    with pytest.raises(UserError, match=r"that never change for `teacher.cache_outputs`"):
         compare(make(data=data), tmp_path / "c")
     assert (trained, (tmp_path / "c").exists()) == ([], False)

@@ -44,9 +44,9 @@ def test_a_student_learns_what_its_teacher_knows() -> None:
     before = accuracy(student, fresh)
     fitted = distill(student, teacher, dataset, fresh)
     assert accuracy(student, fresh) > max(0.85, before + 0.2)
-    assert [line["epoch"] for line in fitted.lines] == [1, 2, 3, 4]
-    assert fitted.lines[-1]["validation"]["accuracy"] == pytest.approx(accuracy(student, fresh))
-    assert fitted.lines[-1]["train"]["loss"] < fitted.lines[0]["train"]["loss"]
+    assert [line["epoch"] for line in fitted.history] == [1, 2, 3, 4]
+    assert fitted.history[-1]["validation"]["accuracy"] == pytest.approx(accuracy(student, fresh))
+    assert fitted.history[-1]["train"]["loss"] < fitted.history[0]["train"]["loss"]
     assert fitted.student.body is student
     assert 1 <= fitted.best_epoch <= 4
     nn.Linear(FEATURES, CLASSES).load_state_dict(fitted.best_weights)
@@ -63,7 +63,7 @@ def test_few_labels_among_many_rows() -> None:
     dataset, teacher = toy(unlabelled=230)
     with_rows, with_labels = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
     steps = [
-        distill(student, teacher, dataset, loss=loss).lines[-1]["step"]
+        distill(student, teacher, dataset, loss=loss).history[-1]["step"]
         for student, loss in ((with_rows, None), (with_labels, luce.CrossEntropyLoss()))
     ]
     assert steps[0] == steps[1] == 4 * 4
@@ -102,7 +102,7 @@ def test_a_loss_that_is_a_function() -> None:
 
     fitted = distill(student, teacher, dataset, loss=loss, epochs=40, lr=0.2)
     torch.testing.assert_close(student.weight, teacher.weight, rtol=0, atol=0.02)
-    assert fitted.lines[-1]["train"].keys() == {"loss"}
+    assert fitted.history[-1]["train"].keys() == {"loss"}
 
 
 def test_the_parameters_of_a_loss_are_trained() -> None:
@@ -124,7 +124,7 @@ def test_the_parameters_of_a_loss_are_trained() -> None:
     loss = Rescaled()
     fitted = distill(student, teacher, dataset, loss=loss, epochs=60, lr=0.2, weight_decay=0.0)
     assert loss.factor.item() == pytest.approx(3, abs=0.05)
-    assert fitted.lines[0]["train"].keys() == {"fit", "loss"}
+    assert fitted.history[0]["train"].keys() == {"fit", "loss"}
 
 
 def test_the_teacher_is_left_as_it_was() -> None:
@@ -159,13 +159,13 @@ def test_a_folder_goes_on_where_the_first_call_stopped(tmp_path, monkeypatch: py
         call(tmp_path / "cut", loss=Impatient())
     resumed, again = call(str(tmp_path / "cut"))
     assert torch.equal(resumed[1].weight, whole[1].weight)
-    assert len(again.lines) == 4
+    assert len(again.history) == 4
     third, finished = call(tmp_path / "cut")  # nothing is left to do
     assert torch.equal(third[1].weight, whole[1].weight)
-    assert finished.lines == again.lines
+    assert finished.history == again.history
     written = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == again.lines
-    assert fitted.lines[-1]["train"] == again.lines[-1]["train"]
+    assert [json.loads(line) for line in written] == again.history
+    assert fitted.history[-1]["train"] == again.history[-1]["train"]
 
 
 def test_a_folder_is_not_taken_for_another_training(tmp_path) -> None:

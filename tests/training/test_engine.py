@@ -83,7 +83,7 @@ def test_three_micro_batches_equal_one_batch(loss: nn.Module, rows: int, optimiz
             students, [{"batch_size": 12}, {"batch_size": 4, "accumulate": 3}], strict=True
         )
     ]
-    assert fits[0].lines[-1]["step"] == fits[1].lines[-1]["step"] == 2 * math.ceil(rows / 12)
+    assert fits[0].history[-1]["step"] == fits[1].history[-1]["step"] == 2 * math.ceil(rows / 12)
     torch.testing.assert_close(students[0].weight, students[1].weight, rtol=1e-5, atol=1e-6)
     assert (students[0].weight - linear().weight).abs().max() > 0.01
 
@@ -139,7 +139,7 @@ def test_the_average_of_the_weights_is_the_hand_written_one(accumulate: int) -> 
 
     ends = [b for b in range(1, 16) if (b % 5) % accumulate == 0 or b % 5 == 0]
     after = [*method.seen, student.state_dict()]
-    assert fitted.lines[-1]["step"] == len(ends)
+    assert fitted.history[-1]["step"] == len(ends)
     for name in ("body.1.weight", "body.1.bias", "body.0.running_mean", "body.0.running_var"):
         average = after[ends[0]][name].double()
         for end in ends[1:]:
@@ -153,7 +153,7 @@ def test_validation_and_export_see_the_average() -> None:
     fitted = train(linear(), rows, validation=check, ema=0.9, epochs=3)
     inputs = check.batch(range(25))
     accuracy = (fitted.student(inputs["input"]).argmax(-1) == inputs["target"]).float().mean()
-    assert fitted.lines[-1]["validation"]["accuracy"] == pytest.approx(accuracy.item())
+    assert fitted.history[-1]["validation"]["accuracy"] == pytest.approx(accuracy.item())
     last = train(linear(), rows, ema=0.9, epochs=3)
     for name, value in last.student.body.state_dict().items():
         assert torch.equal(last.best_weights[name], value)
@@ -219,7 +219,7 @@ def test_each_step_descends_by_the_scheduled_rate(accumulate: int) -> None:
     warm = [0.2, 0.4, 0.6, 0.8] if accumulate == 1 else [0.4, 0.8]
     assert rates == pytest.approx([*warm, *[0.8] * len(warm), *[0.4] * len(warm)])
     # What an epoch's line states is the rate of the step that comes next.
-    assert [line["lr"] for line in fitted.lines] == pytest.approx([0.8, 0.4, 0.4])
+    assert [line["lr"] for line in fitted.history] == pytest.approx([0.8, 0.4, 0.4])
 
 
 # Choosing an epoch, stopping early --------------------------------------------------------------------------
@@ -227,12 +227,12 @@ def test_each_step_descends_by_the_scheduled_rate(accumulate: int) -> None:
 
 def test_patience_counts_epochs_without_a_better_one() -> None:
     fitted = train(linear(), examples(16), validation=examples(9), lr=1e-30, epochs=20, patience=3)
-    assert len(fitted.lines) == 4  # the first is the best, the next three are as good and no better
+    assert len(fitted.history) == 4  # the first is the best, the next three are as good and no better
     assert fitted.best_epoch == 1
 
 
 def test_without_patience_all_epochs_are_run() -> None:
-    assert len(train(linear(), examples(16), validation=examples(9), lr=1e-30, epochs=7).lines) == 7
+    assert len(train(linear(), examples(16), validation=examples(9), lr=1e-30, epochs=7).history) == 7
 
 
 def test_the_best_epoch_is_that_of_the_highest_accuracy() -> None:
@@ -258,8 +258,8 @@ def test_patience_counts_from_the_best_epoch() -> None:
 def test_the_best_weights_are_those_of_the_best_epoch() -> None:
     check = examples(60)
     fitted = train(linear(), examples(24), validation=check, epochs=6, lr=20.0)
-    accuracies = [line["validation"]["accuracy"] for line in fitted.lines]
-    assert fitted.lines[fitted.best_epoch - 1]["validation"]["accuracy"] == max(accuracies)
+    accuracies = [line["validation"]["accuracy"] for line in fitted.history]
+    assert fitted.history[fitted.best_epoch - 1]["validation"]["accuracy"] == max(accuracies)
     student = linear()
     student.load_state_dict(fitted.best_weights)
     batch = check.batch(range(60))
@@ -271,7 +271,7 @@ def test_without_validation_the_last_epoch_counts() -> None:
     student = linear()
     fitted = train(student, examples(24), epochs=3)
     assert fitted.best_epoch == 3
-    assert [line["validation"] for line in fitted.lines] == [{}, {}, {}]
+    assert [line["validation"] for line in fitted.history] == [{}, {}, {}]
     assert torch.equal(fitted.best_weights["weight"], student.weight)
 
 
@@ -414,7 +414,7 @@ def test_all_methods_take_as_many_steps_and_see_the_rows_they_can_use(
         teacher=LiveTeacher(linear(11)),
         options=TrainingOptions(epochs=2, batch_size=8),
     )
-    assert fitted.lines[-1]["step"] == method.batches == 2 * 5
+    assert fitted.history[-1]["step"] == method.batches == 2 * 5
     assert len(method.rows) == 80
     if labelled_only:
         assert {index for index, _ in method.rows} == set(range(6))
@@ -493,7 +493,7 @@ def test_two_views_need_a_second_one_and_a_teacher_that_sees_it() -> None:
     with pytest.raises(UserError, match="answers a second view, got one with cached outputs"):
         two_views(TwoViewMethod(method), remembered, strong_augment=torch.neg)
     alone = TwoViewMethod(LogitMethod(CrossEntropyLoss()))  # asks nobody
-    assert two_views(alone, remembered, strong_augment=torch.neg).lines
+    assert two_views(alone, remembered, strong_augment=torch.neg).history
 
 
 # Precision, devices, several trainings in one process -------------------------------------------------------
@@ -515,7 +515,7 @@ def test_bf16_computes_in_bf16_and_the_loss_in_float32() -> None:
     assert {dtype for dtype in dtypes if dtype} == {torch.bfloat16}
     assert set(losses) == {torch.float32}
     assert student.weight.dtype == torch.float32
-    assert fitted.lines[1]["train"]["loss"] < fitted.lines[0]["train"]["loss"]
+    assert fitted.history[1]["train"]["loss"] < fitted.history[0]["train"]["loss"]
 
 
 def test_fp16_without_a_gpu_is_refused() -> None:
@@ -670,7 +670,7 @@ def test_tensorboard_gets_every_epoch(tmp_path) -> None:
     record = EventAccumulator(str(events)).Reload()
     losses = record.Scalars("train/loss")
     assert [event.step for event in losses] == [3, 6, 9]
-    assert [event.value for event in losses] == pytest.approx([x["train"]["loss"] for x in fitted.lines])
+    assert [event.value for event in losses] == pytest.approx([x["train"]["loss"] for x in fitted.history])
     assert len(record.Scalars("validation/accuracy")) == 3
 
 

@@ -28,7 +28,8 @@ from luce.errors import UserError
 from luce.losses import FeatureLoss
 from luce.methods import FeatureMethod, LogitMethod
 from luce.models import Classifier
-from luce.recipes import ComparisonRecipe, Recipe, build_method
+from luce.recipes import ComparisonRecipe, Recipe
+from luce.recipes.methods import combine_terms
 from luce.runs import compare, evaluate, run
 from luce.signals import LiveTeacher
 from luce.training import TrainingOptions, fit
@@ -132,7 +133,7 @@ def test_every_loss_on_features_can_stand_in_a_recipe() -> None:
     for name in losses.modules.__all__:
         kind = getattr(losses.modules, name)
         if issubclass(kind, FeatureLoss) and kind is not FeatureLoss:
-            method = build_method({"x": {"loss": name, "student": ["a", "b"], "teacher": "c", "warmup": 2}})
+            method = combine_terms({"x": {"loss": name, "student": ["a", "b"], "teacher": "c", "warmup": 2}})
             assert isinstance(method, FeatureMethod)
             assert type(method.terms["x"].loss) is kind
             assert method.terms["x"][2:] == (["a", "b"], ["c"], 2)
@@ -141,17 +142,17 @@ def test_every_loss_on_features_can_stand_in_a_recipe() -> None:
 def test_terms_on_logits_and_on_features() -> None:
     task = {"loss": "CrossEntropyLoss", "weight": 0.5}
     hint = {"loss": "FitNetLoss", "student": "stages.0", "weight": 100, "relu": False}
-    both = build_method({"task": task, "hint": hint})
+    both = combine_terms({"task": task, "hint": hint})
     assert isinstance(both, FeatureMethod)
     assert both.logits is not None
     assert both.logits.loss.weights == {"task": 0.5}
     assert both.terms["hint"][2:] == (["stages.0"], ["stages.0"], 0.0)
     assert both.terms["hint"].weight == 100
     assert not both.terms["hint"].loss.relu
-    alone = build_method({"hint": hint})
+    alone = combine_terms({"hint": hint})
     assert isinstance(alone, FeatureMethod)
     assert alone.logits is None
-    assert isinstance(build_method({"task": task}), LogitMethod)
+    assert isinstance(combine_terms({"task": task}), LogitMethod)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_terms_on_logits_and_on_features() -> None:
 )
 def test_terms_that_are_refused(term: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_method({"x": term})
+        combine_terms({"x": term})
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_a_teacher_whose_answers_are_remembered_has_no_features(make: Make, tmp_
 def test_a_recipe_whose_terms_are_all_switched_off(terms: dict[str, Any]) -> None:
     off = {name: {**term, "weight": 0} for name, term in terms.items()}
     with pytest.raises(UserError, match=r"expected a term of a weight above 0 in `loss`, got \["):
-        build_method(off)
+        combine_terms(off)
 
 
 def test_a_loss_on_features_that_is_no_number_is_named(
@@ -404,8 +405,8 @@ def test_distilling_in_one_call() -> None:
     student, guide = (nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 4)) for width in (5, 7))
     method = FeatureMethod(CrossEntropyLoss(), {"pairs": (1.0, RKDLoss(), ["1"], ["1"])})
     fitted = distill(student, guide, data, loss=method, epochs=3, lr=0.01, show_progress=False)
-    assert fitted.lines[0]["train"].keys() == {"logits", "pairs", "loss"}
-    assert fitted.lines[-1]["train"]["pairs"] < fitted.lines[0]["train"]["pairs"]
+    assert fitted.history[0]["train"].keys() == {"logits", "pairs", "loss"}
+    assert fitted.history[-1]["train"]["pairs"] < fitted.history[0]["train"]["pairs"]
 
 
 # Two processes ----------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from luce.losses import FeatureLoss
 from luce.methods import FeatureMethod, LogitMethod, Method, MutualLearning, TrainingRows, TwoViewMethod
 from luce.methods.base import Batch
 from luce.models import Classifier
-from luce.recipes import ComparisonRecipe, Recipe, build_method, prepare
-from luce.recipes.methods import PROCEDURES
+from luce.recipes import ComparisonRecipe, Recipe, prepare
+from luce.recipes.build import build_student
+from luce.recipes.methods import PROCEDURES, combine_terms
 from luce.runs import compare, run
 from luce.runs.dry_run import dry_run
 from luce.signals import LiveTeacher, Signal, Teacher
@@ -276,11 +277,13 @@ def test_what_a_loss_refuses_is_no_traceback(
     monkeypatch.setattr(Everything, where, refuse)
     with pytest.raises(UserError, match="expected something else"):
         run(with_everything(make_recipe), tmp_path / "run")
-    materials = prepare(make_recipe())
-    if where == "after_step":  # which is not rehearsed
+    recipe = make_recipe()
+    materials = prepare(recipe)
+    student, _ = build_student(recipe, materials.data)
+    if where == "after_step":  # which a dry run leaves out
         return
     with pytest.raises(UserError, match="expected something else"):
-        dry_run(with_everything(make_recipe), materials)
+        dry_run(with_everything(make_recipe), materials, student)
 
 
 def test_own_steps_scale_no_gradient() -> None:
@@ -325,7 +328,8 @@ def test_both_views_are_rehearsed(make_recipe: Make, monkeypatch: pytest.MonkeyP
         return seen[-1]
 
     monkeypatch.setattr(TwoViewMethod, "step", spy)
-    dry_run(recipe, prepare(recipe))
+    inputs = prepare(recipe)
+    dry_run(recipe, inputs, build_student(recipe, inputs.data)[0])
     assert seen[0].keys() == {"kd", "strong.kd", "loss"}
 
 
@@ -347,11 +351,11 @@ def test_recipes_of_methods_that_make_no_sense(
 ) -> None:
     rest = {} if "weight above" in message else {"pld": {"loss": "PLDLoss"}}
     with pytest.raises(UserError, match=message):
-        build_method({**terms, **rest})
+        combine_terms({**terms, **rest})
 
 
 def test_a_method_goes_around_what_the_other_entries_describe(log: list[tuple[str, Any]]) -> None:
-    method = build_method(
+    method = combine_terms(
         {"a": {"method": "Everything", "ahead": 3}, "kd": {"loss": "KDLoss", "temperature": 2.0}}
     )
     assert isinstance(method, Everything)

@@ -14,7 +14,7 @@ from luce.config import merge, parse, read_yaml
 from luce.errors import UserError
 from luce.methods import FeatureMethod, LogitMethod, MetaDistil, Method
 from luce.recipes import ComparisonRecipe, Recipe, build_loss
-from luce.recipes.methods import method_of
+from luce.recipes.methods import build_method
 from luce.runs import compare, run
 from luce.training import TrainingOptions
 
@@ -44,11 +44,11 @@ def test_every_recipe_says_what_it_means(path: Path) -> None:
                 assert (recipe.method, recipe.training.seed) == (method, 11)
                 assert recipe.loss == terms
                 losses = {name for name, term in terms.items() if "method" not in term}
-                assert names_of(method_of(recipe)) == losses
+                assert names_of(build_method(recipe)) == losses
         if comparison.teacher_training is not None:
             assert comparison.teacher_recipe().data.labels_per_class is None
     else:
-        method_of(parse(Recipe, content))
+        build_method(parse(Recipe, content))
     assert len(path.read_text().splitlines()) <= 60  # a recipe fits on a screen
 
 

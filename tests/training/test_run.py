@@ -235,11 +235,12 @@ def test_a_run_folder_for_other_classes(make_recipe: Make, tmp_path: Path) -> No
         evaluate(tmp_path / "iris", wine)
 
 
-def test_normalisation_of_the_wrong_length(make_recipe: Make) -> None:
+def test_normalisation_of_the_wrong_length(make_recipe: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected `mean` and a positive `std` of the same length"):
-        prepare(make_recipe(student={"mean": [0.5, 0.5]}))
+        run(make_recipe(student={"mean": [0.5, 0.5]}), tmp_path / "run")
     with pytest.raises(UserError, match="expected a network for the inputs"):
-        prepare(make_recipe(student={"mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}))
+        run(make_recipe(student={"mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # The teacher's answers --------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def test_a_remembered_teacher_is_asked_once_about_every_row(
 
 def test_a_remembered_teacher_refuses_augmentation(make_recipe: Make) -> None:
     with pytest.raises(
-        UserError, match=r"always look the same for `teacher.cache_outputs`.*got `augment: flip`"
+        UserError, match=r"that never change for `teacher.cache_outputs`.*got `augment: flip`"
     ):
         prepare(make_recipe(teacher={"cache_outputs": True}, data={"augment": "flip"}))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor
 
 from .. import data, files, models
@@ -21,12 +22,12 @@ from .schema import ModelOptions, Recipe
 
 @dataclass(frozen=True)
 class LoadedTeacher:
-    """A teacher with what it says about the rows of a run.
+    """A teacher for the training rows and for the test rows of a run.
 
     Attributes:
         train: Answers training batches.
-        test: Answers test batches; None for a black box that is not to be asked about them.
-        description: Its name, size and test accuracy, for the report, as far as they are known.
+        test: Answers test batches; None for a black box that must not be queried about them.
+        description: Its name, size and test accuracy, as far as they are known.
     """
 
     train: Teacher
@@ -34,80 +35,87 @@ class LoadedTeacher:
     description: dict[str, Any]
 
     @property
-    def described(self) -> dict[str, Any]:
-        """The description, with what a black box has cost by now."""
+    def summary(self) -> dict[str, Any]:
+        """The description and the cost of all queries so far, for ``result.json``."""
         return self.description | self.train.cost
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What several runs can share: data, its parts, and the teacher."""
+    """Inputs that several runs can share: data, its splits, and the teacher (None before it is loaded)."""
 
     data: Data
     train: Examples
     validation: Examples
     test: Examples
-    teacher: LoadedTeacher | None
+    teacher: LoadedTeacher | None = None
 
 
 def prepare_data(recipe: Recipe) -> RunInputs:
-    """The part of `prepare` that needs no teacher."""
+    """Load and split the data of a recipe, and try its augmentations.
+
+    Raises:
+        UserError: If the data cannot be loaded, or an augmentation or a cached teacher does not suit it.
+    """
     options = recipe.data
     loaded = data.load(options.name, root=options.root, **options.options)
     train, validation, test = data.split(loaded, validation=options.validation, seed=options.split_seed)
     if options.labels_per_class is not None:
         train = data.keep_labels(train, per_class=options.labels_per_class, seed=options.split_seed)
     for name in (options.augment, options.strong_augment):
-        check_augmentation(name, train)
-    check_cacheable(recipe, train)
-    build_network(recipe.student, loaded)
-    return RunInputs(loaded, train, validation, test, teacher=None)
+        _check_augmentation(name, train)
+    _check_cacheable(recipe, train)
+    return RunInputs(loaded, train, validation, test)
 
 
 def augmentation(name: str) -> Callable[[Tensor], Tensor] | None:
-    """What a recipe does to training batches; None for nothing."""
+    """Return the augmentation of training batches that a recipe names; None for ``none``."""
     return None if name == "none" else data.augment(name)
 
 
-def check_augmentation(name: str, rows: Examples) -> None:
-    """Try an augmentation on one row, leaving the draws that follow alone.
-
-    Raises:
-        UserError: If there is none of this name, or the rows are not what it changes.
-    """
+def _check_augmentation(name: str, rows: Examples) -> None:
     augment = augmentation(name)
     if augment is not None:
         with torch.random.fork_rng([]):
             augment(rows.batch([0])["input"])
 
 
-def check_cacheable(recipe: Recipe, train: Examples) -> None:
-    """Refuse a teacher that remembers its answers to rows that change.
-
-    Raises:
-        UserError: If rows look different each time.
-    """
+def _check_cacheable(recipe: Recipe, train: Examples) -> None:
     if recipe.teacher is None or not recipe.teacher.cache_outputs:
         return
     if train.random:
-        what = "the random transforms of the data itself"
+        cause = "the random transforms of the data itself"
     elif recipe.data.strong_augment != "none":
-        what = f"a second view by `strong_augment: {recipe.data.strong_augment}`"
+        cause = f"a second view by `strong_augment: {recipe.data.strong_augment}`"
     elif recipe.data.augment != "none":
-        what = f"`augment: {recipe.data.augment}`"
+        cause = f"`augment: {recipe.data.augment}`"
     else:
         return
     raise UserError(
-        "expected training rows that always look the same for `teacher.cache_outputs`, which keeps one "
-        f"answer for each, got {what}; leave out one of the two"
+        "expected training rows that never change for `teacher.cache_outputs`, which keeps one answer per "
+        f"row, got {cause}; leave out one of the two"
     )
 
 
-def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifier, dict[str, Any]]:
-    """The network that a recipe names, for its data, with the description that an export needs.
+def build_student(recipe: Recipe, loaded: Data) -> tuple[models.Classifier, dict[str, Any]]:
+    """Build the student of a recipe with the initial weights of its seed.
 
+    Returns:
+        The network and its description; see `build_network`.
     Raises:
-        UserError: If it cannot be built, or its checkpoint cannot be read or does not fit.
+        UserError: As `build_network`.
+    """
+    set_seed(recipe.training.seed)
+    return build_network(recipe.student, loaded)
+
+
+def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifier, dict[str, Any]]:
+    """Build the network that a recipe names and check it on one row of the data.
+
+    Returns:
+        The network, and the description from which `luce.training.checkpoint` builds it again.
+    Raises:
+        UserError: If it cannot be built, its checkpoint cannot be read, or it does not fit the data.
     """
     source = Path(options.checkpoint) if options.checkpoint is not None else None
     if source is not None and source.is_dir():
@@ -135,9 +143,7 @@ def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifie
 
 @torch.no_grad()
 def check_fit(network: models.Classifier, loaded: Data) -> None:
-    """Ask a network about one row of the data: it must answer with a logit for each class.
-
-    Of texts it must also know the tokens.
+    """Check that a network returns one logit per class for a row of the data, and knows the tokens of texts.
 
     Raises:
         UserError: If it does not.
@@ -145,16 +151,16 @@ def check_fit(network: models.Classifier, loaded: Data) -> None:
     row = Examples(loaded.train, [0]).plain[0]["input"].unsqueeze(0)
     if loaded.tokenizer is not None:
         check_tokens(network.body, size=loaded.tokenizer.size, padding=loaded.tokenizer.padding)
-    what = "inputs" if loaded.tokenizer is None else "token ids"
+    kind = "inputs" if loaded.tokenizer is None else "token ids"
     try:
-        answer = tuple(network.eval()(row).shape)
-    except Exception as error:  # networks fail in many ways at inputs they were not made for
+        shape = tuple(network.eval()(row).shape)
+    except Exception as error:  # networks raise anything at inputs they were not made for
         raise UserError(
-            f"expected a network for the {what} of `{loaded.name}`, of shape {loaded.input_shape}, "
-            f"got one that fails at them ({files.reason(error)})"
+            f"expected a network for the {kind} of `{loaded.name}`, of shape {loaded.input_shape}, "
+            f"got one that fails on them ({files.reason(error)})"
         ) from error
-    if answer != (1, len(loaded.classes)):
+    if shape != (1, len(loaded.classes)):
         raise UserError(
             f"expected a network for the {len(loaded.classes)} classes of `{loaded.name}`, got one that "
-            f"answers a row with logits of shape {answer}"
+            f"returns logits of shape {shape} for one row"
         )

@@ -1,10 +1,11 @@
-"""The method that a recipe describes."""
+"""The method that the loss terms of a recipe describe."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..config import parse
 from ..data import Data
 from ..errors import UserError, unknown_name
 from ..losses import FeatureLoss, LogitLoss
-from ..losses.modules import SimKDLoss, Standardized, WeightedSum
+from ..losses.modules import Standardized, WeightedSum
 from ..methods import (
     MEKD,
     FeatureMethod,
@@ -35,79 +36,117 @@ from .schema import ModelOptions, Recipe
 Terms = dict[str, dict[str, Any]]
 
 
-def method_of(recipe: Recipe, loaded: Data | None = None) -> Method:
-    """The method that a recipe describes.
+@dataclass(frozen=True)
+class Context:
+    """The rest of a recipe, for procedures that build networks of their own.
 
-    Args:
-        recipe: Its loss, and for networks that a method trains along, how they are trained.
-        loaded: The data for such networks; None if the method is to be looked at, not used.
-    Raises:
-        UserError: As `build_method` does.
+    Attributes:
+        recipe: Its student and training options.
+        data: For which networks are built; None where the method is checked and never used.
     """
 
-    def mutual_learning(
-        method: Method, *, peer: dict[str, Any] | None = None, peer_lr: float | None = None
-    ) -> MutualLearning:
-        """With a peer like the student, trained like it, but for what is given."""
-        if not isinstance(peer, dict | None):
-            raise UserError(f"expected a mapping for `peer`, such as {{name: resnet20}}, got {peer!r}")
-        network = recipe.student if peer is None else parse(ModelOptions, peer)
-        if peer is not None and "name" not in peer:
-            raise UserError(
-                f"expected a `name` for `peer`, or no `peer` for one like the student, got {peer!r}"
-            )
-        if peer_lr is not None:
-            checks.check_positive(peer_lr=peer_lr)
-        training = recipe.training if peer_lr is None else dataclasses.replace(recipe.training, lr=peer_lr)
+    recipe: Recipe
+    data: Data | None
 
-        def new_peer() -> nn.Module:
-            assert loaded is not None
-            with fresh_weights_expected():
-                return build_network(network, loaded)[0]
 
-        return MutualLearning(
-            method, new_peer, optimizer=partial(make_optimizer, training), clip_norm=training.clip_norm
-        )
+def mutual_learning(
+    method: Method,
+    *,
+    context: Context,
+    peer: dict[str, Any] | None = None,
+    peer_lr: float | None = None,
+) -> MutualLearning:
+    """Build `luce.methods.MutualLearning` with a peer that is built and trained like the student.
 
-    method = build_method(recipe.loss, {**PROCEDURES, "MutualLearning": mutual_learning})
-    if method.generates_inputs and recipe.teacher is not None and recipe.teacher.cache_outputs:
-        raise UserError(
-            f"expected a teacher that can be asked about the inputs that {type(method).__name__} makes, got "
-            "one that remembers its answers to the rows; set `teacher.cache_outputs: false`"
-        )
-    return method if recipe.data.strong_augment == "none" else TwoViewMethod(method)
+    Args:
+        method: Of both networks.
+        context: Of the recipe.
+        peer: Fields of the peer's `ModelOptions`, if it differs from the student.
+        peer_lr: Its peak learning rate, if it differs.
+    """
+    if not isinstance(peer, dict | None):
+        raise UserError(f"expected a mapping for `peer`, such as {{name: resnet20}}, got {peer!r}")
+    if peer is not None and "name" not in peer:
+        raise UserError(f"expected a `name` for `peer`, or no `peer` for one like the student, got {peer!r}")
+    network = context.recipe.student if peer is None else parse(ModelOptions, peer)
+    training = context.recipe.training
+    if peer_lr is not None:
+        checks.check_positive(peer_lr=peer_lr)
+        training = dataclasses.replace(training, lr=peer_lr)
+
+    def new_peer() -> nn.Module:
+        assert context.data is not None
+        with fresh_weights_expected():
+            return build_network(network, context.data)[0]
+
+    return MutualLearning(
+        method, new_peer, optimizer=partial(make_optimizer, training), clip_norm=training.clip_norm
+    )
+
+
+def sim_kd(method: Method) -> SimKD:
+    """Build `luce.methods.SimKD` from a method on features."""
+    if not isinstance(method, FeatureMethod):
+        raise UserError(f"expected terms on features for SimKD, got {type(method).__name__}")
+    return SimKD(None if method.logits is None else method.logits.loss, method.terms)
 
 
 PROCEDURES: dict[str, Callable[..., Method]] = {
     "MEKD": MEKD,
     "MetaDistil": MetaDistil,
+    "MutualLearning": mutual_learning,
+    "SimKD": sim_kd,
 }
-"""Methods that go around another one, by their names in recipes."""
+"""Methods that change how another one is trained, by their names in recipes.
+
+Each is called with that other method; its keyword-only parameters are its options in a recipe, but for
+`context`, a `Context`.
+"""
 
 
-def build_method(terms: Terms, procedures: Mapping[str, Callable[..., Method]] = PROCEDURES) -> Method:
-    """The method that the loss terms of a recipe describe: on the logits, on features, or on both.
+def build_method(recipe: Recipe, data: Data | None = None) -> Method:
+    """Build the method that a recipe describes.
 
-    An entry with ``method`` instead of ``loss`` names one of the procedures, which goes around the others.
-    Its options are those that the procedure takes by name only.
-
+    Args:
+        recipe: Its loss terms, and all that procedures need.
+        data: For networks that a method trains too; None if the method is checked and never used.
     Raises:
-        UserError: As `build_loss`, if all weights are 0, and on a term on features that does not say which
-            ones.
+        UserError: As `combine_terms`, and for options of data or teacher that do not suit the method.
+    """
+    method = combine_terms(recipe.loss, Context(recipe, data))
+    if method.generates_inputs and recipe.teacher is not None and recipe.teacher.cache_outputs:
+        raise UserError(
+            f"expected a teacher that answers the inputs that {type(method).__name__} generates, got cached "
+            "answers to the rows; set `teacher.cache_outputs: false`"
+        )
+    return method if recipe.data.strong_augment == "none" else TwoViewMethod(method)
+
+
+def combine_terms(terms: Terms, context: Context | None = None) -> Method:
+    """Build a method from loss terms: on the logits, on features, or on both.
+
+    An entry with ``method`` and without ``loss`` names one of `PROCEDURES`, which takes the method of the
+    other entries.
+
+    Args:
+        terms: By name; see `luce.recipes.Recipe`.
+        context: For procedures that need it.
+    Raises:
+        UserError: As `build_loss`, if all weights are 0, and on a term on features that names no module.
     Example:
-        >>> method = build_method(
+        >>> method = combine_terms(
         ...     {"task": {"loss": "CrossEntropyLoss"}, "hint": {"loss": "FitNetLoss", "student": "stages.0"}}
         ... )
         >>> method.terms["hint"].teacher
         ['stages.0']
     """
     # A loss may have an option called `method`: an entry that names a loss is never a procedure.
-    around = [name for name, term in terms.items() if "method" in term and "loss" not in term]
-    if len(around) > 1:
-        raise UserError(f"expected one entry with `method` in `loss`, got {around}")
-    for name in around:
-        inner = build_method({other: term for other, term in terms.items() if other != name})
-        return _around(f"loss.{name}", dict(terms[name]), inner, procedures)
+    procedures = [name for name, term in terms.items() if "method" in term and "loss" not in term]
+    if len(procedures) > 1:
+        raise UserError(f"expected one entry with `method` in `loss`, got {procedures}")
+    for name in procedures:
+        inner = combine_terms({other: term for other, term in terms.items() if other != name}, context)
+        return _apply_procedure(f"loss.{name}", dict(terms[name]), inner, context)
     if all(term.get("weight", 1.0) == 0 for term in terms.values()):
         raise UserError(f"expected a term of a weight above 0 in `loss`, got {sorted(terms)} without one")
     known = _known(FeatureLoss)
@@ -121,30 +160,33 @@ def build_method(terms: Terms, procedures: Mapping[str, Callable[..., Method]] =
         student = _paths(term, "student", options.pop("student", None))
         teacher = _paths(term, "teacher", options.pop("teacher", student))
         weight, warmup = options.pop("weight", 1.0), options.pop("warmup", 0.0)
-        loss = _build(f"loss.{term}", known, options, beside=("weight", "warmup", "student", "teacher"))
+        loss = _build(f"loss.{term}", known, options, other_keys=("weight", "warmup", "student", "teacher"))
         features[term] = FeatureTerm(weight, loss, student, teacher, warmup)
     try:
-        reuses_head = any(isinstance(term.loss, SimKDLoss) for term in features.values())
-        method = SimKD if reuses_head else FeatureMethod
-        return method(build_loss(on_logits) if on_logits else None, features)
+        method: Method = FeatureMethod(build_loss(on_logits) if on_logits else None, features)
     except (TypeError, ValueError) as error:
         raise UserError(f"`loss`: {error}") from error
+    for name in sorted({term.loss.procedure for term in features.values() if term.loss.procedure}):
+        method = _apply_procedure("loss", {"method": name}, method, context)
+    return method
 
 
-def _around(
-    place: str, options: dict[str, Any], inner: Method, procedures: Mapping[str, Callable[..., Method]]
-) -> Method:
-    """A method around another one, from its name and options."""
+def _apply_procedure(place: str, options: dict[str, Any], inner: Method, context: Context | None) -> Method:
     name = str(options.pop("method"))
-    if name not in procedures:
-        raise unknown_name(f"method in `{place}`:", name, procedures)
-    parameters = inspect.signature(procedures[name]).parameters.values()
+    if name not in PROCEDURES:
+        raise unknown_name(f"method in `{place}`:", name, PROCEDURES)
+    parameters = inspect.signature(PROCEDURES[name]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    allowed = [option for option in known if option != "context"]
     for option in options:
-        if option not in known:
-            raise unknown_name(f"option of {name} in `{place}`:", option, known)
+        if option not in allowed:
+            raise unknown_name(f"option of {name} in `{place}`:", option, allowed)
+    if "context" in known:
+        if context is None:
+            raise ValueError(f"expected a `context` for {name}, got None")
+        options["context"] = context
     try:
-        return procedures[name](inner, **options)
+        return PROCEDURES[name](inner, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"`{place}`: {error}") from error
 
@@ -154,14 +196,16 @@ def _paths(term: str, network: str, value: object) -> list[str]:
     if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
         raise UserError(
             f"expected `loss.{term}.{network}` to name a module or a list of modules, such as stages.0, "
-            f"pool, or body.0 for one that has but a number, got {value!r}"
+            f"pool, or body.0 for one that has only a number, got {value!r}"
         )
     return paths
 
 
 def build_loss(terms: Terms) -> WeightedSum:
-    """The loss that the terms on logits of a recipe describe.
+    """Build the weighted sum of terms on logits.
 
+    Args:
+        terms: By name; see `luce.recipes.Recipe`.
     Raises:
         UserError: On an unknown loss or option, or a value that the loss refuses.
     Example:
@@ -182,7 +226,7 @@ def build_loss(terms: Terms) -> WeightedSum:
         standardize = options.pop("standardize", False)
         if not isinstance(standardize, bool):
             raise UserError(f"expected `loss.{term}.standardize` to be true or false, got {standardize!r}")
-        loss = _build(f"loss.{term}", known, options, beside=("weight", "warmup", "standardize"))
+        loss = _build(f"loss.{term}", known, options, other_keys=("weight", "warmup", "standardize"))
         built[term] = (weight, Standardized(loss) if standardize else loss)
     try:
         return WeightedSum(built, warmup)
@@ -191,14 +235,16 @@ def build_loss(terms: Terms) -> WeightedSum:
 
 
 def _known(kind: type[nn.Module]) -> dict[str, type[Any]]:
-    """The losses of a kind that a recipe may name."""
-    everything = {name: getattr(losses.modules, name) for name in losses.modules.__all__}
-    no_loss = (kind, Standardized)
-    return {name: cls for name, cls in everything.items() if issubclass(cls, kind) and cls not in no_loss}
+    """Losses of a kind that a recipe may name."""
+    modules = {name: getattr(losses.modules, name) for name in losses.modules.__all__}
+    not_by_name = (kind, Standardized)
+    return {name: cls for name, cls in modules.items() if issubclass(cls, kind) and cls not in not_by_name}
 
 
-def _build(place: str, known: Mapping[str, type[Any]], options: dict[str, Any], beside: Sequence[str]) -> Any:
-    """A loss from its name and options, which stand in a recipe beside others that are not its own."""
+def _build(
+    place: str, known: Mapping[str, type[Any]], options: dict[str, Any], other_keys: Sequence[str]
+) -> Any:
+    """Build a loss from an entry without its `other_keys`, which an error message lists too."""
     name = str(options.pop("loss", None))
     if name not in known:
         if name in _known(FeatureLoss):
@@ -206,7 +252,7 @@ def _build(place: str, known: Mapping[str, type[Any]], options: dict[str, Any], 
         raise unknown_name(f"loss in `{place}`:", name, (*_known(LogitLoss), *_known(FeatureLoss)))
     for option in options:
         if option not in (allowed := [field.name for field in dataclasses.fields(known[name])]):
-            raise unknown_name(f"option of {name} in `{place}`:", option, (*allowed, *beside))
+            raise unknown_name(f"option of {name} in `{place}`:", option, (*allowed, *other_keys))
     try:
         return known[name](**options)
     except (TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from .. import __version__, analysis, data, suggest_temperature
@@ -91,7 +92,8 @@ def diagnose(options: DiagnoseOptions, *, command: str = "") -> DiagnosisReport:
     which = options.held_out or ("validation" if same_data else "test")
     parts = _parts(recipe, loaded, which, split=same_data or which == "validation")
     train, held_out = parts.values()
-    teacher = load_teacher(RunInputs(loaded, train, held_out, held_out, teacher=None), recipe).teacher
+    accelerator = new_accelerator(recipe.training)
+    teacher = load_teacher(RunInputs(loaded, train, held_out, held_out), recipe, accelerator.device).teacher
     assert teacher is not None
     assert teacher.test is not None  # `_recipe` sets `teacher.test`
     teacher_logits = {
@@ -104,7 +106,7 @@ def diagnose(options: DiagnoseOptions, *, command: str = "") -> DiagnosisReport:
             name: torch.zeros_like(logits, dtype=torch.float32) for name, logits in teacher_logits.items()
         }
     else:
-        model, student_logits = _student_logits(recipe, loaded, parts)
+        model, student_logits = _student_logits(recipe, loaded, parts, accelerator)
         student = f"the student {options.student} ({model})"
     spaced = slice(None, None, -(-len(train) // SWEEP_ROWS))
     sample = teacher_logits["training"][spaced]
@@ -200,11 +202,10 @@ def _parts(recipe: Recipe, loaded: Data, held_out: str, *, split: bool) -> dict[
 
 
 def _student_logits(
-    recipe: Recipe, loaded: Data, parts: Mapping[str, Examples]
+    recipe: Recipe, loaded: Data, parts: Mapping[str, Examples], accelerator: Accelerator
 ) -> tuple[str, dict[str, Tensor]]:
     """Name of the student's network, and its logits on each part."""
     network, description = build_network(recipe.student, loaded)
-    accelerator = new_accelerator(recipe.training)
     network = accelerator.prepare(network)
     logits = {}
     for name, part in parts.items():

@@ -62,7 +62,7 @@ def distill(
         >>> data = TensorDataset(torch.randn(64, 8), torch.randint(4, (64,)))
         >>> student, teacher = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
         >>> fitted = luce.distill(student, teacher, data, epochs=2, show_progress=False)
-        >>> [line["epoch"] for line in fitted.lines]
+        >>> [line["epoch"] for line in fitted.history]
         [1, 2]
     """
     settings = parse(TrainingOptions, options)

@@ -1,47 +1,44 @@
-"""One step on one row, before a training is started."""
+"""One step on one row, to find what does not fit before any training or query."""
 
 from __future__ import annotations
 
-import torch
+import copy
 
+import torch
+from torch import Tensor, nn
+
+from ..models import Classifier
 from ..models.loaders import fresh_weights_expected
 from ..recipes.build import RunInputs, build_network
-from ..recipes.methods import method_of
-from ..recipes.schema import Recipe
-from ..recipes.teacher import CacheStandIn, local_box, stand_in
-from ..signals import LiveTeacher, Teacher
+from ..recipes.methods import build_method
+from ..recipes.schema import Recipe, TeacherOptions
+from ..recipes.teacher import local_box
+from ..signals import CachedTeacher, Kind, LiveTeacher, LocalBlackBox, Signal, Teacher
+from ..signals.teachers import Batch
 from ..training.batches import TrainingBatches
 from ..training.engine import build, check_own_steps, divide
 from ..training.session import checked_step, refusals, signal_of
 
 
-def dry_run(recipe: Recipe, materials: RunInputs) -> None:
-    """Make a step on one row with networks like a recipe's own, to hear of what does not fit before training.
+def dry_run(recipe: Recipe, inputs: RunInputs, student: Classifier) -> None:
+    """Make one step on one row, with a teacher of the recipe's kind that costs no query.
 
+    Args:
+        recipe: To be tried.
+        inputs: Its data.
+        student: Its student; a copy makes the step.
     Raises:
         UserError: If a path, a shape or an option of a loss does not fit.
     """
-    method = method_of(recipe, materials.data)
-    teacher: Teacher | None = None
-    with fresh_weights_expected():  # `prepare_data` has told of the student's, and the teacher may yet learn
-        student, _ = build_network(recipe.student, materials.data)
-        if recipe.teacher is not None:
-            options, classes = recipe.teacher, len(materials.data.classes)
-            if options.url is not None:
-                teacher = stand_in(options, classes)
-            else:
-                network, _ = build_network(options, materials.data)
-                teacher = LiveTeacher(network)
-                if options.answers is not None:
-                    teacher = local_box(network, options, classes)
-            if options.cache_outputs:
-                teacher = CacheStandIn(teacher)
+    method = build_method(recipe, inputs.data)
+    student = copy.deepcopy(student)
+    teacher = None if recipe.teacher is None else _stand_in(recipe.teacher, inputs)
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)
-    train, quiz = divide(method, materials.train, recipe.training.seed)
+    train, quiz = divide(method, inputs.train, recipe.training.seed)
     row = build(method, student, teacher, train, cpu, seed=0)
     if teacher is not None:
-        teacher.budget = None  # a dry run pays for no query
+        teacher.budget = None  # the method has checked it, and the stand-in charges nothing
     if method.two_views:
         row = {**row, "strong": row["input"]}
     asked = [row] * method.quiz_batches if quiz is not None else []
@@ -53,3 +50,59 @@ def dry_run(recipe: Recipe, materials: RunInputs) -> None:
         method.eval().before_round(student.eval(), [row] * method.batches_per_round, asked, 0.0)
         with torch.no_grad():
             checked_step(method, student, row, signal)
+
+
+def _stand_in(options: TeacherOptions, inputs: RunInputs) -> Teacher:
+    """Build a teacher like the recipe's: fresh weights will do, and nothing is queried or cached."""
+    classes = len(inputs.data.classes)
+    teacher: Teacher
+    if options.url is not None:
+        teacher = LocalBlackBox(
+            _Zeros(classes),
+            answers=options.answers or "probs",
+            classes=classes,
+            top_k=options.top_k,
+            budget=options.budget,
+        )
+    else:
+        with fresh_weights_expected():  # a comparison may train the teacher later
+            network, _ = build_network(options, inputs.data)
+        teacher = LiveTeacher(network) if options.answers is None else local_box(network, options, classes)
+    if not options.cache_outputs:
+        return teacher
+    teacher.budget = None
+    return _CacheStandIn(teacher)
+
+
+class _Zeros(nn.Module):
+    """Returns logits of 0, in place of a network that only its server has."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.zeros(len(inputs), self.classes, device=inputs.device)
+
+
+class _CacheStandIn(Teacher):
+    """Answers like another teacher, with the limits of a `CachedTeacher`."""
+
+    answers_new_inputs = False
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    @property
+    def kind(self) -> Kind:
+        return self.teacher.kind
+
+    @property
+    def description(self) -> str:
+        return CachedTeacher(torch.empty(0)).description
+
+    def to(self, device: torch.device) -> None:
+        self.teacher.to(device)
+
+    def signal(self, batch: Batch) -> Signal:
+        return self.teacher.signal(batch)

@@ -11,38 +11,48 @@ from torch import nn
 
 from .. import data
 from ..errors import UserError
-from ..recipes.build import RunInputs, check_fit
+from ..recipes.build import RunInputs, check_fit, prepare_data
 from ..recipes.schema import Recipe
-from ..recipes.teacher import prepare
+from ..recipes.teacher import load_teacher
 from ..training import checkpoint, metrics
 from ..training.batches import EVALUATION_BATCH
 from ..training.engine import new_accelerator
 
 
 def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Test figures of the exported student of a run, on the data and against the teacher of a recipe.
+    """Return test figures of the exported student of a run.
 
+    Args:
+        folder: Of a finished run.
+        recipe: Names the test data, and the teacher to compare with; usually the run's own.
     Raises:
         UserError: If the folder holds no finished run, or the student does not fit the data.
     """
     student, description = checkpoint.load_student(folder)
-    if (
-        recipe.teacher is not None and recipe.teacher.url is not None
-    ):  # training rows would be asked for nothing
-        teacher = dataclasses.replace(recipe.teacher, cache_outputs=False) if recipe.teacher.test else None
+    teacher = recipe.teacher
+    if teacher is not None and teacher.url is not None:  # training rows would cost queries for nothing
+        teacher = dataclasses.replace(teacher, cache_outputs=False) if teacher.test else None
         recipe = dataclasses.replace(recipe, teacher=teacher)
-    materials = prepare(recipe)
-    if len(description["classes"]) != len(materials.data.classes):
+    accelerator = new_accelerator(recipe.training)
+    inputs = prepare_data(recipe)
+    if len(description["classes"]) != len(inputs.data.classes):
         raise UserError(
             f"expected data with the student's {len(description['classes'])} classes, "
-            f"got `{materials.data.name}` with {len(materials.data.classes)}"
+            f"got `{inputs.data.name}` with {len(inputs.data.classes)}"
         )
-    check_fit(student, materials.data)
-    accelerator = new_accelerator(recipe.training)
-    return test_figures(accelerator.prepare(student), accelerator, materials)
+    check_fit(student, inputs.data)
+    inputs = load_teacher(inputs, recipe, accelerator.device)
+    return test_figures(accelerator.prepare(student), accelerator, inputs)
 
 
-def test_figures(student: nn.Module, accelerator: Accelerator, materials: RunInputs) -> dict[str, Any]:
-    batches = data.loader(materials.test, batch_size=EVALUATION_BATCH, seed=None)
-    teacher = None if materials.teacher is None else materials.teacher.test
+def test_figures(student: nn.Module, accelerator: Accelerator, inputs: RunInputs) -> dict[str, Any]:
+    """Return the figures of `luce.training.metrics.full` on the test rows, with the teacher's if it has any.
+
+    Args:
+        student: On the accelerator's device.
+        accelerator: Splits the rows over the processes.
+        inputs: Test rows and teacher.
+    """
+    batches = data.loader(inputs.test, batch_size=EVALUATION_BATCH, seed=None)
+    teacher = None if inputs.teacher is None else inputs.teacher.test
     return metrics.full(*metrics.collect(student, accelerator.prepare(batches), accelerator, teacher))

@@ -15,37 +15,45 @@ from ..training.processes import processes
 
 
 def folder_matches(folder: Path, name: str, recipe: dict[str, Any], **notes: str) -> bool:
-    """Whether a folder holds this recipe; False for one that is free, as after a run that trained nothing.
+    """Return whether a folder belongs to this recipe; False for a free one.
 
+    A folder is free that is empty, or that holds only the recipe and the environment of a run that never
+    trained.
+
+    Args:
+        folder: To be used for this recipe.
+        name: Of the file that holds the recipe, such as ``recipe.yaml``.
+        recipe: Plain values.
+        notes: Stored with the recipe.
     Raises:
-        UserError: If it holds another recipe, or anything else.
+        UserError: If it holds another recipe, or other files.
     """
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if name in there and {**read_yaml(folder / name), **notes} == yaml.safe_load(
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if name in present and {**read_yaml(folder / name), **notes} == yaml.safe_load(
         _as_yaml({**recipe, **notes})
     ):
         return True
-    if there and there != {name, "environment.json"}:
-        what = f"another recipe, {name}" if name in there else "other files"
-        raise UserError(f"{folder} already holds {what}; choose another folder (--out), or delete it")
+    if present and present != {name, "environment.json"}:
+        content = f"another recipe, {name}" if name in present else "other files"
+        raise UserError(f"{folder} already holds {content}; choose another folder (--out), or delete it")
     return False
 
 
 def claim_folder(
     folder: Path, name: str, recipe: dict[str, Any], *, replace: bool = False, **notes: str
 ) -> None:
-    """Make the folder and put the recipe into it, unless it is there already.
+    """Create a folder and write the recipe into it, unless it is there already.
 
     Args:
         folder: To be used for this recipe alone.
         name: Of the file.
         recipe: Plain values.
-        replace: Put it in the place of the recipe that is there.
-        notes: Kept beside the recipe; they do not tell recipes apart.
+        replace: Overwrite another recipe.
+        notes: Stored with the recipe; they do not distinguish recipes.
     Raises:
         UserError: If the folder cannot be written or belongs to another recipe.
     """
-    processes().wait_for_everyone()  # until all have seen the folder as it was
+    processes().wait_for_everyone()  # no process may write before all have checked the folder
     with processes().main_process_first():
         if replace or not folder_matches(folder, name, recipe, **notes):
             files.make_folder(folder)

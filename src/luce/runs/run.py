@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate import Accelerator
 from rich.progress import Progress
 
 from .. import files, models
 from ..methods import Samples
-from ..models.loaders import fresh_weights_expected
-from ..recipes.build import RunInputs, augmentation, build_network
-from ..recipes.methods import method_of
+from ..recipes.build import RunInputs, augmentation, build_student, prepare_data
+from ..recipes.methods import build_method
 from ..recipes.schema import Recipe
-from ..recipes.teacher import prepare, with_budget_account
+from ..recipes.teacher import load_teacher, with_budget_account
 from ..training import checkpoint
-from ..training.engine import Fit, fit
+from ..training.engine import Fit, fit, new_accelerator
 from ..training.processes import processes
 from .environment import environment
 from .evaluate import test_figures
@@ -29,78 +28,102 @@ from .folder import claim_folder, folder_matches
 
 
 def run(
-    recipe: Recipe, folder: Path, materials: RunInputs | None = None, progress: Progress | None = None
+    recipe: Recipe,
+    folder: Path,
+    inputs: RunInputs | None = None,
+    *,
+    accelerator: Accelerator | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate what a recipe says, in a folder of its own; what is there already is not done again.
+    """Train and evaluate the student of a recipe in a folder of its own.
+
+    A finished run returns its result at once; an interrupted one resumes from its last checkpoint.
 
     Args:
-        recipe: What to do.
-        folder: Holds nothing, or this very recipe: then the run goes on where it stopped.
-        materials: `prepare(recipe)`, if other runs share it.
-        progress: Bars to add this run to.
+        recipe: To run.
+        folder: Empty, or that of this very recipe.
+        inputs: From `luce.recipes.prepare`, where several runs share them; loaded unless given.
+        accelerator: From `luce.training.engine.new_accelerator`, for this recipe and folder; made unless
+            given.
+        progress: Display that this run adds its bars to.
     Returns:
         The content of ``result.json``.
     Raises:
-        UserError: If the folder cannot be written or holds another recipe, and as `prepare` and `fit` do.
+        UserError: If the folder cannot be written or holds another recipe, or a part of the recipe cannot be
+            loaded or does not fit the others.
     """
-    done = folder / "result.json"
-    if folder_matches(folder, "recipe.yaml", asdict(recipe)) and done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
-    method_of(recipe)  # what makes no sense is told before the data is loaded
-    materials = materials or prepare(recipe)
-    method = method_of(recipe, materials.data)
-    materials = with_budget_account(materials, recipe, method, folder)
-    teacher = materials.teacher
-    claim_folder(folder, "recipe.yaml", asdict(recipe))
+    result_file = folder / "result.json"
+    if folder_matches(folder, "recipe.yaml", asdict(recipe)) and result_file.exists():
+        return json.loads(result_file.read_text(encoding="utf-8"))
 
-    set_seed(recipe.training.seed)
-    with fresh_weights_expected():
-        student, description = build_network(recipe.student, materials.data)
+    build_method(recipe)  # refuses wrong terms before anything is loaded
+    accelerator = accelerator or new_accelerator(recipe.training, folder)
+    inputs = inputs or prepare_data(recipe)
+    student, description = build_student(recipe, inputs.data)  # before the teacher is queried and paid for
+    if inputs.teacher is None:
+        inputs = load_teacher(inputs, recipe, accelerator.device)
+    method = build_method(recipe, inputs.data)
+    inputs = with_budget_account(inputs, recipe, method, folder)
+
+    claim_folder(folder, "recipe.yaml", asdict(recipe))
     files.write_json(folder / "environment.json", environment())
     fitted = fit(
         student,
         method,
-        materials.train,
-        materials.validation,
-        teacher=None if teacher is None else teacher.train,
+        inputs.train,
+        inputs.validation,
+        teacher=None if inputs.teacher is None else inputs.teacher.train,
         options=recipe.training,
         augment=augmentation(recipe.data.augment),
         strong_augment=augmentation(recipe.data.strong_augment),
         workers=recipe.data.workers,
         folder=folder,
+        accelerator=accelerator,
         progress=progress,
     )
+
+    last = _epoch_figures(fitted, len(fitted.history), inputs)
+    checkpoint.export(folder / "student-last.safetensors", fitted.student.body.state_dict())
+    fitted.student.body.load_state_dict(fitted.best_weights)
+    best = _epoch_figures(fitted, fitted.best_epoch, inputs)
+    checkpoint.export(folder / "student.safetensors", fitted.best_weights)
+    files.write_json(folder / "student.json", description)
+    if (samples := method.samples) is not None:
+        files.write_json(folder / "samples.json", _samples_as_json(samples, inputs.data.classes))
     result = {
         "student": {"model": description["model"], "parameters": models.count_parameters(student)},
         "method": recipe.method,
         "seed": recipe.training.seed,
-        "epochs": len(fitted.lines),
-        "seconds": sum(line["seconds"] for line in fitted.lines),
+        "epochs": len(fitted.history),
+        "seconds": sum(record["seconds"] for record in fitted.history),
         "prepared": fitted.prepared,
-        "selection": f"highest accuracy, then lowest loss, on {len(materials.validation)} validation rows",
-        "train": fitted.lines[-1]["train"],
-        "last": _moment(fitted, len(fitted.lines), materials),
+        "selection": f"highest accuracy, then lowest loss, on {len(inputs.validation)} validation rows",
+        "train": fitted.history[-1]["train"],
+        "last": last,
         "co_trained": {
-            name: {"test": test_figures(network, fitted.accelerator, materials)}
+            name: {"test": test_figures(network, accelerator, inputs)}
             for name, network in fitted.co_trained.items()
         },
-        "teacher": None if teacher is None else teacher.described,
+        "teacher": None if inputs.teacher is None else inputs.teacher.summary,
+        "best": best,
     }
-    checkpoint.export(folder / "student-last.safetensors", fitted.student.body.state_dict())
-    fitted.student.body.load_state_dict(fitted.best_weights)
-    result["best"] = _moment(fitted, fitted.best_epoch, materials)
-    checkpoint.export(folder / "student.safetensors", fitted.best_weights)
-    files.write_json(folder / "student.json", description)
-    if (samples := method.samples) is not None:
-        files.write_json(folder / "samples.json", _described(samples, materials.data.classes))
-    files.write_json(done, result)
+    files.write_json(result_file, result)
     checkpoint.clear(folder)
-    processes().wait_for_everyone()  # the next run may read what the main process has just written
+    processes().wait_for_everyone()  # the next run may read files that only the main process writes
     return result
 
 
-def _described(samples: Samples, classes: Sequence[str]) -> dict[str, Any]:
-    """Images as bytes in base64, row by row, and of each the best class with its probability."""
+def _epoch_figures(fitted: Fit, epoch: int, inputs: RunInputs) -> dict[str, Any]:
+    """Figures of the student as it is, which has the weights of this epoch."""
+    return {
+        "epoch": epoch,
+        "validation": fitted.history[epoch - 1]["validation"],
+        "test": test_figures(fitted.student, fitted.accelerator, inputs),
+    }
+
+
+def _samples_as_json(samples: Samples, classes: Sequence[str]) -> dict[str, Any]:
+    """Images as base64 of their bytes, row by row, with the most probable class of each."""
     pixels = (samples.images.clamp(0, 1) * 255).round().to(torch.uint8)
     best = samples.answers.softmax(-1).max(-1)
     return {
@@ -108,12 +131,4 @@ def _described(samples: Samples, classes: Sequence[str]) -> dict[str, Any]:
         "pixels": base64.b64encode(pixels.numpy().tobytes()).decode(),
         "classes": [classes[index] for index in best.indices.tolist()],
         "confidence": best.values.tolist(),
-    }
-
-
-def _moment(fitted: Fit, epoch: int, materials: RunInputs) -> dict[str, Any]:
-    return {
-        "epoch": epoch,
-        "validation": fitted.lines[epoch - 1]["validation"],
-        "test": test_figures(fitted.student, fitted.accelerator, materials),
     }

@@ -43,7 +43,7 @@ class Fit:
     Attributes:
         student: With the weights after the last epoch (their average, if one is kept).
         accelerator: That trained it; evaluates it on the same devices.
-        lines: One record per epoch, as in ``metrics.jsonl``.
+        history: One record per epoch, as in ``metrics.jsonl``.
         best_epoch: With the highest validation accuracy, of equals the one with the lowest loss; the last
             one without validation rows.
         best_weights: Of the student's body after that epoch.
@@ -53,7 +53,7 @@ class Fit:
 
     student: Classifier
     accelerator: Accelerator
-    lines: list[dict[str, Any]]
+    history: list[dict[str, Any]]
     best_epoch: int
     best_weights: dict[str, Tensor]
     prepared: dict[str, float]
@@ -72,6 +72,7 @@ def fit(
     strong_augment: Callable[[Tensor], Tensor] | None = None,
     workers: int = 0,
     folder: Path | None = None,
+    accelerator: Accelerator | None = None,
     progress: Progress | None = None,
 ) -> Fit:
     """Train a student.
@@ -91,6 +92,7 @@ def fit(
         strong_augment: Makes the second view for a method of two views; see `luce.data.loader`.
         workers: Processes that read.
         folder: Of the run; None keeps everything in memory.
+        accelerator: From `new_accelerator` for these options and this folder; made unless given.
         progress: Bars to add this training to.
     Raises:
         UserError: On settings that cannot work, before training starts.
@@ -108,7 +110,7 @@ def fit(
     if not method.uses_unlabelled:
         train = train.labelled.repeat_to(len(train))
 
-    accelerator = new_accelerator(options, folder)
+    accelerator = accelerator or new_accelerator(options, folder)
     set_seed(options.seed, device_specific=True)
     batches = data.loader(
         train,

@@ -1,4 +1,4 @@
-"""What moves while a student is trained, and one epoch of it."""
+"""The state of a training, and one epoch of it."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from .progress import Bar
 from .settings import TrainingOptions
 
 FINITE_CHECK_STEPS = 50
-"""Steps between looks at the loss on an accelerator, each of which makes the host wait for it."""
+"""Steps between checks of the loss on a GPU, each of which makes the host wait for the device."""
 
 LAPS = 2**20
-"""More than anyone goes over the rows of a quiz within an epoch."""
+"""Upper bound of the passes over the held-out rows in one epoch, so that no pass repeats an order."""
 
 T = TypeVar("T")
 
 
 class TrainingError(UserError):
-    """A training that cannot go on."""
+    """A training that cannot continue."""
 
 
 class Session:
-    """What moves while a student is trained: the student, the method's own parameters, and their optimizers.
+    """Student, method, optimizers and schedules of one training.
 
     Attributes:
         evaluated: The student to validate and to export: itself, or the average of its weights.
-        batches: Prepared for this process.
-        step: Optimizer steps taken.
+        batches: Training batches of this process.
+        step: Number of optimizer steps so far.
     """
 
     def __init__(
@@ -68,15 +68,17 @@ class Session:
         self.batch_size = options.batch_size
         self.seed = options.seed
         self.quiz = quiz
-        own = {
+        with_own_optimizer = {
             parameter
             for optimizer in method.optimizers.values()
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
-        self.beside = [parameter for parameter in method.parameters() if parameter not in own]
-        self.parameters = [*student.parameters(), *self.beside]
-        self.bare = student
+        self.method_parameters = [
+            parameter for parameter in method.parameters() if parameter not in with_own_optimizer
+        ]
+        self.parameters = [*student.parameters(), *self.method_parameters]
+        self.unwrapped_student = student
         self.student, self.optimizer, self.batches = accelerator.prepare(
             student, make_optimizer(options, self.parameters), batches
         )
@@ -95,18 +97,22 @@ class Session:
         self.step = self.number = 0
 
     def prepare(self, teacher: Teacher, rows: TrainingBatches) -> dict[str, float]:
-        """Let the method learn what it must know before training, without touching the draws that follow."""
+        """Let the method prepare itself, without moving the random draws of the training."""
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             with refusals():
-                found = self.method.prepare(teacher, rows)
-        self.method.zero_grad()  # or the student's optimizer would take one more step
+                results = self.method.prepare(teacher, rows)
+        self.method.zero_grad()  # gradients that are left would go into the student's first step
         self.share_state(*self.method.parameters(), *self.method.buffers())
-        return found
+        return results
 
     def epoch(self, number: int, bar: Bar) -> dict[str, float]:
-        """Train for one epoch; the mean of each named term of the loss, and of what the method noted."""
+        """Train for one epoch.
+
+        Returns:
+            The mean of each named term of the loss and of each value that the method reports.
+        """
         self.number = number
         self.batches.set_epoch(number)
         self.student.train()
@@ -121,37 +127,37 @@ class Session:
                 sums[name] = sums.get(name, 0) + value.detach()
                 times[name] = times.get(name, 0) + 1
 
-        gathered = 0.0
+        accumulated = 0.0
         for ahead in rounds(self.batches, self.method.batches_per_round):
             with self.accelerator.autocast(), refusals():
-                asked = list(islice(quiz, self.method.quiz_batches))
+                held_out = list(islice(quiz, self.method.quiz_batches))
                 rate = self.optimizer.param_groups[0]["lr"]
-                note(self.checked(self.method.before_round(self.bare, ahead, asked, rate)))
+                note(self.checked(self.method.before_round(self.unwrapped_student, ahead, held_out, rate)))
             for batch in ahead:
-                gathered += len(batch["target"]) / self.batch_size
-                note(self.train_step(batch, gathered))
+                accumulated += len(batch["target"]) / self.batch_size
+                note(self.train_step(batch, accumulated))
                 if self.accelerator.sync_gradients:
-                    gathered = 0.0
+                    accumulated = 0.0
                     self.step += 1
                     with self.accelerator.autocast(), refusals():
-                        note(self.checked(self.method.after_step(self.bare, batch)))
-                    for schedule in self.schedules:  # all steps on this batch were made at one rate
+                        note(self.checked(self.method.after_step(self.unwrapped_student, batch)))
+                    for schedule in self.schedules:  # after the method's steps, which use the same rate
                         schedule.step()
                     if self.average is not None:
-                        self.average.update_parameters(self.bare)
+                        self.average.update_parameters(self.unwrapped_student)
                 bar.advance()
         check_finite(sums, number)
-        # As the main process, which saves them, has them.
+        # A checkpoint holds the main process's buffers: others would differ after a resume.
         self.share_state(*self.evaluated.buffers(), *self.method.buffers())
         means = {name: total / times[name] for name, total in sums.items()}
         return {name: mean.item() for name, mean in self.accelerator.reduce(means, "mean").items()}
 
-    def train_step(self, batch: Mapping[str, Tensor], gathered: float) -> dict[str, Tensor]:
-        """One backward pass, and the student's step if it is due.
+    def train_step(self, batch: Mapping[str, Tensor], accumulated: float) -> dict[str, Tensor]:
+        """Compute the loss of one batch and its gradients, and make the student's step if it is due.
 
         Args:
-            batch: To learn from.
-            gathered: Rows since the last step, with this batch, in batches.
+            batch: Of this process.
+            accumulated: Rows since the last step, including this batch, divided by the batch size.
         Returns:
             The terms of the loss.
         """
@@ -163,7 +169,7 @@ class Session:
             accelerator.backward(len(batch["target"]) / self.batch_size * terms["loss"])
             if accelerator.sync_gradients:
                 self.share_gradients()
-                self.scale_gradients(accelerator.gradient_accumulation_steps / gathered)
+                self.scale_gradients(accelerator.gradient_accumulation_steps / accumulated)
                 if self.clip_norm is not None:
                     accelerator.clip_grad_norm_(self.parameters, self.clip_norm)
             self.optimizer.step()
@@ -171,13 +177,13 @@ class Session:
         return terms
 
     def checked(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The terms, which are numbers: always where looking costs nothing, and now and then elsewhere."""
+        """Return the terms after a check that they are finite: always on a CPU, now and then on a GPU."""
         if self.accelerator.device.type == "cpu" or self.step % FINITE_CHECK_STEPS == 0:
             check_finite(terms, self.number)
         return terms
 
     def quiz_batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:
-        """Full batches of the rows that are held out, over and over, for this process; none without any."""
+        """Yield full batches of the held-out rows for this process, without end; none without such rows."""
         if self.quiz is None:
             return
         loader = data.loader(
@@ -186,39 +192,40 @@ class Session:
         sampler, device = cast(data.EpochSampler, loader.sampler), self.accelerator.device
         for lap in count():
             sampler.set_epoch(epoch * LAPS + lap)
-            with torch.random.fork_rng([]):  # an iterator draws a seed as it starts
+            with torch.random.fork_rng([]):  # an iterator draws a seed when it starts
                 batches = iter(loader)
-            ours = islice(
-                batches, self.accelerator.process_index % len(loader), None, self.accelerator.num_processes
-            )
-            yield from ({name: part.to(device) for name, part in batch.items()} for batch in ours)
+            first, step = self.accelerator.process_index % len(loader), self.accelerator.num_processes
+            for batch in islice(batches, first, None, step):
+                yield {name: part.to(device) for name, part in batch.items()}
 
     def share_state(self, *tensors: Tensor) -> None:
-        """Take what the main process has into the others."""
+        """Copy the values of the main process to the others."""
         if self.accelerator.num_processes > 1:
             for tensor in tensors:
                 broadcast(tensor.detach())
 
     def share_gradients(self) -> None:
-        """Average the gradients of the method's parameters over the processes, as DDP does the student's."""
+        """Average the gradients of the method's parameters over the processes; DDP sees only the student."""
         if self.accelerator.num_processes > 1:
-            for parameter in self.beside:
+            for parameter in self.method_parameters:
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def scale_gradients(self, factor: float) -> None:
-        """Make a sum over micro-batches the mean over their rows, of which an epoch's last step has fewer."""
+        """Multiply all gradients, to turn a sum over micro-batches into the mean over their rows."""
         if factor != 1:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the accelerator does not save by itself."""
+        """Return the state that the accelerator does not save."""
         return {
             "step": self.step,
             "method": self.method.state_dict(),
-            "optimizers": {name: own.state_dict() for name, own in self.method.optimizers.items()},
+            "optimizers": {
+                name: optimizer.state_dict() for name, optimizer in self.method.optimizers.items()
+            },
             "average": None if self.average is None else self.average.state_dict(),
         }
 
@@ -227,20 +234,20 @@ class Session:
         for schedule in self.schedules:
             schedule.last_epoch = self.step
         self.method.load_state_dict(state["method"])
-        for name, own in self.method.optimizers.items():
-            own.load_state_dict(state["optimizers"][name])
+        for name, optimizer in self.method.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
 
 def rounds(batches: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of so many items, the last one perhaps of fewer.
+    """Group items into lists of `size`; the last one may be shorter.
 
     >>> list(rounds("abcde", 2))
     [['a', 'b'], ['c', 'd'], ['e']]
     """
-    rest = iter(batches)
-    while ahead := list(islice(rest, size)):
+    remaining = iter(batches)
+    while ahead := list(islice(remaining, size)):
         yield ahead
 
 
@@ -259,7 +266,7 @@ def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> 
 
 
 def learning_rate(options: TrainingOptions, steps_per_epoch: int) -> Callable[[int], float]:
-    """The factor on the peak learning rate, as a function of the optimizer step from 0.
+    """Return the factor on the peak learning rate as a function of the optimizer step, from 0.
 
     Example:
         >>> half_way = learning_rate(TrainingOptions(epochs=10, schedule="cosine"), steps_per_epoch=5)(25)
@@ -282,14 +289,14 @@ def learning_rate(options: TrainingOptions, steps_per_epoch: int) -> Callable[[i
 
 
 def signal_of(teacher: Teacher, batch: Mapping[str, Tensor]) -> Signal:
-    """What a teacher says about a batch, and about its second view if it has one."""
+    """Return the teacher's signal for a batch, and for its second view if it has one."""
     signal: Signal = teacher.signal(batch)
     return replace(signal, strong=teacher.signal(strong_view(batch))) if "strong" in batch else signal
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What a loss refuses as errors that a user can mend: it says what it expected."""
+    """Turn ValueErrors of losses and methods, which say what they expected, into UserErrors."""
     try:
         yield
     except UserError:
@@ -301,10 +308,10 @@ def refusals() -> Iterator[None]:
 def checked_step(
     method: Method, student: nn.Module, batch: Mapping[str, Tensor], signal: Signal | None
 ) -> dict[str, Tensor]:
-    """A step whose loss can be descended.
+    """Compute the terms of a batch and check that the loss can be minimised.
 
     Raises:
-        UserError: If the loss refuses what it gets, is not one number, or does not depend on the student.
+        UserError: If the loss raises a ValueError, is not one number, or does not depend on the student.
     """
     with refusals():
         terms = method.step(student, batch, signal)
@@ -322,7 +329,7 @@ def checked_step(
 
 
 def check_finite(terms: Mapping[str, Tensor], epoch: int) -> None:
-    """Stop at a term that is no number, and say which one."""
+    """Raise a TrainingError that names all terms that are infinite or NaN."""
     bad = [f"`{name}` is {value.item()}" for name, value in terms.items() if not torch.isfinite(value)]
     if bad:
         raise TrainingError(

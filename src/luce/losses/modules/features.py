@@ -54,12 +54,14 @@ class FeatureLoss(Prepared):
             output of a stage in turn: in, out, in, out, ...
         needs_labels: `forward` also takes the labels, as ``target=``.
         needs_index: `forward` also takes the number of each row in the data, as ``index=``.
+        procedure: Name of the procedure that a recipe with this loss needs; None for none.
     """
 
     takes: ClassVar[Literal["maps", "vectors"]]
     stages: ClassVar[Literal["one", "many", "consecutive", "pairs"]] = "many"
     needs_labels: ClassVar[bool] = False
     needs_index: ClassVar[bool] = False
+    procedure: ClassVar[str | None] = None
     function: ClassVar[Callable[..., Tensor] | None] = None
     """Of one feature of each network; its options are the module's fields."""
 

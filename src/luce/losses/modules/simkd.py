@@ -35,6 +35,7 @@ class SimKDLoss(FeatureLoss):
 
     takes = "maps"
     stages = "one"
+    procedure = "SimKD"
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         for student, teacher in channels(student_shapes, teacher_shapes):
