@@ -77,12 +77,18 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def unit(x: Tensor, dim: int) -> Tensor:
-    """`x` divided by its L2 norm along `dim`; a zero vector stays 0 and passes no gradient.
+def scaled(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """`x` divided by its largest magnitude over `dim`, a constant to autograd; zeros stay 0.
 
-    Dividing by the largest entry first changes nothing but that squares neither overflow nor vanish.
+    For functions that a positive factor on `x` does not change: without it, products of two entries overflow
+    float32 from 2e19 on and vanish below 1e-23.
     """
     largest = x.detach().abs().amax(dim, keepdim=True)
-    x = x / torch.where(largest == 0, 1, largest)
+    return x / torch.where(largest == 0, 1, largest)
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    """`x` divided by its L2 norm along `dim`; a zero vector stays 0 and passes no gradient."""
+    x = scaled(x, dim)
     square = x.square().sum(dim, keepdim=True)
     return x * torch.where(square == 0, 0, torch.where(square == 0, 1, square).rsqrt())

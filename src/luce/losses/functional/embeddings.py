@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ... import checks
 from .. import _features
-from .._features import unit
+from .._features import scaled, unit
 
 __all__ = ["cc_loss", "pkt_loss", "rkd_loss", "sp_loss"]
 
@@ -50,7 +50,12 @@ def sp_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """
     s, t = _features.rows(student_features, teacher_features)
     with _features.full_precision(s):
-        return (unit(s @ s.mT, dim=1) - unit(t @ t.mT, dim=1)).square().mean()
+        return (_similarities(s) - _similarities(t)).square().mean()
+
+
+def _similarities(x: Tensor) -> Tensor:
+    # The factor of a row cancels in its own row of products, that of all features in all of them.
+    return unit(scaled(x, 1) @ scaled(x, (0, 1)).mT, dim=1)
 
 
 def pkt_loss(student_features: Tensor, teacher_features: Tensor, *, eps: float = 1e-7) -> Tensor:
@@ -137,9 +142,9 @@ def rkd_loss(
         Park et al., Relational Knowledge Distillation, CVPR 2019, arXiv 1904.05068.
     """
     checks.check_not_negative(distance_weight=distance_weight, angle_weight=angle_weight)
-    s, t = _features.vectors(student_features, teacher_features)
+    s, t = (scaled(x, (0, 1)) for x in _features.vectors(student_features, teacher_features))
     with _features.full_precision(s):
-        loss = s.sum() * 0
+        loss = s.sum() * 0  # with both weights 0 the result still has a gradient
         if distance_weight:
             loss = loss + distance_weight * F.smooth_l1_loss(_distances(s), _distances(t))
         if angle_weight:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import checks
 from .. import _features
-from .._features import unit
+from .._features import scaled, unit
 from .divergence import kd_loss
 from .lipschitz import transmitting_matrix
 
@@ -95,7 +95,7 @@ def at_loss(student_features: Tensor, teacher_features: Tensor, *, p: float = 2.
 
 
 def _attention(x: Tensor, p: float) -> Tensor:
-    return unit(x.abs().pow(p).mean(1).flatten(1), dim=1)
+    return unit(scaled(x, (1, 2, 3)).abs().pow(p).mean(1).flatten(1), dim=1)
 
 
 def nst_loss(
@@ -245,7 +245,8 @@ def ickd_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 def _channel_correlation(x: Tensor) -> Tensor:
     flat = x.flatten(2)
-    return unit(flat @ flat.mT, dim=2)
+    # The factor of a channel cancels in its own row of products, that of the whole map in all of them.
+    return unit(scaled(flat, 2) @ scaled(flat, (1, 2)).mT, dim=2)
 
 
 def vid_loss(student_features: Tensor, teacher_features: Tensor, *, variance: Tensor) -> Tensor:

@@ -40,12 +40,12 @@ def mlld_loss(
     suit another, nor gradient accumulation. Under ``reduction="none"`` a row has its own part of the second
     term and an even share of the third.
 
-    This is the loss as its formulas stand. The authors' code departs from them, which is not copied here: it
-    multiplies the mean of the first term by a mask of unsure rows, and the third by one of rare classes,
-    after averaging, which makes each a factor of about one half; in the strongly augmented view it
-    takes two of the temperatures from the weak view's logits; and it drops that view's second and third term.
-    Masks that select rows or classes are left out altogether. The code weighs every term 0.9, beside a
-    cross-entropy of 0.1 on both views; see `luce.methods.TwoViewMethod` for those.
+    This is the loss as its formulas stand. The authors' code departs from them in four ways, which are not
+    copied here. It multiplies the mean of the first term and the second term by a mask of unsure rows, and
+    the third term by a mask of rare classes, after averaging: each mask then acts as a factor of about one
+    half. In the strongly augmented view it takes two of the temperatures from the weak view's logits, and it
+    drops that view's second and third term. No mask selects rows or classes here. The code weighs every term
+    by 0.9 beside a cross-entropy of weight 0.1 on both views; `luce.methods.TwoViewMethod` provides views.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.

@@ -11,17 +11,30 @@ from .._reduce import Reduction, Rows
 __all__ = ["dist_loss"]
 
 
+FLOAT32 = torch.finfo(torch.float32)
+
+
+def _standard(x: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """`x` with weighted mean 0 and weighted norm 1 along `dim`; 0 where it is constant up to rounding."""
+    if not x.numel():  # nothing has no largest magnitude
+        return x
+    counts, total = weight != 0, weight.sum(dim, keepdim=True)
+    x = torch.where(counts, x, 0)
+    size = x.detach().abs().amax(dim, keepdim=True)
+    x = torch.where(counts, x - (weight * x).sum(dim, keepdim=True) / torch.where(total == 0, 1, total), 0)
+    # An epsilon beside the norm, as in the authors' code, would drown classes of low probability. In its
+    # place the spread must exceed what float32 rounds away, or the correlation would be one of noise. The
+    # threshold is the same in float64, so that a loss does not depend on the dtype of the logits.
+    spread = x.detach().abs().amax(dim, keepdim=True)
+    constant = (spread <= 8 * FLOAT32.eps * size) | (size < FLOAT32.tiny / FLOAT32.eps)
+    x = torch.where(constant, 0, x / torch.where(constant, 1, spread))  # no square vanishes
+    square = (weight * x.square()).sum(dim, keepdim=True)
+    return x * torch.where(square == 0, 0, torch.where(square == 0, 1, square).rsqrt())
+
+
 def _correlation(a: Tensor, b: Tensor, weight: Tensor, dim: int) -> Tensor:
     """Pearson correlation along `dim`, entries counted by their weight; 0 where one side is constant."""
-    count, total = (weight != 0).sum(dim, keepdim=True).clamp(min=1), weight.sum(dim, keepdim=True)
-    weight = weight * count / torch.where(total == 0, 1, total)  # their mean is 1: their unit must not matter
-    a = a - (weight * a).sum(dim, keepdim=True) / count
-    b = b - (weight * b).sum(dim, keepdim=True) / count
-    covariance = (weight * a * b).sum(dim)
-    square = (weight * a * a).sum(dim) * (weight * b * b).sum(dim)
-    # As in the authors' code; it also keeps the gradient of a constant row or column finite.
-    norm = torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
-    return covariance / (norm + 1e-8)
+    return (weight * _standard(a, weight, dim) * _standard(b, weight, dim)).sum(dim)
 
 
 def dist_loss(
@@ -60,14 +73,18 @@ def dist_loss(
         row_weight: One weight per row, at least 0; it weighs the rows in both terms.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
     Returns:
-        Times ``temperature**2``, 0 for equal probabilities. A class at ``-inf`` in both networks does not
-        exist and does not count.
+        Times ``temperature**2``; 0 for equal probabilities, however small, as long as no row and no class is
+        constant: one that is correlates with nothing. A class at ``-inf`` in both networks does not exist
+        and does not count.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 3.0], [2.0, 1.0, -1.0]])
         >>> bool(dist_loss(logits, logits) < 1e-4)
+        True
+        >>> sure = torch.tensor([[12.0, 0.0, 0.0], [12.0, 1.0, -1.0]])  # two classes near 1e-6
+        >>> bool(dist_loss(sure, sure, temperature=1.0) < 1e-4)
         True
 
     References:
