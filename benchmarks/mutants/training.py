@@ -5,7 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant, mutant
 
 ENGINE = "tests/training/test_engine.py"
-RESUME = "tests/training/test_checkpoint.py tests/training/test_resume.py tests/training/test_engine.py"
+RESUME = "tests/training/test_checkpoint.py tests/runs/test_resume.py tests/training/test_engine.py"
 METRICS = "tests/training/test_metrics.py"
 EXAMPLES = "tests/data/test_examples.py"
 BATCHES = "tests/data/test_batches.py"
@@ -33,7 +33,7 @@ TRAINING: tuple[Mutant, ...] = (
     ),
     mutant(
         "training/every epoch sees the rows in one order",
-        f"{ENGINE} tests/training/test_resume.py",
+        f"{ENGINE} tests/runs/test_resume.py",
         "self.batches.set_epoch(number)",
         "self.batches.set_epoch(0)",
     ),
@@ -104,13 +104,13 @@ TRAINING: tuple[Mutant, ...] = (
     ),
     mutant(
         "training/the method's parameters are not restored",
-        f"{RESUME} tests/training/test_features.py",
+        f"{RESUME} tests/runs/test_features.py",
         'self.method.load_state_dict(state["method"])',
         "pass",
     ),
     mutant(
         "training/the method's optimizers are not restored",
-        f"{RESUME} tests/training/test_mutual.py",
+        f"{RESUME} tests/runs/test_mutual.py",
         'own.load_state_dict(state["optimizers"][name])',
         "pass",
     ),

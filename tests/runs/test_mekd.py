@@ -25,7 +25,7 @@ from luce.runs import compare, run
 from luce.signals import LiveTeacher, LocalBlackBox
 
 from ..servers import TOKEN, serving
-from .conftest import network as toy_network
+from ..toys import network as toy_network
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]
