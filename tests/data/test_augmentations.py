@@ -65,7 +65,7 @@ def test_strong_turns_shears_zooms_and_shifts(monkeypatch):
         for x in ([0.0, 0.2, -0.25], [0, 0.1, -0.1], [1, 0.9, 1.1], [0, 0.2, -0.1], [0, -0.2, 0.1])
     ]
     numbers = iter(drawn)
-    monkeypatch.setattr(augmentations, "_about", lambda *_: next(numbers))
+    monkeypatch.setattr(augmentations, "_uniform", lambda *_: next(numbers))
     found = augmentations._distort(images)
     torch.testing.assert_close(found[0], images[0])  # nothing was asked of it
     for n, (turn, shear, zoom, right, down) in enumerate(torch.stack(drawn, 1).tolist()):
@@ -81,7 +81,7 @@ def test_strong_turns_shears_zooms_and_shifts(monkeypatch):
 def test_strong_changes_contrast_and_brightness(monkeypatch):
     images = torch.rand(2, 3, 4, 4)
     numbers = iter([torch.tensor([1.0, 0.5]), torch.tensor([1.0, 1.25])])
-    monkeypatch.setattr(augmentations, "_about", lambda *_: next(numbers))
+    monkeypatch.setattr(augmentations, "_uniform", lambda *_: next(numbers))
     found = augmentations._recolour(images)
     torch.testing.assert_close(found[0], images[0])
     mean = images[1].mean()
@@ -127,9 +127,9 @@ def test_strong_draws_from_the_global_generator():
     assert strong(images).equal(first)
 
 
-@pytest.mark.parametrize("limit", ["TURN", "SHEAR", "ZOOM", "SHIFT", "COLOUR"])
+@pytest.mark.parametrize("limit", ["ROTATION", "SHEAR", "ZOOM", "SHIFT", "COLOUR"])
 def test_each_limit_is_one_of_strong(limit, monkeypatch):
-    for name in {"TURN", "SHEAR", "ZOOM", "SHIFT", "COLOUR"} - {limit}:
+    for name in {"ROTATION", "SHEAR", "ZOOM", "SHIFT", "COLOUR"} - {limit}:
         monkeypatch.setattr(augmentations, name, 0.0)
     monkeypatch.setattr(augmentations, "_cut_out", lambda images: images)
     images = torch.rand(2, 1, 8, 8)

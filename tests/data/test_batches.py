@@ -149,7 +149,7 @@ def test_rows_of_any_dataset_are_stacked():
 def test_loader_refuses_sizes_that_give_no_batch(examples):
     with pytest.raises(UserError, match="`batch_size` to be at least 1, got 0"):
         loader(examples, batch_size=0, seed=None)
-    with pytest.raises(UserError, match="23 examples do not fill one batch of 24"):
+    with pytest.raises(UserError, match="one batch of 24 with `drop_last`, got 23 examples"):
         loader(examples, batch_size=24, seed=0, drop_last=True)
     with pytest.raises(UserError, match="`seed`"):
         loader(examples, batch_size=4, seed=-1)

@@ -52,7 +52,7 @@ def test_given_targets_replace_the_sources(examples):
 def test_repeats_cycle(examples):
     assert examples.repeat_to(7).indices.tolist() == [5, 3, 1, 5, 3, 1, 5]
     assert examples.repeat_to(7).targets.tolist() == [2, 0, 1, 2, 0, 1, 2]
-    with pytest.raises(UserError, match="3 examples to fewer, 2"):
+    with pytest.raises(UserError, match="at least the 3 examples, got 2"):
         examples.repeat_to(2)
 
 

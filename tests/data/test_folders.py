@@ -78,7 +78,7 @@ def test_what_is_missing_is_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"expected a folder .*absent/train"):
         data.load(f"imagefolder:{tmp_path}/absent")
     (folder / "train" / "cedar").mkdir()
-    with pytest.raises(UserError, match=r"expected images .*cedar, found none"):
+    with pytest.raises(UserError, match=r"expected images .*cedar, got none"):
         data.load(f"imagefolder:{folder}")
     (folder / "train" / "cedar").rmdir()
     paint(folder / "val" / "cedar" / "0.png", (0, 255, 0))

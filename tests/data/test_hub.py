@@ -97,9 +97,9 @@ def test_columns_that_cannot_be_told(hub):
         "text": datasets.Value("string"),
     }
     hub(features, train=columns, test=columns)
-    with pytest.raises(UserError, match="`input_column`: 2 columns would do; name one of a, b"):
+    with pytest.raises(UserError, match="`input_column`: 2 columns fit; name one of a, b"):
         data.load("hf:some/set")
-    with pytest.raises(UserError, match="`label_column`: 2 columns would do; name one of fine, coarse"):
+    with pytest.raises(UserError, match="`label_column`: 2 columns fit; name one of fine, coarse"):
         data.load("hf:some/set", input_column="b")
     with pytest.raises(UserError, match="unknown `label_column` `fin`; did you mean `fine`"):
         data.load("hf:some/set", input_column="b", label_column="fin")
@@ -112,7 +112,7 @@ def test_columns_that_cannot_be_told(hub):
 def test_neither_numbers_nor_texts(hub):
     columns = {"when": [1], "label": [0]}
     hub({"when": datasets.Value("int64"), "label": LABELS}, train=columns, test=columns)
-    with pytest.raises(UserError, match="no column is of a type that would do; name one of when, label"):
+    with pytest.raises(UserError, match="no column has a fitting type; name one of when, label"):
         data.load("hf:some/set")
 
 
@@ -120,9 +120,9 @@ def test_lists_of_several_lengths_and_missing_splits(hub):
     features = {"x": datasets.Sequence(datasets.Value("float32")), "y": LABELS}
     ragged = {"x": [[1.0], [1.0, 2.0]], "y": [0, 1]}
     hub(features, train=ragged, other=ragged)
-    with pytest.raises(UserError, match="expected a split `test` in `some/set`, found train, other"):
+    with pytest.raises(UserError, match="expected a split `test` in `some/set`, got train, other"):
         data.load("hf:some/set")
-    with pytest.raises(UserError, match="one length in column `x`"):
+    with pytest.raises(UserError, match="equal length in column `x`"):
         data.load("hf:some/set", test_split="other")
 
 

@@ -222,7 +222,7 @@ class TestTorchvision:
             data.load("torchvision:CIFAR99")
         with pytest.raises(UserError, match="Flowers102 does not hold its images in memory"):
             data.load("torchvision:Flowers102")
-        with pytest.raises(UserError, match="train part of EMNIST: File not found or corrupted"):
+        with pytest.raises(UserError, match="train split of EMNIST: File not found or corrupted"):
             data.load("torchvision:EMNIST")
 
 

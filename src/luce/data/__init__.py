@@ -1,4 +1,4 @@
-"""Data sets by name, their splits, and the batches a training loop reads.
+"""Data sets by name, splits and batches.
 
 >>> from luce import data
 >>> digits = data.load("sklearn:digits")

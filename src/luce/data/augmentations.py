@@ -1,4 +1,4 @@
-"""Random changes to a batch of images, drawn per image and applied without a loop over images."""
+"""Random augmentations of a batch of images, drawn per image and applied without a loop over images."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..errors import UserError, unknown_name
 PADDING = 4
 """Zero pixels on each side before a random crop, as for CIFAR."""
 
-TURN = math.radians(15)
+ROTATION = math.radians(15)
 SHEAR = 0.1
 ZOOM = 0.1
 SHIFT = 0.1
 COLOUR = 0.4
 CUT = 0.25
-"""How far `strong` goes: the shift is a part of the image's size, the cut of its shorter side."""
+"""Limits of `strong`; ``SHIFT`` is a share of the image's size, ``CUT`` a share of its shorter side."""
 
 
 def none(images: Tensor) -> Tensor:
-    """The images as they are."""
+    """Return the images unchanged."""
     return images
 
 
@@ -36,7 +36,7 @@ def flip(images: Tensor) -> Tensor:
 
 
 def crop_flip(images: Tensor) -> Tensor:
-    """Shift each image by up to 4 pixels each way, zeros coming in, then :func:`flip`; ``(N, C, H, W)``."""
+    """Shift each image by up to 4 pixels each way, fill with zeros, then :func:`flip`; ``(N, C, H, W)``."""
     _check_images(images, "crop_flip")
     height, width = images.shape[-2:]
     # A view of every possible crop, (N, C, 9, 9, H, W); indexing copies one per image.
@@ -46,12 +46,12 @@ def crop_flip(images: Tensor) -> Tensor:
 
 
 def strong(images: Tensor) -> Tensor:
-    """Distort each image, change its contrast and brightness, and cut a square out of it; ``(N, C, H, W)``.
+    """Distort each image, change its contrast and brightness, and erase a square; ``(N, C, H, W)``.
 
-    An image is turned by up to 15 degrees, sheared, zoomed and shifted by up to a tenth; contrast and
-    brightness change by up to 40%, in [0, 1] as Luce's images are; zeros come in, and stand in the square of
-    a quarter of the shorter side, which may reach over the edge. This is the kind of view that RandAugment
-    makes, drawn at once for a whole batch; it is not RandAugment.
+    An image is rotated by up to 15 degrees and sheared, zoomed and shifted by up to a tenth. Contrast and
+    brightness change by up to 40% and are clamped to [0, 1]. Zeros fill the borders and a square with a side
+    of a quarter of the shorter side, which may extend beyond the edge. The result resembles RandAugment but
+    is not the same: all draws are made at once for the whole batch.
     """
     _check_images(images, "strong")
     return _cut_out(_recolour(_distort(images)))
@@ -59,10 +59,15 @@ def strong(images: Tensor) -> Tensor:
 
 def _distort(images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
-    turn, shear, zoom = _about(0, TURN, images), _about(0, SHEAR, images), _about(1, ZOOM, images)
-    right, down = _about(0, 2 * SHIFT, images), _about(0, 2 * SHIFT, images)
-    cos, sin = zoom * turn.cos(), zoom * turn.sin()
-    # A shear and then a turn in pixels, in a grid that runs from -1 to 1 along either side.
+    rotation, shear, zoom = (
+        _uniform(0, ROTATION, images),
+        _uniform(0, SHEAR, images),
+        _uniform(1, ZOOM, images),
+    )
+    right, down = _uniform(0, 2 * SHIFT, images), _uniform(0, 2 * SHIFT, images)
+    cos, sin = zoom * rotation.cos(), zoom * rotation.sin()
+    # Shear, then rotation. The grid runs from -1 to 1 along both sides, so without the ratio of the sides a
+    # rotation would distort images that are not square.
     onto_x = torch.stack([cos, (shear * cos - sin) * (height / width), right], dim=-1)
     onto_y = torch.stack([sin * (width / height), shear * sin + cos, down], dim=-1)
     grid = F.affine_grid(torch.stack([onto_x, onto_y], dim=1), list(images.shape), align_corners=False)
@@ -70,7 +75,7 @@ def _distort(images: Tensor) -> Tensor:
 
 
 def _recolour(images: Tensor) -> Tensor:
-    contrast, brightness = (_about(1, COLOUR, images).view(-1, 1, 1, 1) for _ in range(2))
+    contrast, brightness = (_uniform(1, COLOUR, images).view(-1, 1, 1, 1) for _ in range(2))
     mean = images.mean((1, 2, 3), keepdim=True)
     return (brightness * (mean + contrast * (images - mean))).clamp(0, 1)
 
@@ -87,8 +92,8 @@ def _cut_out(images: Tensor) -> Tensor:
     return images.masked_fill(stripe(height)[:, None, :, None] & stripe(width)[:, None, None, :], 0)
 
 
-def _about(middle: float, reach: float, images: Tensor) -> Tensor:
-    """A number for each image, evenly from so far below the middle to so far above."""
+def _uniform(middle: float, reach: float, images: Tensor) -> Tensor:
+    """Draw a number for each image, uniformly from ``middle - reach`` to ``middle + reach``."""
     return middle + reach * (2 * torch.rand(len(images), dtype=images.dtype, device=images.device) - 1)
 
 
@@ -101,7 +106,7 @@ AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def augment(name: str) -> Callable[[Tensor], Tensor]:
-    """The augmentation of that name, a function from a batch of inputs to a batch of inputs.
+    """Return an augmentation by name, a function from a batch of inputs to a batch of inputs.
 
     Example:
         >>> augment("flip")(torch.zeros(2, 1, 8, 8)).shape

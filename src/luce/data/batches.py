@@ -1,4 +1,4 @@
-"""Batches in an order that a seed and an epoch determine."""
+"""Batches in an order determined by seed and epoch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..errors import UserError
 from . import augmentations
-from .examples import Examples, Rows, checked_seed
+from .examples import Examples, LazyRows, checked_seed
 
 
 class EpochSampler(Sampler[int]):
-    """A shuffle that is a pure function of ``(seed, epoch)``: a resumed epoch sees the rows in its old order.
+    """A shuffle that is a pure function of ``(seed, epoch)``: a resumed epoch repeats its order.
 
     Args:
         size: Number of rows.
-        seed: In ``0 .. 2**32 - 1``.
+        seed: Seed in ``0 .. 2**32 - 1``.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -30,14 +30,15 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        # Not `seed + epoch`: epoch 1 of seed 0 would then be epoch 0 of seed 1, and runs would share orders.
+        # Not `seed + epoch`: epoch 1 of seed 0 would equal epoch 0 of seed 1, and runs would not be
+        # independent.
         return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
 
 
@@ -51,41 +52,43 @@ def loader(
     workers: int = 0,
     drop_last: bool = False,
 ) -> DataLoader[dict[str, Any]]:
-    """Batches of examples: dicts of ``input`` ``(N, ...)``, ``target`` ``(N,)`` and ``index`` ``(N,)``.
+    """Load batches of examples: dicts of ``input`` ``(N, ...)``, ``target`` ``(N,)`` and ``index`` ``(N,)``.
 
     Call ``loader.sampler.set_epoch(epoch)`` before each shuffled epoch. After ``Accelerator.prepare`` that
     is ``loader.set_epoch(epoch)``, which reaches the same sampler.
 
     Args:
-        examples: What to read.
+        examples: Rows to load.
         batch_size: Rows per batch (and process).
-        seed: None reads in order and leaves the global random state alone, so that evaluating more often
-            does not change a training run. An integer shuffles, each epoch anew.
-        augment: Applied to the whole input batch; draws from torch's global generator, so that restoring
-            its state between epochs reproduces an epoch. See :mod:`luce.data.augmentations`.
-        strong_augment: Makes a second view of the batch, ``strong``, of the same shape as ``input``: it is
-            applied to ``augment`` drawn anew.
-        workers: Processes that read; 0 reads in this one, which is fastest for data in memory.
-        drop_last: Leave out a smaller last batch.
+        seed: An integer shuffles every epoch anew. None keeps the order and does not touch the global random
+            state, so that additional evaluations do not change a training run.
+        augment: Applied to the whole input batch. Draws from torch's global generator; restoring its state
+            between epochs reproduces an epoch. See :mod:`luce.data.augmentations`.
+        strong_augment: Adds a second view of the batch, ``strong``, of the same shape as ``input``: a new
+            draw of ``augment``, followed by ``strong_augment``.
+        workers: Number of reading processes; 0 reads in the current process, fastest for data in memory.
+        drop_last: Drop a smaller last batch.
 
     Raises:
-        UserError: If ``batch_size`` is not positive, or ``drop_last`` would leave no batch.
+        UserError: If ``batch_size`` is not positive, or ``drop_last`` leaves no batch.
     """
     if batch_size < 1:
         raise UserError(f"expected `batch_size` to be at least 1, got {batch_size}")
     if drop_last and len(examples) < batch_size:
         raise UserError(
-            f"{len(examples)} examples do not fill one batch of {batch_size}, and `drop_last` leaves out "
-            "smaller ones; use a smaller `batch_size`"
+            f"expected at least one batch of {batch_size} with `drop_last`, got {len(examples)} examples; "
+            "use a smaller `batch_size`"
         )
     return DataLoader(
         examples,
         batch_size=batch_size,
         sampler=None if seed is None else EpochSampler(len(examples), seed),
-        # An iterator draws a base seed as it starts: from here if nothing is shuffled, else globally.
+        # Every iterator draws a base seed; without a generator of its own, evaluation would advance the
+        # global one.
         generator=torch.Generator() if seed is None else None,
         collate_fn=partial(_collate, augment=augment, strong_augment=strong_augment),
-        # Not persistent: fresh workers are seeded from the global generator, so an epoch can be reproduced.
+        # Not persistent: new workers are seeded from the global generator, so restoring it reproduces an
+        # epoch.
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
@@ -93,7 +96,7 @@ def loader(
 
 
 def _collate(
-    rows: Rows,
+    rows: LazyRows,
     augment: Callable[[Tensor], Tensor] | None,
     strong_augment: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Tensor]:

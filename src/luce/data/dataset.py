@@ -1,4 +1,4 @@
-"""What a data door returns, and the wrapper for datasets of one's own."""
+"""`Data`, which every loader returns, and the wrapper for your own datasets."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ UNKNOWN_STATISTICS: Statistics = (0.0,), (1.0,)
 
 @dataclass(frozen=True)
 class Data:
-    """A classification data set: training rows, test rows and what a network must know about them.
+    """A classification data set: training rows, test rows and their description.
 
-    Inputs are *not* normalised: images lie in [0, 1], and a network normalises for itself with ``mean`` and
-    ``std``. Any map-style dataset may be given; it is wrapped as a :class:`~luce.data.Source`.
+    Inputs are *not* normalised: images lie in [0, 1], and each network normalises them with ``mean`` and
+    ``std``. Map-style datasets are wrapped as :class:`~luce.data.Source`.
 
     Attributes:
         name: As given to :func:`luce.data.load`.
-        train: Rows to learn and to select from; item -> ``(input, label)``.
-        test: Rows for the final figure only.
-        classes: Class names; a label is an index into them.
+        train: Rows for training and selection; items are ``(input, label)``.
+        test: Rows for the final evaluation only.
+        classes: Class names; labels are indices into them.
         input_shape: Shape of one input, such as ``(1, 8, 8)``.
-        mean: Per channel (first dimension of an input) over the training inputs; ``(0.0,)`` if not known.
-        std: As ``mean``, the population standard deviation; ``(1.0,)`` if not known. Never 0.
-        licence: Of the data, as far as its source states it.
-        tokenizer: That has made the inputs of texts, which are token ids; None for anything else.
+        mean: Mean per channel (first dimension of an input) over the training inputs; ``(0.0,)`` if unknown.
+        std: Population standard deviation per channel; ``(1.0,)`` if unknown. Never 0.
+        licence: Licence of the data, as far as its source states it.
+        tokenizer: Tokenizer of text inputs, which are token ids; None for other data.
 
     Raises:
-        UserError: If a part is empty or has labels outside ``0 .. len(classes) - 1``.
+        UserError: If a split is empty or has labels outside ``0 .. len(classes) - 1``.
     """
 
     name: str
@@ -68,7 +68,7 @@ def describe(
     licence: str,
     tokenizer: Tokenizer | None = None,
 ) -> Data:
-    """Fill in what the rows themselves tell: input shape, channel statistics, and class numbers as names."""
+    """Build `Data`; derive input shape, channel statistics and, if not given, class names from the rows."""
     if not len(train):
         raise UserError(f"the train part of `{name}` is empty")
     if classes is None:
@@ -88,20 +88,20 @@ def from_datasets(
     classes: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Data:
-    """Data from map-style datasets of one's own.
+    """Build `Data` from your own map-style datasets.
 
-    A ``TensorDataset`` of inputs and labels is kept in memory, read batch-wise and measured for ``mean`` and
-    ``std``. Of others every item is read once for its label, unless the dataset has ``targets``.
+    A ``TensorDataset`` of inputs and labels stays in memory, is read in batches, and gives ``mean`` and
+    ``std``. Every item of another dataset is read once for its label, unless the dataset has ``targets``.
 
-    Leave random transforms to ``loader(augment=...)``: rows for validation are taken from ``train`` and
-    would be transformed too.
+    Leave random transforms to ``loader(augment=...)``: validation rows are split from ``train`` and would be
+    transformed too.
 
     Args:
         train: Items ``(input, label)`` or dicts with ``input`` and ``target``; inputs are tensors or arrays,
-            bytes are read as images and divided by 255.
+            and uint8 is divided by 255.
         test: As ``train``; None holds out a fixed stratified quarter of ``train``.
-        classes: Class names; None takes ``train.classes`` where it exists, else the labels as text.
-        tokenizer: That has made the inputs, if they are token ids; networks are checked against it.
+        classes: Class names; None uses ``train.classes`` if it exists, else the labels as text.
+        tokenizer: Tokenizer of the inputs if they are token ids; networks are checked against it.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -149,15 +149,15 @@ def stratified(targets: Tensor, size: float | int, seed: int) -> tuple[Tensor, T
             return parts
     raise UserError(
         f"cannot hold out {count} of {len(targets)} rows so that each of the {classes} classes is on both "
-        "sides; hold out another number, or leave out the rarest classes"
+        "sides; hold out another number, or remove the rarest classes"
     )
 
 
 def channel_statistics(inputs: Tensor) -> Statistics:
-    """Mean and population standard deviation per channel (dimension 1), as the inputs are read.
+    """Return mean and population standard deviation per channel (dimension 1); uint8 counts as [0, 1].
 
-    A constant channel gets the deviation 1, so that dividing by it is safe. Token ids and the like have no
-    statistics worth the name.
+    A constant channel gets the deviation 1, so that division by it is safe. Integers other than uint8, such
+    as token ids, are not measured.
 
     Example:
         >>> channel_statistics(torch.tensor([[0, 7], [255, 7]], dtype=torch.uint8))
@@ -166,7 +166,8 @@ def channel_statistics(inputs: Tensor) -> Statistics:
     if inputs.dtype != torch.uint8 and not inputs.is_floating_point():
         return UNKNOWN_STATISTICS
     scale = 255 if inputs.dtype == torch.uint8 else 1
-    # In chunks, because float64 copies of all of CIFAR would take gigabytes.
+    # In chunks, because a float64 copy of CIFAR takes gigabytes; in two passes, because E[x²] - E[x]²
+    # cancels.
     chunks = torch.split(inputs.reshape(*inputs.shape[:2], -1), 2048)
     count = inputs[:, 0].numel()
     mean = sum((chunk.double().sum((0, 2)) for chunk in chunks), torch.zeros(())) / count

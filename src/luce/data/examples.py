@@ -1,4 +1,4 @@
-"""Rows with labels: splits, few-label settings, and the dicts that training reads."""
+"""Labelled rows: splits, settings with few labels, and the items that training reads."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .sources import as_source
 class Examples(Dataset[dict[str, Any]]):
     """Rows of a dataset with their labels.
 
-    An item is ``{"input": Tensor, "target": scalar LongTensor, "index": int}``, where ``index`` is the
-    position within ``source``: it stays with the row through splits, shuffles and repeats, and stored
-    teacher signals are found by it.
+    An item is ``{"input": Tensor, "target": scalar LongTensor, "index": int}``. ``index`` is the position in
+    ``source``. It stays the same through splits, shuffles and repeats, and stored teacher signals are looked
+    up by it.
 
     Args:
         source: A map-style dataset of ``(input, label)``.
-        indices: Rows of ``source``, in order; a row may come more than once. Shape ``(N,)``.
-        targets: One class per entry of ``indices``, :data:`UNLABELLED` for none; None takes the source's own.
+        indices: Rows of ``source``, in order, repeats allowed; shape ``(N,)``.
+        targets: A class per entry of ``indices``, or :data:`UNLABELLED`; None uses the labels of the source.
 
     Raises:
-        UserError: If there is no row, or an index is not in the source.
+        UserError: If there is no row, or an index is outside the source.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -67,45 +67,46 @@ class Examples(Dataset[dict[str, Any]]):
         index = int(self.indices[row])
         return {"input": self.source.read(index), "target": self.targets[row], "index": index}
 
-    def __getitems__(self, rows: list[int]) -> Rows:
-        return Rows(self, rows)
+    def __getitems__(self, rows: list[int]) -> LazyRows:
+        return LazyRows(self, rows)
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Several rows at once: ``input`` ``(N, ...)``, ``target`` ``(N,)`` and ``index`` ``(N,)``."""
+        """Read several rows at once: ``input`` ``(N, ...)``, ``target`` ``(N,)`` and ``index`` ``(N,)``."""
         at = torch.as_tensor(rows, dtype=torch.int64)
         indices = self.indices[at]
         return {"input": self.source.batch(indices), "target": self.targets[at], "index": indices}
 
     @property
     def plain(self) -> Examples:
-        """The same rows without the source's random transforms, for evaluation and stored teachers."""
+        """The same rows without random transforms, for evaluation and stored teachers."""
         return Examples(self.source.plain, self.indices, self.targets)
 
     @property
     def random(self) -> bool:
-        """Whether the source shows a row differently each time."""
+        """Whether the source applies random transforms."""
         return self.source.plain is not self.source
 
     @property
     def labelled(self) -> Examples:
-        """Only the rows that have a label."""
+        """The rows that have a label."""
         return self._at((self.targets != UNLABELLED).nonzero().squeeze(1))
 
     def repeat_to(self, size: int) -> Examples:
-        """The rows over and over until there are ``size`` of them, so that an epoch takes as many steps."""
+        """Repeat the rows until there are ``size`` of them, so that epochs have equal numbers of steps."""
         if size < len(self):
-            raise UserError(f"cannot repeat {len(self)} examples to fewer, {size}")
+            raise UserError(f"expected `size` to be at least the {len(self)} examples, got {size}")
         return self._at(torch.arange(size) % len(self))
 
     def _at(self, rows: Tensor) -> Examples:
         return Examples(self.source, self.indices[rows], self.targets[rows])
 
 
-class Rows(Sequence[dict[str, Any]]):
-    """Some rows of examples, not read yet.
+class LazyRows(Sequence[dict[str, Any]]):
+    """A lazy list of rows of `Examples`.
 
-    PyTorch's fetcher hands what ``__getitems__`` returns to ``collate_fn``. Any collate function may read
-    this as the list of samples it expects; ours takes the whole batch in one indexing operation instead.
+    PyTorch's fetcher passes the result of ``__getitems__`` to ``collate_fn``. Any collate function can read
+    this object as the list of samples that it expects; the one of `luce.data.loader` reads the whole batch in
+    one indexing operation.
     """
 
     def __init__(self, examples: Examples, rows: list[int]) -> None:
@@ -117,7 +118,7 @@ class Rows(Sequence[dict[str, Any]]):
 
     def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
-            return Rows(self.examples, self.rows[position])
+            return LazyRows(self.examples, self.rows[position])
         return self.examples[self.rows[position]]
 
     def collated(self) -> dict[str, Tensor]:
@@ -125,18 +126,18 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 def split(data: Data, *, validation: float | int, seed: int) -> tuple[Examples, Examples, Examples]:
-    """Train, validation and test examples.
+    """Split data into training, validation and test examples.
 
-    Validation is a stratified part of ``data.train``, for choosing epochs and settings, so that the test
-    rows are seen once, at the end. It shows rows without random transforms.
+    Validation is a stratified part of ``data.train`` for the choice of epochs and settings, so that test rows
+    are used once, at the end. Its rows have no random transforms.
 
     Args:
         data: From :func:`luce.data.load` or :func:`luce.data.from_datasets`.
         validation: Share of the training rows in (0, 1), or their number.
-        seed: Of the choice, in ``0 .. 2**32 - 1``.
+        seed: Seed of the split, in ``0 .. 2**32 - 1``.
 
     Raises:
-        UserError: If ``validation`` is out of range or too small or large to hold every class.
+        UserError: If ``validation`` is out of range, or a class is missing on either side.
 
     Example:
         >>> from luce import data
@@ -158,15 +159,17 @@ def split(data: Data, *, validation: float | int, seed: int) -> tuple[Examples, 
 
 
 def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
-    """All rows but a stratified share of the labelled ones, and these, without random transforms.
+    """Hold out a stratified share of the labelled rows; return the other rows and the held-out ones.
+
+    The held-out rows have no random transforms.
 
     Args:
-        examples: Those to learn from.
-        share: Of the rows with a label, in (0, 1).
-        seed: Of the choice, in ``0 .. 2**32 - 1``.
+        examples: Training rows.
+        share: Share of the labelled rows, in (0, 1).
+        seed: Seed of the split, in ``0 .. 2**32 - 1``.
 
     Raises:
-        UserError: If a class would be missing on either side.
+        UserError: If a class is missing on either side.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -178,7 +181,7 @@ def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Exa
     if not (isinstance(share, Real) and 0 < share < 1):
         raise UserError(f"expected a share in (0, 1) of the labelled rows to hold out, got {share!r}")
     if not (examples.targets != UNLABELLED).any():
-        raise UserError("expected rows with a label to hold some of them out, got none")
+        raise UserError("expected labelled rows to hold out from, got none")
     labelled = (examples.targets != UNLABELLED).nonzero().squeeze(1)
     _, chosen = stratified(examples.targets[labelled], float(share), checked_seed(seed))
     held = torch.zeros(len(examples), dtype=torch.bool)
@@ -187,10 +190,10 @@ def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Exa
 
 
 def keep_labels(examples: Examples, per_class: int, seed: int) -> Examples:
-    """The same rows with ``per_class`` labels of each class kept and all others :data:`UNLABELLED`.
+    """Keep ``per_class`` labels of each class, and set all others to :data:`UNLABELLED`.
 
     Raises:
-        UserError: If a class has fewer labels.
+        UserError: If a class has fewer labels than that.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -214,7 +217,7 @@ def keep_labels(examples: Examples, per_class: int, seed: int) -> Examples:
 
 
 def checked_seed(seed: int) -> int:
-    """The seed, if it is one that every generator used here takes."""
+    """Return ``seed``, or raise UserError if NumPy and scikit-learn would not accept it."""
     if not 0 <= seed < 2**32:
         raise UserError(f"expected `seed` to be an integer in 0 .. 2**32 - 1, got {seed}")
     return seed

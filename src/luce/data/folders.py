@@ -24,15 +24,15 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 def load_image_folder(path: str, root: Path | None, *, image_size: int = 224) -> Data:
-    """The layout of ImageNet: ``PATH/train/CLASS/*.jpg`` and ``PATH/test`` or, without it, ``PATH/val``.
+    """Load ImageNet's layout: ``PATH/train/CLASS/*.jpg`` and ``PATH/test`` or, without it, ``PATH/val``.
 
-    Classes are the folders of ``train`` in alphabetical order. Images are read when needed. ``train`` shows
-    random crops, its ``plain`` twin and ``test`` the middle of the image (see :mod:`luce.data.transforms`).
-    ``mean`` and ``std`` are ImageNet's, not measured.
+    Classes are the folders of ``train`` in alphabetical order. Images are read on demand. ``train`` gives
+    random crops; its ``plain`` view and ``test`` give centre crops (see :mod:`luce.data.transforms`).
+    ``mean`` and ``std`` are those of ImageNet.
 
     Args:
-        path: The folder; relative to ``root`` if that is given.
-        root: Folder to start from.
+        path: The folder, relative to ``root`` if that is given.
+        root: Parent folder.
         image_size: Side of the square inputs in pixels.
 
     Raises:
@@ -43,7 +43,7 @@ def load_image_folder(path: str, root: Path | None, *, image_size: int = 224) ->
     classes = _subfolders(folder / "train")
     for part in (folder / "train", test_folder):
         if not _subfolders(part):
-            raise UserError(f"expected a folder {part} with one folder of images per class, found none")
+            raise UserError(f"expected a folder {part} with one folder of images per class, got none")
     if unknown := set(_subfolders(test_folder)) - set(classes):
         raise UserError(f"expected the classes of {test_folder} to be in train too, `{min(unknown)}` is not")
 
@@ -69,12 +69,11 @@ def _list_images(folder: Path, classes: list[str]) -> tuple[Callable[[int], Imag
             if entry.name.lower().endswith(SUFFIXES)
         )
         if not images:
-            raise UserError(
-                f"expected images ({', '.join(SUFFIXES)}) in {folder / classes[label]}, found none"
-            )
+            raise UserError(f"expected images ({', '.join(SUFFIXES)}) in {folder / classes[label]}, got none")
         files += [os.fsencode(os.path.join(classes[label], name)) for name in images]
         targets += [label] * len(images)
-    # An array, not a list: touching a million Python strings copies their memory into every reading process.
+    # An array, not a list: reference counts of a million Python strings would copy their memory pages into
+    # every reading process.
     return partial(_open_file, folder, np.array(files)), torch.tensor(targets)
 
 
@@ -85,7 +84,7 @@ def _open_file(folder: Path, files: np.ndarray, index: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    # Pillow's decoders report damage in several ways; what they share is that the file cannot be read.
+    # Pillow's decoders raise different errors for damaged files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path} ({error}); replace or delete it") from error
 

@@ -1,4 +1,4 @@
-"""Data sets read with Hugging Face ``datasets``."""
+"""Data sets loaded with Hugging Face ``datasets``."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def load_hub(
     tokenizer: str | None = None,
     max_length: int = 128,
 ) -> Data:
-    """Images, texts or lists of numbers, by their name on the hub or in a folder that ``datasets`` can read.
+    """Load images, texts or lists of numbers from the hub or from a folder that ``datasets`` can read.
 
     Args:
-        name: As for ``datasets.load_dataset``.
-        root: Cache folder; None for that of ``datasets``.
-        config: Which of several data sets under this name.
-        input_column: Column to learn from; None if only one holds images or lists of numbers, or with a
-            tokenizer only one holds texts.
-        label_column: Column of labels; None if only one is declared as class labels.
-        test_split: None for ``test`` or, without it, ``validation``.
-        image_size: Images of any size are read when needed and cropped to this many pixels, as by
-            ``imagefolder:``; None decodes images of one size into memory.
-        tokenizer: Makes token ids of texts, and is the network's own: a name on the hub or a folder.
-        max_length: Tokens of every text, as `luce.data.Tokenizer` has it.
+        name: Name or folder, as for ``datasets.load_dataset``.
+        root: Cache folder; None uses the one of ``datasets``.
+        config: Configuration, if the name has several.
+        input_column: Input column. None works if only one column holds images or lists of numbers, or, with
+            a tokenizer, if only one holds texts.
+        label_column: Label column. None works if only one column is declared as class labels.
+        test_split: Name of the test split; None uses ``test`` or, without it, ``validation``.
+        image_size: Crops images of any size to this many pixels on demand, as ``imagefolder:`` does; None
+            decodes images of equal size into memory.
+        tokenizer: Tokenizer of the network, a name on the hub or a folder; converts texts to token ids.
+        max_length: Tokens per text; see `luce.data.Tokenizer`.
 
     Raises:
-        UserError: If the data cannot be had, or a column or split cannot be told.
+        UserError: If the data cannot be loaded, or a column or split is missing or ambiguous.
     """
     datasets = import_optional("datasets", "text")
     try:
@@ -61,7 +61,7 @@ def load_hub(
     for split in ("train", test_split):
         if split not in splits:
             raise UserError(
-                f"expected a split `{split}` in `{name}`, found {', '.join(splits)}; see `test_split`"
+                f"expected a split `{split}` in `{name}`, got {', '.join(splits)}; set `test_split`"
             )
 
     features = splits["train"].features
@@ -71,14 +71,14 @@ def load_hub(
     labels = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if tokenizer is None and (input_column in texts or (texts and not pictures + numbers)):
         raise UserError(
-            f"expected a `tokenizer` for the texts in column `{input_column or texts[0]}`: the name or the "
-            "folder of the network's own"
+            f"expected a `tokenizer` for the texts in column `{input_column or texts[0]}`; give the name or "
+            "the folder of the network's tokenizer"
         )
     tokens = None if tokenizer is None else Tokenizer(tokenizer, max_length)
     candidates = pictures + numbers if tokens is None else texts
     input_column = _choose("input_column", input_column, features, candidates)
     if tokens is not None and input_column not in texts:
-        raise UserError(f"expected a column of texts for `tokenizer`, `{input_column}` holds others")
+        raise UserError(f"expected a column of texts for `tokenizer`, `{input_column}` holds other values")
     label_column = _choose("label_column", label_column, features, labels)
 
     def source(split: str, views: list[Callable[..., Tensor]]) -> Source:
@@ -107,17 +107,15 @@ def _choose(option: str, column: str | None, columns: Iterable[str], candidates:
     if column is None:
         if len(candidates) == 1:
             return candidates[0]
-        found = (
-            f"{len(candidates)} columns would do" if candidates else "no column is of a type that would do"
-        )
-        raise UserError(f"expected `{option}`: {found}; name one of {', '.join(candidates or columns)}")
+        reason = f"{len(candidates)} columns fit" if candidates else "no column has a fitting type"
+        raise UserError(f"expected `{option}`: {reason}; name one of {', '.join(candidates or columns)}")
     if column not in columns:
         raise unknown_name(f"`{option}`", column, columns)
     return column
 
 
 def _is_numbers(feature: Any) -> bool:
-    """Whether a column's type is a list or an array, however deep, of numbers."""
+    """Whether a column holds lists or arrays, of any depth, of numbers."""
     is_list = hasattr(feature, "feature")
     while hasattr(feature, "feature"):
         feature = feature.feature
@@ -133,7 +131,7 @@ def _labels(rows: Any, column: str) -> Tensor:
     if values.dtype.kind not in "iu":
         raise UserError(
             f"expected class indices in column `{column}`, got {values.dtype}; "
-            "let `class_encode_column` of `datasets` number the classes"
+            "number the classes with `class_encode_column` of `datasets`"
         )
     return torch.tensor(values)
 
@@ -141,7 +139,7 @@ def _labels(rows: Any, column: str) -> Tensor:
 def _numbers(rows: Any, column: str) -> Tensor:
     values = _column(rows, column)
     if values.dtype == object:
-        raise UserError(f"expected lists of one length in column `{column}`, got several lengths")
+        raise UserError(f"expected lists of equal length in column `{column}`, got several lengths")
     return torch.from_numpy(values.astype(np.float32))
 
 
@@ -152,7 +150,7 @@ def _decoded(rows: Any, column: str) -> Tensor:
         images.append(np.atleast_3d(np.asarray(row[column].convert(mode))))
         if images[-1].shape != images[0].shape:
             raise UserError(
-                f"expected images of one size (H, W, C), got {images[0].shape} and {images[-1].shape}; "
+                f"expected images of equal size (H, W, C), got {images[0].shape} and {images[-1].shape}; "
                 "set `image_size` to crop them"
             )
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

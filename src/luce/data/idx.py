@@ -1,4 +1,4 @@
-"""The IDX format of MNIST and its successors."""
+"""The IDX format of MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ UNSIGNED_BYTE = 0x08
 
 
 def read_idx(path: Path, dims: int) -> Tensor:
-    """An IDX file of unsigned bytes, gzipped if its name ends in ``.gz``.
+    """Read an IDX file of unsigned bytes, gzipped if its name ends in ``.gz``.
 
     The header is two zero bytes, the type code, the number of dimensions, and each dimension's size as a
     big-endian 32-bit integer; the values follow in row-major order.
 
     Args:
         path: File to read.
-        dims: Number of dimensions it should have: 3 for images, 1 for labels.
+        dims: Expected number of dimensions: 3 for images, 1 for labels.
 
     Returns:
-        uint8, of the shape the header states.
+        A uint8 tensor of the shape in the header.
 
     Raises:
-        UserError: If the file is missing, damaged, of another type or shape, or longer or shorter than its
-            header states.
+        UserError: If the file is missing or damaged, or its type, number of dimensions or length is wrong.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"expected an IDX file at {path}, found none") from None
+        raise UserError(f"expected an IDX file at {path}, got none") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a complete gzip file ({error}); fetch it again") from error
+        raise UserError(f"{path} is not a complete gzip file ({error}); download it again") from error
     magic, header = bytes([0, 0, UNSIGNED_BYTE, dims]), 4 + 4 * dims
     if content[:4] != magic:
         raise UserError(
@@ -53,6 +52,6 @@ def read_idx(path: Path, dims: int) -> Tensor:
     if len(content) - header != math.prod(shape):
         raise UserError(
             f"expected {math.prod(shape)} bytes of data in {path} for shape {shape}, "
-            f"got {len(content) - header}; fetch it again"
+            f"got {len(content) - header}; download it again"
         )
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())

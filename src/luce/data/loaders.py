@@ -1,4 +1,4 @@
-"""Data by name: one door per place that data comes from."""
+"""Data by name: one loader per source."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ FASHION_CLASSES = (
 
 
 def load(name: str, *, root: str | Path | None = None, **options: Any) -> Data:
-    """The data set of that name.
+    """Load a data set by name.
 
-    - ``sklearn:NAME``: digits (images), iris, wine or breast_cancer (features), all inside scikit-learn. The
-      test rows are a fixed stratified choice: 500 of the digits, a quarter of the others.
+    - ``sklearn:NAME``: digits (images), iris, wine or breast_cancer (features), part of scikit-learn. The
+      test rows are a fixed stratified sample: 500 of the digits, a quarter of the others.
     - ``fashion-mnist``: 60,000 and 10,000 images, from IDX files in ``root``, from Debian's package
-      ``dataset-fashion-mnist`` or downloaded by torchvision.
+      ``dataset-fashion-mnist``, or downloaded by torchvision.
     - ``torchvision:NAME``: CIFAR10, CIFAR100, MNIST and others that torchvision holds in memory.
     - ``imagefolder:PATH``: ``PATH/train/CLASS/*.jpg`` and ``PATH/test`` or ``PATH/val``. Option
       ``image_size``.
-    - ``hf:NAME``: what ``datasets.load_dataset`` finds. Options ``config``, ``input_column``,
+    - ``hf:NAME``: any data set of ``datasets.load_dataset``. Options ``config``, ``input_column``,
       ``label_column``, ``test_split`` and ``image_size``, for texts ``tokenizer`` and ``max_length``.
-    - ``python:MODULE.FUNCTION``: what your function returns, called with the options, and ``root`` if given.
+    - ``python:MODULE.FUNCTION``: the result of your function, called with the options, and ``root`` if given.
 
     Args:
         name: One of the above.
-        root: Folder where the files are or go; None for each door's own place (``~/.cache/luce`` for
-            torchvision's downloads).
-        **options: Of that door.
+        root: Folder of the files; None uses the default of each loader (``~/.cache/luce`` for torchvision's
+            downloads).
+        **options: Options of the loader.
 
     Raises:
-        UserError: If name or option is unknown, or the data is missing or damaged.
+        UserError: If a name or option is unknown, or the data is missing or damaged.
 
     Example:
         >>> digits = load("sklearn:digits")
@@ -65,30 +65,30 @@ def load(name: str, *, root: str | Path | None = None, **options: Any) -> Data:
         (1297, 500, (1, 8, 8), ('0', '1', '2'))
     """
     kind, _, argument = name.partition(":")
-    pattern = next((p for p in DOORS if p.partition(":")[0] == kind), None)
+    pattern = next((p for p in LOADERS if p.partition(":")[0] == kind), None)
     if pattern is None or bool(argument) != (":" in pattern):
         raise unknown_name("data", name, names())
-    door = DOORS[pattern]
-    if door is not load_python:
-        parameters = inspect.signature(door).parameters.values()
+    loader = LOADERS[pattern]
+    if loader is not load_python:
+        parameters = inspect.signature(loader).parameters.values()
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         for option in options.keys() - known:
             raise UserError(f"data `{name}` has no option `{option}`; it has: {', '.join(known) or 'none'}")
-    return door(argument, None if root is None else Path(root).expanduser(), **options)
+    return loader(argument, None if root is None else Path(root).expanduser(), **options)
 
 
 def names() -> tuple[str, ...]:
-    """What :func:`load` understands; words in capitals stand for yours.
+    """List the names that :func:`load` accepts; capitals are placeholders.
 
     Example:
         >>> names()[0], names()[-1]
         ('sklearn:breast_cancer', 'python:MODULE.FUNCTION')
     """
-    return (*(f"sklearn:{name}" for name in SKLEARN), *(p for p in DOORS if p != "sklearn:NAME"))
+    return (*(f"sklearn:{name}" for name in SKLEARN), *(p for p in LOADERS if p != "sklearn:NAME"))
 
 
 def load_sklearn(name: str, root: Path | None) -> Data:
-    """One of scikit-learn's embedded classification sets."""
+    """Load a classification set that is part of scikit-learn."""
     from sklearn import datasets
 
     if name not in SKLEARN:
@@ -107,7 +107,7 @@ def load_sklearn(name: str, root: Path | None) -> Data:
 
 
 def load_fashion_mnist(_: str, root: Path | None) -> Data:
-    """Fashion-MNIST from IDX files, gzipped or not, or through torchvision."""
+    """Load Fashion-MNIST from IDX files, gzipped or not, or through torchvision."""
     folders = [root, root / "FashionMNIST/raw", root / DEBIAN] if root else []
     for folder in [*folders, "/" / DEBIAN]:
         if any(folder.glob("train-images-idx3-ubyte*")):
@@ -122,8 +122,8 @@ def load_fashion_mnist(_: str, root: Path | None) -> Data:
         return replace(load_torchvision("FashionMNIST", root), name="fashion-mnist", licence="MIT")
     except MissingExtra as error:
         raise UserError(
-            "Fashion-MNIST was not found: `apt-get install dataset-fashion-mnist`, or give a folder with its "
-            "four gzipped IDX files as `root`, or `pip install 'luce[vision]'` to let torchvision download it"
+            "Fashion-MNIST was not found; run `apt-get install dataset-fashion-mnist`, set `root` to a "
+            "folder with its four IDX files, or `pip install 'luce[vision]'` to let torchvision download it"
         ) from error
 
 
@@ -142,7 +142,7 @@ def _read_idx_part(folder: Path, part: str) -> InMemory:
 
 
 def load_torchvision(name: str, root: Path | None) -> Data:
-    """A torchvision class that keeps its images in ``data`` and its labels in ``targets`` or ``labels``."""
+    """Load a torchvision class with images in ``data`` and labels in ``targets`` or ``labels``."""
     module = import_optional("torchvision.datasets", "vision")
     if not hasattr(module, name):
         raise unknown_name("torchvision data set", name, [n for n in vars(module) if n[0].isupper()])
@@ -155,7 +155,7 @@ def load_torchvision(name: str, root: Path | None) -> Data:
         try:
             dataset = make(folder, download=True, **which)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"torchvision could not give the {part} part of {name}: {error}") from error
+            raise UserError(f"torchvision could not load the {part} split of {name}: {error}") from error
         labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         if labels is None or not hasattr(dataset, "data"):
             raise UserError(
@@ -177,7 +177,7 @@ def load_torchvision(name: str, root: Path | None) -> Data:
 
 
 def load_python(path: str, root: Path | None, **options: Any) -> Data:
-    """What a function of the user's returns, given as ``package.module.function``."""
+    """Call the user's function, given as ``package.module.function``, and return its result."""
     module_name, _, attribute = path.rpartition(".")
     try:
         make = getattr(importlib.import_module(module_name), attribute)
@@ -191,7 +191,7 @@ def load_python(path: str, root: Path | None, **options: Any) -> Data:
     return data
 
 
-DOORS: dict[str, Callable[..., Data]] = {
+LOADERS: dict[str, Callable[..., Data]] = {
     "sklearn:NAME": load_sklearn,
     "fashion-mnist": load_fashion_mnist,
     "torchvision:NAME": load_torchvision,

@@ -1,4 +1,4 @@
-"""Where rows come from: tensors in memory, images read one by one, or somebody's own dataset."""
+"""Sources of rows: tensors in memory, images read on demand, and wrapped datasets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Source(Dataset[tuple[Tensor, int]]):
-    """A map-style dataset of ``(input, label)`` that knows its labels without reading its inputs.
+    """A map-style dataset of ``(input, label)`` whose labels are known without reading inputs.
 
     Attributes:
         targets: Class of every row, int64, shape ``(N,)``.
@@ -28,15 +28,15 @@ class Source(Dataset[tuple[Tensor, int]]):
 
     @abstractmethod
     def read(self, index: int) -> Tensor:
-        """The input of one row, without a batch dimension."""
+        """Read the input of one row, without a batch dimension."""
 
     def batch(self, indices: Tensor) -> Tensor:
-        """The inputs of several rows, shape ``(len(indices), ...)``."""
+        """Read the inputs of several rows, shape ``(len(indices), ...)``."""
         return torch.stack([self.read(i) for i in indices.tolist()])
 
     @property
     def plain(self) -> Source:
-        """The same rows without random transforms: what validation and stored teachers should see."""
+        """The same rows without random transforms, for validation and stored teachers."""
         return self
 
     def __len__(self) -> int:
@@ -47,10 +47,10 @@ class Source(Dataset[tuple[Tensor, int]]):
 
 
 class InMemory(Source):
-    """Rows held as one tensor, so that a batch is one indexing operation.
+    """Rows in one tensor, so that a batch is one indexing operation.
 
-    Bytes stay bytes (a quarter of the memory) and become float32 in [0, 1] as they are read; float64 is
-    stored as float32; other dtypes, such as token ids, are handed out as they are.
+    uint8 stays uint8 (a quarter of the memory) and is converted to float32 in [0, 1] when read; float64 is
+    stored as float32; other dtypes, such as token ids, are returned unchanged.
 
     Args:
         inputs: Shape ``(N, ...)``.
@@ -78,13 +78,13 @@ class InMemory(Source):
 
 
 class LazyImages(Source):
-    """Images opened when they are asked for.
+    """Images opened on demand.
 
     Args:
-        open_image: From a row to its RGB image.
+        open_image: From the index of a row to its RGB image.
         targets: Class of every row, shape ``(N,)``.
-        transform: From an image to the tensor a row shows; may be random.
-        plain_transform: The one without randomness, if ``transform`` has any.
+        transform: From an image to the input tensor; may be random.
+        plain_transform: Deterministic replacement, required if ``transform`` is random.
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class LazyImages(Source):
 
 
 class Wrapped(Source):
-    """Somebody's map-style dataset, whose items are ``(input, label)`` or dicts of ``input`` and ``target``.
+    """A wrapped map-style dataset with items ``(input, label)`` or dicts of ``input`` and ``target``.
 
-    Labels come from the dataset's ``targets`` where it has them; otherwise every item is read once.
+    Labels come from the dataset's ``targets`` if it has them; otherwise every item is read once.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
         labels = getattr(dataset, "targets", None)
-        # A `target_transform` (torchvision's habit) makes `targets` differ from the labels the items carry.
+        # With torchvision's `target_transform`, `targets` differs from the labels of the items.
         if labels is None or getattr(dataset, "target_transform", None) is not None:
             labels = [int(self._item(i)[1]) for i in range(len(dataset))]  # type: ignore[arg-type]
         self.targets = _class_indices(torch.as_tensor(labels))
@@ -145,7 +145,7 @@ class Wrapped(Source):
 
 
 class Part(Source):
-    """Some rows of another source, numbered anew."""
+    """A subset of another source, with indices from 0."""
 
     def __init__(self, source: Source, indices: Tensor) -> None:
         self.source = source
@@ -165,7 +165,7 @@ class Part(Source):
 
 
 def as_source(dataset: Dataset[Any]) -> Source:
-    """A source of any map-style dataset: itself, a ``TensorDataset`` of two in memory, others wrapped."""
+    """Return a dataset as a source: a source unchanged, a ``TensorDataset`` in memory, others wrapped."""
     if isinstance(dataset, Source):
         return dataset
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
@@ -174,7 +174,7 @@ def as_source(dataset: Dataset[Any]) -> Source:
 
 
 def as_input(values: Tensor) -> Tensor:
-    """What a network reads: bytes as float32 in [0, 1], float64 as float32, all else untouched."""
+    """Convert uint8 to float32 in [0, 1] and float64 to float32; return other dtypes unchanged."""
     if values.dtype == torch.uint8:
         return values.float().div_(255)
     return values.float() if values.dtype == torch.float64 else values

@@ -1,4 +1,4 @@
-"""From texts to the token ids that a text classifier reads."""
+"""Texts as token ids."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from torch import Tensor
 from ..errors import UserError, import_optional, one_line
 
 CHUNK = 4096
-"""Texts at a time: as lists of Python integers, ids take ten times the memory."""
+"""Texts per chunk: tokenizers return lists of Python integers, which take ten times the memory of tensors."""
 
 
 class Tokenizer:
-    """Token ids of one length, with a tokenizer of Hugging Face.
+    """Converts texts to token ids of one length with a tokenizer of Hugging Face.
 
-    A longer text is cut, a shorter one filled up with the padding token, both at the end unless the tokenizer
-    has its own way. A network must know that token as such: `luce.models.build` makes those of ``hf:`` look
-    past it, `luce.models.mask_padding` others.
+    Longer texts are truncated and shorter ones padded, at the end unless the tokenizer is configured
+    otherwise. The network must mask the padding: `luce.models.build` does so for ``hf:`` networks,
+    `luce.models.mask_padding` for others.
 
     Args:
-        source: A name on the hub, a folder, or a tokenizer of Hugging Face itself; the one that the network
-            was trained with.
-        max_length: Tokens of every text, those included that the tokenizer adds itself; at least one more.
+        source: A name on the hub, a folder, or a tokenizer object of Hugging Face; use the one that the
+            network was trained with.
+        max_length: Tokens per text, including special tokens that the tokenizer adds; at least one more than
+            their number.
 
     Attributes:
-        size: Number of tokens it knows; ids are ``0 .. size - 1``.
-        padding: Id that fills up short texts.
+        size: Size of the vocabulary; ids are ``0 .. size - 1``.
+        padding: Id of the padding token.
 
     Raises:
-        UserError: If there is no such tokenizer, it knows no words or no padding token, or ``max_length`` is
-            less than it needs or more than it was made for.
+        UserError: If the tokenizer cannot be loaded, has no vocabulary or no padding token, or ``max_length``
+            is out of its range.
 
     Example:
         >>> import tokenizers, transformers
@@ -53,11 +54,11 @@ class Tokenizer:
         if source.pad_token_id is None:
             raise UserError(
                 f"expected a tokenizer with a padding token, `{source.name_or_path}` has none; set its "
-                "`pad_token`, save it to a folder and name that"
+                "`pad_token`, save it to a folder and name that folder"
             )
-        # What transformers makes of a folder without a vocabulary has special tokens alone.
-        words = "".join(source.get_vocab().keys() - set(source.all_special_tokens))
-        if not any(map(str.isalnum, words)):
+        # From a folder without a vocabulary transformers builds a tokenizer of special tokens only.
+        characters = "".join(source.get_vocab().keys() - set(source.all_special_tokens))
+        if not any(map(str.isalnum, characters)):
             raise UserError(
                 f"expected a tokenizer with a vocabulary, `{source.name_or_path}` has none; save the "
                 "network's tokenizer there too, or name another folder"
@@ -71,46 +72,46 @@ class Tokenizer:
         self._encode = source
 
     def __call__(self, texts: Iterable[str]) -> Tensor:
-        """The ids, int64, shape ``(N, max_length)``; warns of the number of texts that are cut.
+        """Return the ids, int64, shape ``(N, max_length)``; warn of the number of truncated texts.
 
         Raises:
-            UserError: If there is one text instead of several, or one is no string or has no token.
+            UserError: If ``texts`` is a single string, or a text is not a string or has no token.
         """
-        if isinstance(texts, str):  # or its letters would pass for texts
-            raise UserError("expected a list of texts, got one; put it into a list")
+        if isinstance(texts, str):  # iterating it would tokenize single letters
+            raise UserError("expected a list of texts, got a single string; put it into a list")
         texts = list(texts)
         for row, text in enumerate(texts):
             if not isinstance(text, str):
-                raise UserError(f"expected texts, got {type(text).__name__} as text {row}; leave it out")
-        ids, cut = [torch.empty(0, self.max_length, dtype=torch.int64)], 0
+                raise UserError(f"expected texts, got {type(text).__name__} as text {row}; remove it")
+        ids, truncated = [torch.empty(0, self.max_length, dtype=torch.int64)], 0
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
             encoded = self._encode(
                 chunk, truncation=True, padding="max_length", max_length=self.max_length, return_tensors="pt"
             )
             ids.append(encoded["input_ids"])
-            if encoded.encodings is None:  # a tokenizer in Python does not tell what it has cut
-                cut += sum(len(whole) > self.max_length for whole in self._encode(chunk)["input_ids"])
+            if encoded.encodings is None:  # tokenizers written in Python do not report truncation
+                truncated += sum(len(whole) > self.max_length for whole in self._encode(chunk)["input_ids"])
             else:
-                cut += sum(bool(one.overflowing) for one in encoded.encodings)
-        found = torch.cat(ids)
-        empty = (found == self.padding).all(1).nonzero()
+                truncated += sum(bool(one.overflowing) for one in encoded.encodings)
+        all_ids = torch.cat(ids)
+        empty = (all_ids == self.padding).all(1).nonzero()
         if len(empty):
-            raise UserError(f"expected a token in every text, text {int(empty[0])} has none; leave it out")
-        if cut:
+            raise UserError(f"expected a token in every text, text {int(empty[0])} has none; remove it")
+        if truncated:
             warnings.warn(
-                f"{cut} of {len(texts)} texts are longer than `max_length`, {self.max_length} tokens, "
-                "and are cut",
+                f"{truncated} of {len(texts)} texts are longer than `max_length`, {self.max_length} tokens, "
+                "and are truncated",
                 stacklevel=2,
             )
-        return found
+        return all_ids
 
 
 def _load(name: str) -> Any:
     transformers = import_optional("transformers", "text")
     try:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # what is no tokenizer fails in many ways
+    except Exception as error:  # anything but a tokenizer fails in many ways
         raise UserError(
-            f"expected a tokenizer on the hub or in a local folder, `{name}` gives none ({one_line(error)})"
+            f"expected a tokenizer on the hub or in a local folder, got `{name}` ({one_line(error)})"
         ) from error

@@ -1,4 +1,4 @@
-"""From a Pillow image to a tensor: the usual views of ImageNet for training and for evaluation."""
+"""Pillow images as tensors: the usual training and evaluation views of ImageNet."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-CROP_SHARE = 0.95  # of the short side that the evaluation crop shows
-AREA = 0.08, 1.0  # of the image that a training crop shows
+CROP_SHARE = 0.95  # share of the short side in the evaluation crop
+AREA = 0.08, 1.0  # share of the image's area in a training crop
 ASPECT = 3 / 4, 4 / 3
 
-# Of ImageNet's training images. Measuring a large folder would take longer than many a training run, natural
-# photographs are close to these, and pretrained networks expect them.
+# Statistics of ImageNet's training images. Measuring a large folder can take longer than training on it,
+# other photographs have similar statistics, and pretrained networks expect these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Float32 in [0, 1], shape ``(C, H, W)``; expects a mode of 8 bits a channel, such as RGB or L."""
+    """Convert an image with 8 bits per channel, such as RGB or L, to float32 in [0, 1], ``(C, H, W)``."""
     values = torch.from_numpy(np.array(image))
     return values.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous().float().div_(255)
 
 
 def evaluation_view(image: Image.Image, size: int) -> Tensor:
-    """The short side to ``int(size / 0.95)`` pixels, bicubic, then the middle ``size`` x ``size``."""
+    """Resize the short side to ``int(size / 0.95)`` pixels, bicubic; crop the centre ``size`` x ``size``."""
     from PIL.Image import Resampling
 
     scale = int(size / CROP_SHARE) / min(image.size)
@@ -40,7 +40,7 @@ def evaluation_view(image: Image.Image, size: int) -> Tensor:
 
 
 def training_view(image: Image.Image, size: int) -> Tensor:
-    """A random crop scaled to ``size`` x ``size``, mirrored half the time, by torch's global generator."""
+    """Scale a random crop to ``size`` x ``size``, mirror half of them; use torch's global generator."""
     from PIL.Image import Resampling, Transpose
 
     view = image.resize((size, size), Resampling.BICUBIC, box=random_box(*image.size))
@@ -50,10 +50,10 @@ def training_view(image: Image.Image, size: int) -> Tensor:
 
 
 def random_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a crop with 8 to 100% of the area and an aspect ratio of 3/4 to 4/3.
+    """Draw left, top, right and bottom of a crop with 8 to 100% of the area and a ratio of 3/4 to 4/3.
 
-    Both are drawn uniformly, the ratio on a log scale. Where no such crop is found in ten draws, as in a very
-    long image, it is the largest one in the middle whose ratio is within the limits.
+    Area and ratio are drawn uniformly, the ratio on a log scale. If ten draws do not fit into the image, as
+    in a very long one, the result is the largest centred crop with a ratio within the limits.
     """
     for _ in range(10):
         area = width * height * _uniform(*AREA)
