@@ -132,7 +132,7 @@ def test_the_guard_tells_in_a_run(make_recipe: Make, tmp_path: Path) -> None:
     guarded, unguarded = figures[0.02], figures[1.0]
     assert guarded["train"]["teacher_restored"] >= 1
     assert guarded["co_trained"]["teacher"]["test"]["accuracy"] > 0.8
-    # The student learns from a teacher that leaps and is put back: compare, since the level moves with rounding.
+    # Compare, since the level itself depends on rounding: the teacher leaps and is restored.
     assert guarded["last"]["test"]["accuracy"] > unguarded["last"]["test"]["accuracy"] + 0.3
     assert unguarded["train"]["teacher_restored"] == 0
     assert unguarded["co_trained"]["teacher"]["test"]["accuracy"] < 0.7
