@@ -195,7 +195,7 @@ def test_where_asking_would_stall_the_device_such_rows_become_0(loss, reduction,
         return value, first, torch.autograd.grad(sum(x.square().sum() for x in first), leaves(student))
 
     expected = everything(student)
-    monkeypatch.setattr(stream, "_can_ask", lambda tensor: False)
+    monkeypatch.setattr(stream, "_is_on_cpu", lambda tensor: False)
     hidden = student.hidden.detach().clone()
     hidden[[1, 3]] = math.nan
     assert_close(everything(LinearLogits(hidden.requires_grad_(), student.weight, student.bias)), expected)

@@ -1,7 +1,7 @@
-"""Operations on rows of logits. They return one value per row and know nothing of reductions.
+"""Operations on rows of logits: one value per row, without reductions.
 
-Each has a reference in plain PyTorch and, where it pays, a native engine and a Triton kernel; `describe`
-tells what tensors on the CPU get, `describe_gpu` what those on a CUDA device do.
+Each operation has a reference in plain PyTorch and, where it pays, a native engine and a Triton kernel.
+`describe` returns the engine of CPU tensors, `describe_gpu` that of CUDA tensors.
 """
 
 from .engines import describe, describe_gpu

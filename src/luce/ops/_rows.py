@@ -1,4 +1,4 @@
-"""From the operators' layout, ``(N, C)`` or ``(N, C, M)`` with the classes second, to matrices and back."""
+"""Convert the operators' layout, ``(N, C)`` or ``(N, C, M)``, to matrices and back."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from torch import Tensor
 
 
 def wide_dtype(student: Tensor, teacher: Tensor | None = None) -> torch.dtype:
-    """What rows are calculated in: sixteen-bit logits are data, their exponentials need at least float32."""
+    """Return the dtype of the calculation: exponentials of 16-bit logits need float32 at least."""
     wide = torch.promote_types(student.dtype, torch.float32)
     return wide if teacher is None else torch.promote_types(wide, teacher.dtype)
 
 
 def as_matrix(block: Tensor) -> Tensor:
-    """``(N, C)`` of ``(N, C)`` or, row after row, ``(N * M, C)`` of ``(N, C, M)``."""
+    """Return ``(N, C)`` as it is, and ``(N, C, M)`` row after row as ``(N * M, C)``."""
     return block if block.ndim == 2 else block.movedim(1, -1).reshape(-1, block.shape[1])
 
 
 def weighted_rows(
     formula: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, weight: Tensor | None
 ) -> Tensor:
-    """Apply a formula for matrices to blocks of any dtype; rows of weight 0 are not looked at.
+    """Apply a formula for matrices to blocks of any dtype, with weights.
 
     Args:
         formula: ``(R, C)`` student and teacher logits to ``(R,)``.
         student: ``(N, C)`` or ``(N, C, M)``.
         teacher: Same shape.
-        weight: ``(N,)`` or ``(N, M)``, or None for 1 everywhere.
+        weight: ``(N,)`` or ``(N, M)``, or None for 1 everywhere. Rows of weight 0 give 0, whatever they
+            contain.
     Returns:
         ``(N,)`` or ``(N, M)``, float32 or float64.
     """
@@ -39,7 +40,7 @@ def weighted_rows(
     else:
         flat = weight.reshape(-1)
         idle = (flat == 0)[:, None]
-        # What stands in a row that does not count must not matter, not even a NaN.
+        # Before the formula, not after: NaN in a row of weight 0 would make 0 * NaN in the gradient.
         values = formula(s.masked_fill(idle, 0), t.masked_fill(idle, 0))
         values = torch.where(idle[:, 0], 0, flat * values)
     return values.reshape(student.shape[:1] + student.shape[2:])

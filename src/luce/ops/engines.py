@@ -1,7 +1,7 @@
-"""The native library: loaded once, its operators declared, and the reason given where it is not there.
+"""Engines: load the native library once, choose an engine for a call, and explain why one cannot run.
 
-Every operator is declared here in Python, whether or not the library can be loaded. The library brings
-the implementations for tensors on the CPU, Triton (``gpu.py`` beside an operator) those on CUDA devices.
+Operators are declared in Python, whether or not the library can be loaded. The library implements them for
+CPU tensors, Triton (``triton.py`` in an operation's folder) for CUDA tensors.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Backend = Literal["auto", "cpu", "gpu", "reference"]
 BACKENDS = ("auto", "cpu", "gpu", "reference")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-"""Whether Triton's kernels run in its interpreter: slowly, on the CPU, where tests reach them."""
+"""Whether Triton's kernels run in its interpreter: slowly, on the CPU, for tests."""
 
 LIBRARY = torch.library.Library("luce", "DEF")
 LIBRARY.define("instruction_set() -> str")
 
 OLDEST = (8, 0)
-"""The compute capability (Ampere) from which on the Triton kernels are used."""
+"""The lowest compute capability (Ampere) on which the Triton kernels are used."""
 OLDEST_TRITON = "3.6"
-"""Older ones do not compile all kernels. This one comes with PyTorch 2.10."""
+"""Older versions do not compile all kernels. PyTorch 2.10 brings this one."""
 
 
-def _look_for_triton() -> str | None:
-    """Why there is no Triton to use; it is not imported yet."""
+def _triton_problem() -> str | None:
+    """Return why Triton cannot be used, or None; without importing it."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     for name in ("triton", "pytorch-triton"):
@@ -45,38 +45,38 @@ def _look_for_triton() -> str | None:
     return None
 
 
-NO_TRITON: str | None = _look_for_triton()
+NO_TRITON: str | None = _triton_problem()
 NO_KERNEL = "there is no Triton kernel for this operation"
 
 _FOLDER = Path(__file__).parent / "lib"
 
 
 def _load() -> str | None:
-    """Load the library; the reason where that cannot be done."""
+    """Load the native library; return why it cannot be loaded, or None."""
     if INTERPRETED:
-        return "TRITON_INTERPRET=1 has Triton's kernels run on the CPU in its place"
+        return "TRITON_INTERPRET=1 runs Triton's kernels on the CPU instead"
     named = os.environ.get("LUCE_NATIVE_LIBRARY")  # another build, such as the sanitizers'
-    found = [Path(named)] if named else sorted(_FOLDER.glob("luce_native.*"))
-    if not found:
+    paths = [Path(named)] if named else sorted(_FOLDER.glob("luce_native.*"))
+    if not paths:
         why = _FOLDER / "why_not.txt"
         return why.read_text(encoding="utf-8").strip() if why.exists() else "Luce was installed without it"
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(paths[0])
     except OSError as error:
         cause = error.__cause__ or error
-        return f"{found[0].name} cannot be loaded beside PyTorch {torch.__version__}: {cause}"
+        return f"{paths[0].name} cannot be loaded beside PyTorch {torch.__version__}: {cause}"
     return None
 
 
 WHY_NOT: str | None = _load()
-"""Why the native library is not in use; None if it is."""
+"""Why the native library is not in use, or None if it is."""
 
 
 def run_by_triton(op: str, module: str) -> None:
-    """Have an operator run on CUDA tensors by the function of its name in a module, imported when called.
+    """Implement an operator for CUDA tensors by the function of its name in a module, imported on first use.
 
-    To a compiler the operator stays a closed box, as on the CPU: there is nothing around a visit to the
-    rows that could be fused into it, and one formula for its gradient serves all engines.
+    To a compiler the operator stays opaque, as on the CPU: nothing around a visit to the rows could be fused
+    into it, and one formula for its gradient serves all engines.
     """
 
     def run(*arguments: Any) -> Any:
@@ -86,16 +86,16 @@ def run_by_triton(op: str, module: str) -> None:
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on a device; None if they can."""
+    """Return why Triton's kernels cannot run on a device, or None if they can."""
     if NO_TRITON is not None:
         return NO_TRITON
     if INTERPRETED:
-        return None if device.type == "cpu" else f"TRITON_INTERPRET=1 is for tensors on the CPU, not {device}"
+        return None if device.type == "cpu" else f"TRITON_INTERPRET=1 needs tensors on the CPU, got {device}"
     if device.type != "cuda":
         return f"expected tensors on a CUDA device, got {device}"
     if torch.version.hip is not None:
-        return "AMD's devices have not been tried"
-    # A compiler cannot ask the device, and needs a new one itself.
+        return "AMD devices are not supported"
+    # Under a compiler the device cannot be queried; Inductor itself needs a recent one.
     if not torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) < OLDEST:
         return (
             f"{torch.cuda.get_device_name(device)} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
@@ -104,7 +104,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 def describe() -> dict[str, str]:
-    """The engine that CPU tensors get, its instruction set, and why not a better one.
+    """Return the engine of CPU tensors, its instruction set, and why no faster one is in use.
 
     Example:
         >>> sorted(describe())
@@ -115,12 +115,12 @@ def describe() -> dict[str, str]:
     instruction_set: str = torch.ops.luce.instruction_set()
     if instruction_set in ("x86-64-v2", "x86-64-v3"):
         better = "AVX-512" if instruction_set == "x86-64-v3" else "AVX2 and FMA"
-        instruction_set += f" (this processor does not offer {better}, or LUCE_INSTRUCTION_SET excludes it)"
+        instruction_set += f" (this processor has no {better}, or LUCE_INSTRUCTION_SET excludes it)"
     return {"backend": "cpu", "instruction_set": instruction_set}
 
 
 def describe_gpu() -> str:
-    """What CUDA tensors get, and why not something better.
+    """Return the engine of CUDA tensors, and why no faster one is in use.
 
     Example:
         >>> describe_gpu().startswith(("Triton", "reference: "))
@@ -138,22 +138,23 @@ def describe_gpu() -> str:
 def choose(
     backend: str, like: Tensor, teacher: Tensor | None = None, *, no_kernel: str | None = NO_KERNEL
 ) -> Literal["cpu", "gpu", "reference"]:
-    """The engine for tensors such as this one.
+    """Choose the engine for a call.
 
     Args:
         backend: One of `BACKENDS`.
-        like: What the engine will work on.
-        teacher: A tensor that the native engines take for constant: where it needs a gradient, ``"auto"``
-            takes the reference.
-        no_kernel: Why there is no Triton kernel for what is asked; None if there is one.
+        like: A tensor that the engine will process.
+        teacher: A tensor without a gradient in the native engines: if it needs one, ``"auto"`` chooses the
+            reference.
+        no_kernel: Why there is no Triton kernel for this call, or None if there is one.
     Raises:
-        ValueError: If there is no backend of that name.
+        ValueError: If the backend does not exist.
         RuntimeError: If the named backend cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"expected `backend` to be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "reference":
         return "reference"
+    # Without grad mode no gradient will be taken, whatever the teacher requires.
     constant = teacher is None or not (teacher.requires_grad and torch.is_grad_enabled())
     if backend == "auto":
         if not constant:

@@ -188,7 +188,8 @@ def _limit(
 def _apart(s, t):
     """Return where both networks have a class, and 1/1024 of the difference there in two numbers.
 
-    The division keeps the square of the largest differences in float32's range.
+    The scale keeps differences, and squares that are divided by the number of classes only later, in
+    float32's range.
     """
     shared = (s != float("-inf")) & (t != float("-inf"))
     s = tl.where(shared, s * 0.0009765625, 0.0)

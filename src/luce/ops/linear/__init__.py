@@ -1,13 +1,13 @@
-"""Losses on the logits that a head gives, one value per row, without ever holding all these logits.
+"""Losses on the logits of a linear head, one value per row, without holding all these logits.
 
-The student comes as `LinearLogits`, the teacher likewise, as plain logits ``(N, V)`` or as `TopKLogits`; all
-are rows, ``(N, ...)``. `target` and `weight` are those of the operators on logits, which do the work within a
-chunk of rows. The teacher gets no gradient.
+The student comes as `LinearLogits`; the teacher likewise, as plain logits ``(N, V)`` or as `TopKLogits`. All
+are rows, ``(N, ...)``. `target` and `weight` are those of the operators on logits, which process a chunk of
+rows. The teacher gets no gradient.
 
-Gradients towards hidden states, weight and bias are added up in float32 (float64 for float64) and rounded
-once, to the dtype of each. With `summed` they are computed along with the values, and going back costs one
-multiplication; else the logits are computed again on the way back. Either way a chunk at a time; only the
-derivative of a gradient, and `torch.func`, hold all logits.
+Gradients towards hidden states, weight and bias are summed in float32 (float64 for float64) and rounded once,
+to the dtype of each. With `summed` they are computed with the values, and the backward pass costs one
+multiplication; otherwise the backward pass computes the logits again. Both process a chunk at a time. Only
+the derivative of a gradient, and `torch.func`, hold all logits.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ def linear_kd(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """KL(teacher || student) at a temperature, or `luce.ops.kd.kl_limit` at infinity.
+    """Return KL(teacher || student) at a temperature, or `luce.ops.kd.kl_limit` at infinity.
 
-    With `TopKLogits`, of their temperature, between distributions over their classes and one for all others.
+    `TopKLogits` must have this temperature; the distributions then are over their classes and one class for
+    all others.
+
     Example:
         >>> student = LinearLogits(torch.tensor([[1.0]]), torch.tensor([[0.5], [-1.0], [2.0], [0.3]]))
         >>> teacher = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
@@ -81,11 +83,12 @@ def linear_pld(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`luce.ops.pld.pld` of the logits.
+    """Return `luce.ops.pld.pld` of the logits.
 
-    With `TopKLogits` the kept classes are the places that count and all others stay unordered behind them;
-    of the options there is only the teacher's temperature, which is theirs. A label that was not kept comes
-    first all the same, with no weight.
+    With `TopKLogits` the kept classes are the places that count, and all others follow unordered; the only
+    option is the teacher's temperature, which must be theirs. A label that was not kept still comes first,
+    without a weight.
+
     Example:
         >>> student = LinearLogits(torch.tensor([[1.0]]), torch.tensor([[0.5], [-1.0], [2.0], [0.3]]))
         >>> teacher, target = torch.tensor([[2.0, 1.0, 0.1, -1.0]]), torch.tensor([2])

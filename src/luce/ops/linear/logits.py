@@ -1,4 +1,4 @@
-"""Logits that nobody holds: those that a head would give, and the few of a teacher that were kept."""
+"""Logits in compact forms: a head with its inputs, and the top K of a teacher."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], why: str) -> 
 
 @dataclass(frozen=True, eq=False)
 class LinearLogits:
-    r"""Hidden states and the head that would make logits of them, not multiplied yet.
+    r"""Hidden states and the head that maps them to logits, not yet multiplied.
 
     .. math:: z = \mathrm{cap}\big(\mathrm{scale} \cdot (x W^\top + b)\big),
         \quad \mathrm{cap}(z) = c \tanh(z / c)
 
     Args:
-        hidden: What the head reads, ``(N, H)``, ``(B, T, H)`` or with any other dimensions before the last.
-        weight: The head's, ``(V, H)``, as `torch.nn.Linear` and `torch.nn.Embedding` have it; of the hidden
+        hidden: The head's inputs, ``(N, H)``, ``(B, T, H)`` or with any other dimensions before the last.
+        weight: The head's weight, ``(V, H)``, as in `torch.nn.Linear` and `torch.nn.Embedding`; of the hidden
             states' dtype, unless autocast is on.
-        bias: The head's, ``(V,)``, or None.
-        scale: What the logits are multiplied by, a positive number: 1 over what a model divides them by.
+        bias: The head's bias, ``(V,)``, or None.
+        scale: Factor of the logits, positive; for a model that divides its logits, 1 over the divisor.
         softcap: *c*, positive; None for no cap.
-        vocab_size: The classes there are, if the head is padded to more: only so many first rows of the
-            weight are looked at, and the others have no probability and no gradient.
+        vocab_size: Number of classes, if the head is padded to more: only the first rows of the weight are
+            used, and the others have no probability and no gradient.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -86,25 +86,25 @@ class LinearLogits:
 
     @property
     def classes(self) -> int:
-        """How many classes there are, without padding."""
+        """The number of classes, without padding."""
         return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
 
     @property
     def shape(self) -> torch.Size:
-        """That of the logits."""
+        """The shape of the logits."""
         return torch.Size((*self.hidden.shape[:-1], self.classes))
 
     def flat(self) -> LinearLogits:
-        """The same as rows, ``(N, H)``."""
+        """Return the same logits as rows, ``(N, H)``."""
         return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
 
     def shaped(self, products: Tensor) -> Tensor:
-        """The logits of what the head's products are, bias included."""
+        """Return the logits for the head's products, which include the bias."""
         logits = products if self.scale == 1 else products * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def logits(self) -> Tensor:
-        """All logits at once, ``(..., V)``: what the losses on `LinearLogits` do not do.
+        """Return all logits at once, ``(..., V)``, which the losses on `LinearLogits` avoid.
 
         Example:
             >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
@@ -117,14 +117,14 @@ class LinearLogits:
 
 @dataclass(frozen=True, eq=False)
 class TopKLogits:
-    r"""A teacher's logits of a few classes of each row, and how much all others weigh together.
+    r"""A teacher's logits of a few classes of each row, and the log-sum-exp of all others.
 
     Args:
         ids: The classes, ``(..., K)``, in any order, each at most once in a row.
         logits: The teacher's logits of these classes, or its log-probabilities, same shape.
         rest: ``(...)``, the logarithm of the sum of exponentials of the other classes' logits, over the
             temperature: :math:`\log \sum_{i \notin ids} e^{t_i / T}`. ``-inf`` where nothing is left.
-        temperature: *T*, of `rest` alone, which cannot be taken at another one.
+        temperature: *T* of `rest`, which cannot be converted to another temperature.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -163,18 +163,19 @@ class TopKLogits:
 
         Args:
             logits: The teacher's, ``(..., V)``.
-            k: How many, at most V.
-            target: ``(...)``, the rows' labels, negative where there is none. One that is not among the
-                highest takes the last place: `luce.linear_pld_loss` then is `luce.pld_loss` with ``top_k=k``.
-            temperature: At which the losses will look at them.
+            k: Number of classes to keep, at most V.
+            target: ``(...)``, the rows' labels, negative for none. A label that is not among the highest
+                takes the last place: `luce.linear_pld_loss` then equals `luce.pld_loss` with ``top_k=k``.
+            temperature: The temperature of the losses that will use them.
         Raises:
-            ValueError: If there are not so many classes.
+            ValueError: If there are fewer than `k` classes.
         """
         _check_tensor("logits", logits)
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"expected `k` between 1 and the {logits.shape[-1]} classes, got {k!r}")
         logits = logits.detach()
-        ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k].clone()  # not all of them
+        # Cloned: a view of the first k would keep all V indices in memory.
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k].clone()
         if target is not None:
             label = target.unsqueeze(-1)
             lacking = (label >= 0) & (ids != label).all(-1, keepdim=True)
@@ -191,5 +192,5 @@ class TopKLogits:
         )
 
     def rows(self, which: slice | Tensor) -> TopKLogits:
-        """Some of the rows of what `flat` gave."""
+        """Return a selection of rows of what `flat` returned."""
         return replace(self, ids=self.ids[which], logits=self.logits[which], rest=self.rest[which])
