@@ -65,16 +65,16 @@ vision-test: setup
 bench-fashion: setup
 	$(BIN)/luce compare recipes/fashion-mnist.yaml --out runs/fashion-mnist
 
-# Speed and memory of losses and ops against their baselines, on a machine that does nothing else: about half
-# an hour, or name what to measure: make bench CASES='pld kd/kl'.
+# Speed and memory of losses and operators against their baselines, on a machine that does nothing else: about
+# half an hour, or less for named cases: make bench CASES='pld kd/kl'.
 bench: setup
-	$(BIN)/luce bench $(CASES)
+	$(BIN)/python -m benchmarks run $(CASES)
 
 # On a machine with a GPU, with nothing but this checkout and a Python that has PyTorch, NumPy and Triton: the GPU
 # tests (where there is pytest), then the Triton kernels against their baselines and goals. Eight minutes.
 GPU_PYTHON ?= python3
 gpu-check:
-	PYTHONPATH=src $(GPU_PYTHON) -m luce.bench.gpu
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks run --device gpu
 
 clean:
 	rm -rf $(VENV) .venv-vision build runs

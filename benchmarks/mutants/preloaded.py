@@ -36,9 +36,9 @@ def answer(arguments: list[str], limit: float) -> dict[str, object]:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
-        status = _wait(child, limit)
+        status_or_none = _wait(child, limit)
         output.seek(0)
-        return {"status": status, "output": output.read().decode(errors="replace")[-5000:]}
+        return {"status": status_or_none, "output": output.read().decode(errors="replace")[-5000:]}
 
 
 def _wait(child: int, limit: float) -> int | None:

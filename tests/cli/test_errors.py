@@ -103,7 +103,7 @@ def test_what_a_recipe_may_not_say(words: list[str], reason: str, write, refuses
 
 def test_unknown_commands(refuses) -> None:
     assert "unknown command `distil`; did you mean `distill`?" in refuses("distil")
-    assert "unknown command `x`; known: bench, check, compare, diagnose" in refuses("x")
+    assert "unknown command `x`; known: check, compare, diagnose" in refuses("x")
     assert "unknown command `_parser`" in refuses("_parser")
 
 

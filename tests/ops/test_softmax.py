@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from benchmarks.studies import ulp
 from luce.ops import engines
 from luce.ops.softmax import ALGORITHMS, log_softmax, softmax
 
@@ -339,10 +338,7 @@ def test_compiled():
 
 @native
 def test_units_in_the_last_place():
-    """Every 256th number; benchmarks/ulp.py can do all."""
-    spec = importlib.util.spec_from_file_location("ulp", Path(__file__).parents[2] / "benchmarks" / "ulp.py")
-    ulp = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ulp)
+    """Every 256th number; `benchmarks.studies.ulp` can do all."""
     bound = 2.3 if torch.ops.luce.instruction_set() == "x86-64-v2" else 2.0
     assert 1.5 < ulp.worst(ulp.mantissa_error, 2**-13, 708.0, 256)[0] < bound
     assert 1.5 < ulp.worst(ulp.value_error, 2**-13, 80.0, 256)[0] < bound

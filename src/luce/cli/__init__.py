@@ -24,7 +24,6 @@ COMMANDS = {
     "export": "write a finished student as ONNX, or packed with one bit per binary weight",
     "spike": "convert a finished student to a spiking network, and simulate it",
     "report": "write the report of a run or a comparison again",
-    "bench": "measure speed and memory of losses and ops against their baselines",
     "check": "test a loss against the laws of distillation losses",
     "info": "show versions, devices, and the optional packages that are installed",
 }
