@@ -13,30 +13,11 @@ from luce.conformance import ADAPTERS, GROUPS, LAWS, Loss, check
 
 from ..losses.catalogue import CASES, Case
 
-# What the catalogue does not know: the laws that some losses obey by their nature.
-DIVERGENCES = (luce.kd_loss, luce.reverse_kl_loss, luce.jsd_loss, luce.dkd_loss)
-TRUE_OF = {
-    "vanishing_classes": (
-        *DIVERGENCES,
-        luce.listnet_loss,
-        luce.pld_loss,
-        luce.cross_entropy_loss,
-        luce.hard_label_loss,
-    ),
-    "settled_choice": (luce.pld_loss, luce.listmle_loss, luce.p_listmle_loss, luce.cross_entropy_loss),
-    "log_tail": (
-        luce.kd_loss,
-        luce.dkd_loss,
-        luce.listnet_loss,
-        luce.pld_loss,
-        luce.listmle_loss,
-        luce.p_listmle_loss,
-        luce.cross_entropy_loss,
-    ),
-    "temperature_scaled": DIVERGENCES,
-}
 # With these a little probability goes to every class.
 SMOOTHED = ("label_smoothing", "epsilon")
+SOME = ("vanishing_classes", "settled_choice", "log_tail", "temperature_scaled")
+"""Laws that hold of some losses only: the catalogue names them in `Loss.laws`."""
+
 # The weights of this one reach 2^39 at 40 classes, which is no number of float16.
 UNSCALED_WEIGHTS = {"normalize": False}
 
@@ -58,7 +39,7 @@ def claims(case: Case) -> set[str]:
     return {
         name
         for name in GROUPS["all"]
-        if conditions.get(name, True) and loss.function in TRUE_OF.get(name, (loss.function,))
+        if conditions.get(name, True) and (name not in SOME or name in loss.laws)
     }
 
 

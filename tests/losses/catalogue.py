@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf
+from math import exp, inf, log, tanh
+from statistics import correlation, stdev
 from typing import Any
 
 import torch
@@ -13,8 +14,24 @@ from torch import Tensor
 import luce
 from luce.losses import LogitLoss
 
+from .formulas import divergence, dot, softmax, split
+
 UNLABELLED = luce.UNLABELLED
 IGNORED = -100
+
+
+S, T = (log(2), 0.0, 0.0), (0.0, log(4), log(3))
+Q, P = (1 / 2, 1 / 4, 1 / 4), (1 / 8, 1 / 2, 3 / 8)
+"""The example of the golden values: logits of student and teacher, and their softmax. The label is 0."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A value of the example, as arithmetic: of logits S and T, or Q and P, and label 0."""
+
+    value: float
+    options: dict[str, Any] = field(default_factory=dict)
+    student: tuple[float, ...] = S
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,10 @@ class Loss:
     """One loss function, its module and what is promised about it.
 
     Attributes:
+        golden: One value by hand.
+        laws: The laws of `luce check` that hold of this loss beyond those of every loss.
+        inf_if_student_excludes: Infinite where the label is at -inf in the student alone.
+        inf_if_teacher_excludes: Infinite where another class is at -inf in the teacher alone.
         options: Sets of options; the battery runs every one of them.
         bad_options: Option to a value that must be refused.
         needs_label: Rows without a label do not count.
@@ -39,6 +60,7 @@ class Loss:
 
     function: Callable[..., Tensor]
     module: type[LogitLoss]
+    golden: Golden = field(kw_only=True)
     options: tuple[dict[str, Any], ...] = ({},)
     bad_options: tuple[tuple[str, Any], ...] = ()
     needs_label: bool = False
@@ -51,6 +73,9 @@ class Loss:
     ranks: bool = False
     scale_blind: bool = False
     detached: bool = False
+    laws: tuple[str, ...] = ()
+    inf_if_student_excludes: bool = False
+    inf_if_teacher_excludes: bool = False
 
     @property
     def name(self) -> str:
@@ -74,9 +99,30 @@ LOSSES = (
         bad_options=(("label_smoothing", 1.0), ("label_smoothing", -0.1)),
         needs_label=True,
         uses_label=True,
+        golden=Golden(log(2)),
+        laws=("vanishing_classes", "settled_choice", "log_tail"),
+        inf_if_student_excludes=True,
     ),
-    Loss(luce.kd_loss, luce.KDLoss, SOFTENED, TEMPERATURES, zero_at_equality=True),
-    Loss(luce.reverse_kl_loss, luce.ReverseKLLoss, SOFTENED, TEMPERATURES, zero_at_equality=True),
+    Loss(
+        luce.kd_loss,
+        luce.KDLoss,
+        SOFTENED,
+        TEMPERATURES,
+        zero_at_equality=True,
+        golden=Golden(divergence(P, Q)),
+        laws=("vanishing_classes", "log_tail", "temperature_scaled"),
+        inf_if_student_excludes=True,
+    ),
+    Loss(
+        luce.reverse_kl_loss,
+        luce.ReverseKLLoss,
+        SOFTENED,
+        TEMPERATURES,
+        zero_at_equality=True,
+        golden=Golden(divergence(Q, P)),
+        laws=("vanishing_classes", "temperature_scaled"),
+        inf_if_teacher_excludes=True,
+    ),
     Loss(
         luce.jsd_loss,
         luce.JSDLoss,
@@ -89,6 +135,8 @@ LOSSES = (
         ),
         bad_options=(*TEMPERATURES, ("beta", 0.0), ("beta", 1.0), ("beta", -0.5)),
         zero_at_equality=True,
+        golden=Golden((divergence(P, [5 / 16, 3 / 8, 5 / 16]) + divergence(Q, [5 / 16, 3 / 8, 5 / 16])) / 2),
+        laws=("vanishing_classes", "temperature_scaled"),
     ),
     Loss(
         luce.dkd_loss,
@@ -103,6 +151,12 @@ LOSSES = (
         needs_label=True,
         uses_label=True,
         zero_at_equality=True,
+        golden=Golden(
+            divergence([1 / 8, 7 / 8], [1 / 2, 1 / 2]) + 8 * divergence([4 / 7, 3 / 7], [1 / 2, 1 / 2]),
+            {"temperature": 1.0},
+        ),
+        laws=("vanishing_classes", "log_tail", "temperature_scaled"),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.pld_loss,
@@ -132,22 +186,47 @@ LOSSES = (
         ),
         uses_label=True,
         ranks=True,
+        golden=Golden(1 / 8 * log(4 / 2) + 1 / 2 * log(2 / 1)),
+        laws=("vanishing_classes", "settled_choice", "log_tail"),
+        inf_if_student_excludes=True,
     ),
-    Loss(luce.listmle_loss, luce.ListMLELoss, uses_label=True, ranks=True),
+    Loss(
+        luce.listmle_loss,
+        luce.ListMLELoss,
+        uses_label=True,
+        ranks=True,
+        golden=Golden(log(4 / 2) + log(2 / 1)),
+        laws=("settled_choice", "log_tail"),
+        inf_if_student_excludes=True,
+    ),
     Loss(
         luce.p_listmle_loss,
         luce.PListMLELoss,
         options=({}, {"normalize": False}),
         uses_label=True,
         ranks=True,
+        golden=Golden((3 * log(4 / 2) + 1 * log(2 / 1)) / (3 + 1)),
+        laws=("settled_choice", "log_tail"),
+        inf_if_student_excludes=True,
     ),
-    Loss(luce.listnet_loss, luce.ListNetLoss, ({}, {"temperature": 2.0}), TEMPERATURES),
+    Loss(
+        luce.listnet_loss,
+        luce.ListNetLoss,
+        ({}, {"temperature": 2.0}),
+        TEMPERATURES,
+        golden=Golden(1 / 8 * log(2) + 1 / 2 * log(4) + 3 / 8 * log(4)),
+        laws=("vanishing_classes", "log_tail"),
+        inf_if_student_excludes=True,
+    ),
     Loss(
         luce.logit_matching_loss,
         luce.LogitMatchingLoss,
         options=({}, {"center": True}),
         shift_invariant=False,
         zero_at_equality=True,
+        golden=Golden((log(2) ** 2 + log(4) ** 2 + log(3) ** 2) / 3),
+        inf_if_student_excludes=True,
+        inf_if_teacher_excludes=True,
     ),
     Loss(
         luce.dist_loss,
@@ -160,6 +239,7 @@ LOSSES = (
         bad_options=(*TEMPERATURES, ("beta", -1.0), ("gamma", -1.0)),
         couples_rows=True,
         zero_at_equality=True,
+        golden=Golden(1 - correlation(Q, P), {"beta": 1.0, "gamma": 0.0, "temperature": 1.0}),
     ),
     Loss(
         luce.normkd_loss,
@@ -168,6 +248,10 @@ LOSSES = (
         bad_options=(("t_norm", 0.0), ("t_norm", -1.0), ("t_norm", float("nan"))),
         zero_at_equality=True,
         scale_blind=True,
+        golden=Golden(
+            stdev(T) ** 2 * divergence(softmax(T, stdev(T)), softmax(S, stdev(S))), {"t_norm": 1.0}
+        ),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.normdkd_loss,
@@ -178,6 +262,11 @@ LOSSES = (
         uses_label=True,
         zero_at_equality=True,
         scale_blind=True,
+        golden=Golden(
+            stdev(T) ** 2 * divergence(split(softmax(T, stdev(T))), split(softmax(S, stdev(S)))),
+            {"t_norm": 1.0, "beta": 0.0},
+        ),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.nkd_loss,
@@ -186,8 +275,17 @@ LOSSES = (
         bad_options=(*TEMPERATURES, ("gamma", -1.0)),
         needs_label=True,
         uses_label=True,
+        golden=Golden(1 / 8 * log(2) + 1.5 * (4 / 7 + 3 / 7) * log(2)),
+        inf_if_student_excludes=True,
     ),
-    Loss(luce.tvd_loss, luce.TVDLoss, ({}, {"temperature": 2.5}), TEMPERATURES, zero_at_equality=True),
+    Loss(
+        luce.tvd_loss,
+        luce.TVDLoss,
+        ({}, {"temperature": 2.5}),
+        TEMPERATURES,
+        zero_at_equality=True,
+        golden=Golden((3 / 8 + 1 / 4 + 1 / 8) / 2),
+    ),
     Loss(
         luce.wsld_loss,
         luce.WSLDLoss,
@@ -197,6 +295,8 @@ LOSSES = (
         uses_label=True,
         zero_at_equality=True,
         detached=True,
+        golden=Golden((1 - exp(-log(2) / (log(8) + 1e-7))) * divergence(P, Q), {"temperature": 1.0}),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.tfkd_loss,
@@ -209,6 +309,8 @@ LOSSES = (
         bad_options=(*TEMPERATURES, ("correct_probability", 0.0), ("correct_probability", 1.0)),
         needs_label=True,
         uses_label=True,
+        golden=Golden(divergence([0.8, 0.1, 0.1], Q), {"correct_probability": 0.8, "temperature": 1.0}),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.partial_kd_loss,
@@ -233,6 +335,8 @@ LOSSES = (
         ),
         needs_label=True,
         uses_label=True,
+        golden=Golden(divergence([1 / 8, 7 / 16, 7 / 16], Q)),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.decomposed_kd_loss,
@@ -255,6 +359,8 @@ LOSSES = (
         ),
         needs_label=True,
         uses_label=True,
+        golden=Golden(2 / 8 * log(2) + 1 / 2 * log(4) + 3 / 8 * log(4), {"guidance_weight": 2.0}),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.mlld_loss,
@@ -274,6 +380,13 @@ LOSSES = (
         couples_rows=True,
         grows_with_rows=True,
         zero_at_equality=True,
+        golden=Golden(
+            divergence(P, Q)
+            + (dot(P, P) - dot(Q, Q)) ** 2
+            + (dot(P, P) ** 2 + dot(Q, Q) ** 2 - 2 * dot(P, Q) ** 2) / 3,
+            {"temperatures": (1.0,)},
+        ),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.rkkd_loss,
@@ -300,6 +413,7 @@ LOSSES = (
             ("backend", "fast"),
         ),
         ranks=True,
+        golden=Golden(1 + (tanh(log(4)) * tanh(log(2)) + tanh(log(3)) * tanh(log(2))) / 3),
     ),
     Loss(
         luce.ranking_hinge_loss,
@@ -308,6 +422,8 @@ LOSSES = (
         bad_options=(("margin", 0.0), ("margin", -1.0), ("margin", float("nan"))),
         has_margin=True,
         ranks=True,
+        golden=Golden(((1 + log(2)) + (1 + log(2)) + 1) / 3),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.ranking_logistic_loss,
@@ -315,6 +431,8 @@ LOSSES = (
         options=({}, {"steepness": 0.3}),
         bad_options=(("steepness", 0.0), ("steepness", -1.0), ("steepness", float("inf"))),
         ranks=True,
+        golden=Golden((log(1 + 2) + log(1 + 2) + log(1 + 1)) / 3),
+        inf_if_student_excludes=True,
     ),
     Loss(
         luce.rankdistil_loss,
@@ -335,8 +453,17 @@ LOSSES = (
             ("seed", True),
         ),
         ranks=True,
+        golden=Golden(log(3) + log(2), student=(0.0, 0.0, 0.0)),
+        inf_if_student_excludes=True,
     ),
-    Loss(luce.hard_label_loss, luce.HardLabelLoss, ({}, {"backend": "reference"}), ranks=True),
+    Loss(
+        luce.hard_label_loss,
+        luce.HardLabelLoss,
+        ({}, {"backend": "reference"}),
+        ranks=True,
+        golden=Golden(log(4)),
+        laws=("vanishing_classes",),
+    ),
 )
 
 OF_THEIR_OWN = {luce.CTKDLoss, luce.Standardized}

@@ -27,6 +27,20 @@ def kl(log_p: Row, log_q: Row) -> float:
     return math.fsum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True))
 
 
+def divergence(p: Row, q: Row) -> float:
+    """KL divergence of probabilities."""
+    return math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def dot(a: Row, b: Row) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def split(p: Row) -> list[float]:
+    """The first class against all others together."""
+    return [p[0], 1 - p[0]]
+
+
 def cross_entropy(s: Row, y: int, label_smoothing: float = 0.0) -> float:
     log_q = log_softmax(s)
     return -(1 - label_smoothing) * log_q[y] - label_smoothing * statistics.fmean(log_q)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import luce
 from luce.losses import partial_target
 
-from . import formulas
+from . import catalogue, formulas
+from .catalogue import LOSSES
 
 S = [[0.5, -1.0, 2.0, 0.3], [1.2, 0.1, -0.7, 0.4]]
 T = [[2.0, 1.0, 0.1, -1.0], [0.2, 2.5, -0.3, 0.9]]
@@ -47,6 +48,14 @@ def mean(per_row, *rows):
 
 def table(expected, places=6):
     return [digits(row, places) for row in expected]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_the_example_of_the_catalogue(loss):
+    golden = loss.golden
+    logits = (golden.student, catalogue.T) if loss.module.takes_teacher else (golden.student,)
+    result = loss.function(*map(tensor, ([x] for x in logits)), torch.tensor([0]), **golden.options)
+    assert result.item() == pytest.approx(golden.value, rel=1e-12)
 
 
 # Plackett-Luce Distillation. Example A: the teacher prefers class 0, the label is class 2.
