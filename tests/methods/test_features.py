@@ -274,7 +274,7 @@ def test_hooks_go_when_a_training_breaks_off() -> None:
         1 / 0  # noqa: B018
     assert not any(m._forward_hooks for n in (student, teacher.network) for m in n.modules())
     assert teacher.signal(rows).features == {}
-    with pytest.raises(RuntimeError, match=r"within `with method\.attached"):
+    with pytest.raises(RuntimeError, match=r"within `with method\.hooks"):
         method.step(student, rows, teacher.signal(rows))
 
 
@@ -387,7 +387,7 @@ def test_terms_that_are_refused(terms, message: str) -> None:
 
 
 def test_a_term_has_lists_of_paths_and_a_loss_on_features() -> None:
-    with pytest.raises(TypeError, match=r"expected a luce\.FeatureLoss as the loss of `x`, got KDLoss"):
+    with pytest.raises(TypeError, match=r"expected a loss on features .* for `x`, got KDLoss"):
         FeatureMethod(None, {"x": (1.0, KDLoss(), ["a"], ["a"])})
     for paths in ("pool", ["pool"]), (["pool"], "pool"):
         with pytest.raises(TypeError, match=r"expected lists of paths for `x`, got .*'pool'"):

@@ -39,7 +39,7 @@ def test_a_method_asks_for_what_its_loss_needs(loss, needs_teacher: bool, uses_u
 
 def test_a_loss_on_features_is_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"got FitNetLoss, which compares features; wrap it in a luce\.methods"
+        TypeError, match=r"got FitNetLoss, which compares features; pass it to a luce\.methods"
     ):
         LogitMethod(FitNetLoss())
 

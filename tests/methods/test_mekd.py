@@ -442,7 +442,7 @@ def test_building_leaves_the_student_as_it_is() -> None:
         ({"gan_width": 1}, "`gan_width`"),
         ({"gan_lr": 0}, "`gan_lr`"),
         ({"loss": PLDLoss(teacher_temperature="auto"), "queries": None}, "prepared with the answers"),
-        ({"loss": CrossEntropyLoss()}, "looks at the teacher"),
+        ({"loss": CrossEntropyLoss()}, "uses the teacher"),
         (
             {"loss": WeightedSum({"ce": (1.0, CrossEntropyLoss()), "kd": (1.0, KDLoss())})},
             r"no label.*\['ce'\]",
@@ -469,7 +469,7 @@ def test_features_of_a_black_box_are_not_to_be_had() -> None:
 
 
 def test_two_views_of_images_that_are_not_looked_at() -> None:
-    with pytest.raises(UserError, match="one view of each batch for MEKD, which has inputs of its own"):
+    with pytest.raises(UserError, match="one view of each batch for MEKD, which generates its inputs"):
         TwoViewMethod(MEKD(LogitMethod(KDLoss())))
 
 

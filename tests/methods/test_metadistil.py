@@ -499,7 +499,7 @@ def test_a_student_without_parameters_to_train() -> None:
 
 
 def test_methods_that_cannot_be_taught_by() -> None:
-    with pytest.raises(ValueError, match="a loss that looks at the teacher"):
+    with pytest.raises(ValueError, match="a loss that uses the teacher"):
         MetaDistil(LogitMethod(CrossEntropyLoss()))
     features = FeatureMethod(KDLoss(), {"hint": (1.0, luce.FitNetLoss(), ["0"], ["0"])})
     with pytest.raises(TypeError, match="expected a LogitMethod for MetaDistil, got FeatureMethod"):

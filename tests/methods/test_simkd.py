@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from luce import CrossEntropyLoss, SimKDLoss, models
 from luce.errors import UserError
-from luce.methods import SimKD
+from luce.methods import FeatureMethod
 from luce.models import Classifier
 from luce.models.simkd import Projector
 from luce.signals import LiveTeacher
@@ -17,12 +17,13 @@ from luce.signals import LiveTeacher
 NET = {"classes": 4, "input_shape": (3, 16, 16)}
 
 
-def new_method() -> SimKD:
-    return SimKD(None, {"simkd": (1.0, SimKDLoss(), ["neck"], ["neck"])})
+def new_method() -> FeatureMethod:
+    return FeatureMethod(None, {"simkd": (1.0, SimKDLoss(), ["neck"], ["neck"])})
 
 
 def batch(rows: int = 6) -> dict[str, Tensor]:
-    return {"input": torch.rand(rows, 3, 16, 16), "target": torch.arange(rows) % 4}
+    index = torch.arange(rows)
+    return {"input": torch.rand(rows, 3, 16, 16), "target": index % 4, "index": index}
 
 
 def test_a_step_is_the_mean_square_error_to_the_teacher_s_map() -> None:
@@ -55,7 +56,7 @@ def test_a_map_like_the_teacher_s_makes_the_teacher_s_logits() -> None:
 def test_all_but_the_classifier_learns() -> None:
     teacher = LiveTeacher(models.build("resnet8x4", **NET))
     student = models.build("simkd:resnet8", teacher="resnet8x4", **NET)
-    method = SimKD(CrossEntropyLoss(), {"simkd": (1.0, SimKDLoss(), ["neck"], ["neck"])})
+    method = FeatureMethod(CrossEntropyLoss(), {"simkd": (1.0, SimKDLoss(), ["neck"], ["neck"])})
     rows = batch()
     method.build(student, teacher, rows, rows)
     before = teacher.network.head.weight.clone()

@@ -14,7 +14,16 @@ from torch.utils.data import TensorDataset
 from luce import CrossEntropyLoss, KDLoss, MLLDLoss, PartialKDLoss, WeightedSum
 from luce.data import Examples
 from luce.errors import UserError
-from luce.methods import LogitMethod, TrainingRows, TwoViewMethod, strong_view
+from luce.methods import (
+    CoTrains,
+    LogitMethod,
+    LooksAhead,
+    OptimizesManually,
+    StepsAfter,
+    TrainingRows,
+    TwoViewMethod,
+    strong_view,
+)
 from luce.methods.base import Batch
 from luce.signals import DenseSignal, LiveTeacher, Teacher
 from luce.training.batches import TrainingBatches
@@ -71,8 +80,9 @@ def test_two_views_without_a_teacher_and_a_loss_of_one_s_own() -> None:
 def test_two_views_need_what_one_needs(loss: nn.Module) -> None:
     one = LogitMethod(loss)
     two = TwoViewMethod(one)
-    for name in ("needs_teacher", "uses_unlabelled", "needs_preparation"):
+    for name in ("needs_teacher", "uses_unlabelled", "capabilities"):
         assert getattr(two, name) == getattr(one, name)
+    assert one.capabilities.prepares is (one if one.needs_preparation else None)
     assert (one.two_views, two.two_views) == (False, True)
 
 
@@ -87,17 +97,21 @@ def test_two_views_prepare_and_hear_of_epochs_once() -> None:
         def set_epoch(self, epoch: int) -> None:
             heard.append(epoch)
 
-    method = TwoViewMethod(Spy(nn.Linear(2, 2)))
+    spy = Spy(nn.Linear(2, 2))
+    spy.needs_preparation = True
+    method = TwoViewMethod(spy)
     teacher, rows = LiveTeacher(nn.Linear(2, 2)), TrainingBatches(EXAMPLES, torch.device("cpu"))
-    assert method.prepare(teacher, rows) == {"found": 1.0}
+    prepares = method.capabilities.prepares
+    assert prepares is spy
+    assert prepares.prepare(teacher, rows) == {"found": 1.0}
     method.set_epoch(5)
     assert heard == [(teacher, rows), 5]
     assert len(list(method.parameters())) == 2
 
 
 def test_two_views_leave_nothing_out_that_goes_on_between_steps() -> None:
-    class Watching(LogitMethod):
-        batches_per_round, quiz, quiz_batches = 3, 0.25, 2
+    class Watching(LooksAhead, StepsAfter, CoTrains, LogitMethod):
+        batches_per_round, held_out, held_out_batches = 3, 0.25, 2
 
         @property
         def co_trained(self) -> Mapping[str, nn.Module]:
@@ -111,17 +125,20 @@ def test_two_views_leave_nothing_out_that_goes_on_between_steps() -> None:
 
     one, student, rows = Watching(KDLoss()), nn.Linear(3, 4), batch()
     two = TwoViewMethod(one)
-    assert (two.batches_per_round, two.quiz, two.quiz_batches) == (3, 0.25, 2)
-    assert two.co_trained == {"loss": one}
-    assert two.before_round(student, [rows], [], 0.5) == {"before": 0.5}
-    assert two.after_step(student, rows) == {"after": rows["target"].sum()}
+    found = two.capabilities
+    assert found.looks_ahead is found.steps_after is found.co_trains is one
+    assert found.optimizes_manually is found.generates_inputs is found.prepares is None
+    assert found.co_trains.co_trained == {"loss": one}
+    assert found.looks_ahead.before_round(student, [rows], [], 0.5) == {"before": 0.5}
+    assert found.steps_after.after_step(student, rows) == {"after": rows["target"].sum()}
 
 
 def test_a_method_with_steps_of_its_own_looks_at_one_view() -> None:
-    method = LogitMethod(KDLoss())
-    method.manual_optimization = True
-    with pytest.raises(UserError, match="one view of each batch for LogitMethod"):
-        TwoViewMethod(method)
+    class Manual(OptimizesManually, LogitMethod):
+        optimizers: Mapping[str, Any] = {}
+
+    with pytest.raises(UserError, match="one view of each batch for Manual"):
+        TwoViewMethod(Manual(KDLoss()))
 
 
 @pytest.mark.parametrize("weights", [{"weight": 0.0}, {"strong_weight": -1.0}, {"weight": float("inf")}])

@@ -148,7 +148,7 @@ def test_a_server_that_would_be_asked_about_real_rows_is_refused_unasked(
     """To remember its answers means to ask about the training rows, before there is a method."""
     recipe = with_mekd(make_recipe)
     recipe.teacher = parse(Recipe, {"teacher": {"url": "http://127.0.0.1:9", "cache_outputs": True}}).teacher
-    with pytest.raises(UserError, match=r"inputs that MEKD makes.*set `teacher.cache_outputs: false`"):
+    with pytest.raises(UserError, match=r"inputs that MEKD generates.*set `teacher.cache_outputs: false`"):
         run(recipe, tmp_path / "run")
 
 

@@ -21,7 +21,19 @@ from luce.config import parse
 from luce.data import Examples
 from luce.errors import UserError
 from luce.losses import FeatureLoss
-from luce.methods import FeatureMethod, LogitMethod, Method, MutualLearning, TrainingRows, TwoViewMethod
+from luce.methods import (
+    CoTrains,
+    FeatureMethod,
+    LogitMethod,
+    LooksAhead,
+    Method,
+    MutualLearning,
+    OptimizesManually,
+    Prepares,
+    StepsAfter,
+    TrainingRows,
+    TwoViewMethod,
+)
 from luce.methods.base import Batch
 from luce.models import Classifier
 from luce.recipes import ComparisonRecipe, Recipe, prepare
@@ -37,17 +49,15 @@ Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]
 
 
-class Everything(Method):
+class Everything(Prepares, LooksAhead, StepsAfter, OptimizesManually, CoTrains):
     """Uses all that the loop offers, and takes note of it."""
 
-    manual_optimization = True
-    needs_preparation = True
     log: ClassVar[list[tuple[str, Any]]] = []  # of all instances: recipes make them
 
     def __init__(self, method: Method, *, ahead: int = 2, quiz: float = 0.25, spoil: float = 0.0) -> None:
         super().__init__()
-        self.method, self.batches_per_round, self.quiz, self.spoil = method, ahead, quiz, spoil
-        self.quiz_batches = 2
+        self.method, self.batches_per_round, self.held_out, self.spoil = method, ahead, quiz, spoil
+        self.held_out_batches = 2
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
         width = sample["input"][0].numel()
@@ -80,16 +90,18 @@ class Everything(Method):
         return {"table": loss.item()}
 
     def before_round(
-        self, student: nn.Module, batches: Sequence[Batch], quiz: Sequence[Batch], learning_rate: float
+        self, student: nn.Module, batches: Sequence[Batch], held_out: Sequence[Batch], learning_rate: float
     ) -> dict[str, Tensor]:
         assert torch.is_grad_enabled()
         assert all(parameter.grad is None for parameter in student.parameters())
-        loss = sum(nn.functional.cross_entropy(self.own(b["input"].flatten(1)), b["target"]) for b in quiz)
+        loss = sum(
+            nn.functional.cross_entropy(self.own(b["input"].flatten(1)), b["target"]) for b in held_out
+        )
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.log.append(("before", [b["index"].tolist() for b in batches]))
-        self.log.append(("quiz", [b["index"].tolist() for b in quiz]))
+        self.log.append(("quiz", [b["index"].tolist() for b in held_out]))
         self.log.append(("rates", (learning_rate, self.optimizer.param_groups[0]["lr"])))
         return {"own": loss + self.spoil}
 
@@ -240,8 +252,8 @@ def test_parameters_of_own_optimizers_are_not_trained_twice(
     ("changes", "message"),
     [
         ({"training": {"accumulate": 2}}, "`training.accumulate: 1` for Everything.*got 2"),
-        ({"options": {"quiz": 0.01}}, "no rows for the `quiz` of Everything: cannot hold out 1 of 72 rows"),
-        ({"data": {"labels_per_class": 1}}, "no rows for the `quiz` of Everything: cannot hold out 1 of 4"),
+        ({"options": {"quiz": 0.01}}, "no rows to hold out for Everything: cannot hold out 1 of 72 rows"),
+        ({"data": {"labels_per_class": 1}}, "no rows to hold out for Everything: cannot hold out 1 of 4"),
         ({"options": {"quiz": 1.5}}, r"expected a share in \(0, 1\)"),
         ({"options": {"quiz": "some"}}, r"a share in \(0, 1\) of the labelled rows to hold out, got 'some'"),
         ({"options": {"ahead": 0}}, "`batches_per_round` of Everything to be at least 1, got 0"),
@@ -260,10 +272,15 @@ def test_what_cannot_work(
 
 def test_batches_that_make_one_step_are_not_looked_at_ahead() -> None:
     """The loader, read ahead, tells too early of an epoch's end, where a smaller step is due."""
-    method, options = LogitMethod(KDLoss()), TrainingOptions(accumulate=3)
+
+    class Looking(LooksAhead, LogitMethod):
+        def before_round(self, *arguments: Any) -> dict[str, Tensor]:
+            return {}
+
+    method, options = Looking(KDLoss()), TrainingOptions(accumulate=3)
     check_own_steps(method, options)
     method.batches_per_round = 2
-    with pytest.raises(UserError, match=r"`training.accumulate: 1` for LogitMethod.*got 3"):
+    with pytest.raises(UserError, match=r"`training.accumulate: 1` for Looking.*got 3"):
         check_own_steps(method, options)
 
 
@@ -287,12 +304,13 @@ def test_what_a_loss_refuses_is_no_traceback(
 
 
 def test_own_steps_scale_no_gradient() -> None:
-    method = LogitMethod(KDLoss())
+    class Manual(OptimizesManually, LogitMethod):
+        optimizers: Mapping[str, Optimizer] = {}
+
     options = TrainingOptions(precision="fp16")
-    check_own_steps(method, options)
-    method.manual_optimization = True
-    with pytest.raises(UserError, match=r"bf16 or no for LogitMethod.*got fp16"):
-        check_own_steps(method, options)
+    check_own_steps(LogitMethod(KDLoss()), options)
+    with pytest.raises(UserError, match=r"bf16 or no for Manual.*got fp16"):
+        check_own_steps(Manual(KDLoss()), options)
 
 
 def test_a_comparison_tells_before_the_first_run(
@@ -307,7 +325,7 @@ def test_a_comparison_tells_before_the_first_run(
             "everything": {"all": {"method": "Everything", "quiz": 0.01}, "pld": {"loss": "PLDLoss"}},
         },
     }
-    with pytest.raises(UserError, match="method `everything`: no rows for the `quiz`"):
+    with pytest.raises(UserError, match="method `everything`: no rows to hold out for Everything"):
         compare(parse(ComparisonRecipe, content), tmp_path / "comparison")
     content["methods"]["everything"]["all"]["quiz"] = 0.25  # type: ignore[index]
     content["data"]["strong_augment"] = "strong"  # type: ignore[index]

@@ -1,26 +1,44 @@
 """Distillation methods: what one training step does."""
 
-from .base import Method, Samples, TrainingRows
+from .base import (
+    Capabilities,
+    CoTrains,
+    GeneratesInputs,
+    LooksAhead,
+    Method,
+    OptimizesManually,
+    Prepares,
+    Samples,
+    StepsAfter,
+    TrainingRows,
+    WrappedMethod,
+)
 from .features import FeatureMethod, FeatureTerm
 from .logits import LogitMethod, Loss
 from .mekd import MEKD
 from .metadistil import MetaDistil
 from .mutual import MutualLearning
-from .simkd import SimKD
 from .views import TwoViewMethod, strong_view
 
 __all__ = [
     "MEKD",
+    "Capabilities",
+    "CoTrains",
     "FeatureMethod",
     "FeatureTerm",
+    "GeneratesInputs",
     "LogitMethod",
+    "LooksAhead",
     "Loss",
     "MetaDistil",
     "Method",
     "MutualLearning",
+    "OptimizesManually",
+    "Prepares",
     "Samples",
-    "SimKD",
+    "StepsAfter",
     "TrainingRows",
     "TwoViewMethod",
+    "WrappedMethod",
     "strong_view",
 ]

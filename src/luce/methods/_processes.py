@@ -1,4 +1,4 @@
-"""Several processes that train one student, for methods that make gradients of their own."""
+"""Communication between the processes that train one student, for methods with gradients of their own."""
 
 from __future__ import annotations
 
@@ -9,43 +9,63 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def several_processes() -> bool:
+    """Whether more than one process trains the student."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def mean_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor's mean over all processes; as it is where there is one. All must have the same dtype.
+    """Return each tensor's mean over all processes; unchanged in a single one. All must have the same dtype.
 
     >>> mean_over_processes([torch.ones(2)])
     [tensor([1., 1.])]
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1) or not tensors:
+    if not several_processes() or not tensors:
         return list(tensors)
-    together = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(together)  # a sum, for not every backend knows a mean
-    together /= dist.get_world_size()
-    parts = together.split([tensor.numel() for tensor in tensors])
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)  # a sum: not every backend can average
+    flat /= dist.get_world_size()
+    parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Concatenate the rows of all processes, which must have equally many; unchanged in a single one.
+
+    >>> gather_rows(torch.ones(2))
+    tensor([1., 1.])
+    """
+    if not several_processes():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
 def share_weights(network: nn.Module) -> None:
-    """Give every process the first one's parameters and buffers, as DDP does; alone, do nothing."""
-    if dist.is_available() and dist.is_initialized():
+    """Copy the first process's parameters and buffers to all others, as DDP does."""
+    if several_processes():
         for tensor in (*network.parameters(), *network.buffers()):
             dist.broadcast(tensor.detach(), src=0)
 
 
 def as_first(compute: Callable[[], Tensor]) -> Tensor:
-    """What the first process computes, in all of them, or the error that it meets; for what costs something.
+    """Compute a tensor in the first process only and return it, or raise its error, in all of them.
+
+    For computations that cost something, such as queries of a teacher.
 
     >>> as_first(lambda: torch.ones(2))
     tensor([1., 1.])
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_processes():
         return compute()
-    found: list[Tensor | Exception] = [torch.empty(0)]
+    result: list[Tensor | Exception] = [torch.empty(0)]
     if dist.get_rank() == 0:
         try:
-            found = [compute().cpu()]
-        except Exception as error:  # the others would wait for ever
-            found = [error]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+            result = [compute().cpu()]
+        except Exception as error:  # without a broadcast the others would wait forever
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]

@@ -1,4 +1,4 @@
-"""Distillation through what lies inside the networks, beside the logits or alone."""
+"""Distillation through the features inside the networks, with or without a loss on the logits."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import FeatureLoss
-from ..losses.modules import CRDLoss, WeightedSum
+from ..losses.modules import WeightedSum
 from ..losses.modules.weighted_sum import losses_of, warmed_up
-from ..models.hooks import Features
+from ..models.hooks import Features, find
 from ..signals import Signal, Teacher
-from .base import Batch, Method, TrainingRows
+from ._processes import gather_rows
+from .base import Batch, Prepares, TrainingRows
 from .logits import LogitMethod, Loss
 
 
 class FeatureTerm(NamedTuple):
-    """A loss on features, and where the features are.
+    """A loss on features with the modules that compute them.
 
     Attributes:
-        weight: At least 0; of weight 0 the term is 0.
+        weight: At least 0; a term of weight 0 is 0.
         loss: Compares the features.
         student: Paths of modules of the student; see `luce.models.hooks.Features`.
-        teacher: Of the teacher, in the order in which they are compared with the student's.
+        teacher: Paths of modules of the teacher, in the order in which they are compared with the student's.
         warmup: Epochs over which the weight grows: in epoch *e* it is multiplied by ``min(e / warmup, 1)``.
     """
 
@@ -37,19 +38,24 @@ class FeatureTerm(NamedTuple):
     warmup: float = 0.0
 
 
-class FeatureMethod(Method):
-    """One forward pass of the student, a loss on its logits, and losses on what is inside.
+class FeatureMethod(Prepares):
+    """One forward pass of the student, a loss on its logits, and losses on its features.
 
-    Which features: in our networks ``stages.0``, ``stages.1``, ... are the maps at the end of each stage and
-    ``pool`` is the vector that is classified, the *penultimate feature* of the literature; `luce.models`
-    lists all parts. Modules of any other network are named likewise.
+    In our networks ``stages.0``, ``stages.1``, ... are the maps at the end of each stage and ``pool`` is the
+    vector that is classified, the *penultimate feature* of the literature; `luce.models` lists all parts.
+    Modules of any other network are named likewise.
 
-    What a feature loss trains (projections, regressors) is made by `build` and belongs to this method: it is
+    `build` makes what a feature loss trains (projections, regressors). It belongs to this method: it is
     trained and resumed beside the student and never exported with it.
+
+    For a loss that reuses the teacher's classifier (`luce.SimKDLoss`), `build` copies the teacher's head into
+    the student and freezes it. The student is then a network ``simkd:NAME`` (`luce.models.simkd`): the
+    network of that name, a projector, and pooling and head of the teacher's form. All of it is trained,
+    evaluated and exported, so that its parameters and operations are counted in full.
 
     Args:
         loss: On the logits, as `LogitMethod` takes it; None for features alone.
-        terms: On features, by name.
+        terms: Losses on features, by name.
 
     Raises:
         ValueError: If there is no term, a weight or a warm-up is negative, or a name cannot be used.
@@ -59,16 +65,16 @@ class FeatureMethod(Method):
         >>> import luce
         >>> from luce import models
         >>> from luce.signals import LiveTeacher
-        >>> student, teacher = (models.build("cnn", classes=10, input_shape=(1, 8, 8)) for _ in range(2))
+        >>> student, network = (models.build("cnn", classes=10, input_shape=(1, 8, 8)) for _ in range(2))
         >>> method = FeatureMethod(
         ...     luce.CrossEntropyLoss(),
         ...     {"hint": FeatureTerm(100.0, luce.FitNetLoss(), ["stages.0"], ["stages.0"])},
         ... )
-        >>> source = LiveTeacher(teacher)
+        >>> teacher = LiveTeacher(network)
         >>> batch = {"input": torch.rand(4, 1, 8, 8), "target": torch.arange(4), "index": torch.arange(4)}
-        >>> method.build(student, source, batch, rows=batch)
-        >>> with method.hooks(student, source):
-        ...     terms = method.step(student, batch, source.signal(batch))
+        >>> method.build(student, teacher, batch, rows=batch)
+        >>> with method.hooks(student, teacher):
+        ...     terms = method.step(student, batch, teacher.signal(batch))
         >>> sorted(terms)
         ['hint', 'logits', 'loss']
     """
@@ -78,14 +84,15 @@ class FeatureMethod(Method):
         self.logits = None if loss is None else LogitMethod(loss)
         self.terms = {name: FeatureTerm(*term) for name, term in terms.items()}
         on_logits = loss.weights if isinstance(loss, WeightedSum) else () if loss is None else ("logits",)
-        if twice := sorted(self.terms.keys() & set(on_logits)):
+        if repeated := sorted(self.terms.keys() & set(on_logits)):
             raise ValueError(
-                f"expected other names for the terms on features than for those on logits, got {twice}"
+                f"expected other names for the terms on features than for those on logits, got {repeated}"
             )
         for name, term in self.terms.items():
             if not isinstance(term.loss, FeatureLoss):
                 raise TypeError(
-                    f"expected a FeatureLoss as the loss of `{name}`, got {type(term.loss).__name__}"
+                    f"expected a loss on features (luce.losses.FeatureLoss) for `{name}`, "
+                    f"got {type(term.loss).__name__}"
                 )
             if isinstance(term.student, str) or isinstance(term.teacher, str):
                 raise TypeError(
@@ -107,23 +114,24 @@ class FeatureMethod(Method):
         self._student: Features | None = None
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
-        """Make what the losses train, for the shapes that a forward pass of a few rows shows."""
+        """Make what the losses train, for the feature shapes of a forward pass on a few rows."""
         if teacher is None:
             raise UserError("expected a teacher for losses on features; add `teacher` to the recipe")
         with Features(student, self.student_paths) as hooks, teacher.record_features(self.teacher_paths):
-            with without_side_effects(student, sample["input"].device), hooks.capture() as ours:
+            with without_side_effects(student, sample["input"].device), hooks.capture() as student_features:
                 student(sample["input"])
-            theirs = teacher.signal(sample).features
+            teacher_features = teacher.signal(sample).features
         for name, term in self.terms.items():
             try:
-                if isinstance(term.loss, CRDLoss):
-                    term.loss.register_rows(rows["index"], rows["target"])
+                term.loss.register_rows(rows["index"], rows["target"], gather=gather_rows)
                 term.loss.build(
-                    [ours[path].shape[1:] for path in term.student],
-                    [theirs[path].shape[1:] for path in term.teacher],
+                    [student_features[path].shape[1:] for path in term.student],
+                    [teacher_features[path].shape[1:] for path in term.teacher],
                 )
             except ValueError as error:
                 raise UserError(f"`{name}`: {error}") from error
+            if term.loss.reuses_classifier:
+                reuse_classifier(student, teacher, loss=type(term.loss).__name__)
 
     @contextmanager
     def hooks(self, student: nn.Module, teacher: Teacher | None) -> Iterator[None]:
@@ -138,21 +146,21 @@ class FeatureMethod(Method):
                 self._student = None
 
     def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
-        found = {}
+        results: dict[str, float] = {}
         if self.logits is not None and self.logits.needs_preparation:
-            found = self.logits.prepare(teacher, rows)
+            results = self.logits.prepare(teacher, rows)
         for name, term in self.terms.items():
             if not (term.weight and term.loss.needs_preparation):
                 continue
 
-            def features(*, paths: Sequence[str] = term.teacher, **how: Any) -> Iterator[list[Tensor]]:
+            def features(*, paths: Sequence[str] = term.teacher, **options: Any) -> Iterator[list[Tensor]]:
                 with teacher.record_features(paths):
-                    for batch in rows.batches(**how):
-                        seen = teacher.signal(batch).features
-                        yield [seen[path] for path in paths]
+                    for batch in rows.batches(**options):
+                        recorded = teacher.signal(batch).features
+                        yield [recorded[path] for path in paths]
 
-            found |= {f"{name}.{key}": value for key, value in term.loss.prepare(features).items()}
-        return found
+            results |= {f"{name}.{key}": value for key, value in term.loss.prepare(features).items()}
+        return results
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -172,33 +180,54 @@ class FeatureMethod(Method):
             terms = {"logits": total}
         for name, term in self.terms.items():
             weight = warmed_up(term.weight, term.warmup, self.epoch)
-            # A term that is switched off may be infinite, and 0 * inf is not 0.
-            parts = _value(term, features, batch, signal) if weight else {"loss": logits.new_zeros(())}
+            # A term of weight 0 may be infinite, and 0 * inf is not 0.
+            parts = _parts(term, features, batch, signal) if weight else {"loss": logits.new_zeros(())}
             value = weight * parts.pop("loss")
-            terms |= {name: value, **{f"{name}.{part}": seen.detach() for part, seen in parts.items()}}
+            terms |= {name: value, **{f"{name}.{part}": other.detach() for part, other in parts.items()}}
             total = total + value
         if total.requires_grad:
-            # Several processes wait for a gradient of every parameter, and features alone may leave some
-            # without: a sum over no rows is 0 and brings them zeros.
+            # DDP waits for a gradient of every parameter, and losses on features alone leave the head without
+            # one: the sum over no rows is 0 and gives all of them a gradient of 0.
             total = total + logits[:0].sum()
         return {**terms, "loss": total}
 
 
-def _value(term: FeatureTerm, features: Batch, batch: Batch, signal: Signal) -> dict[str, Tensor]:
-    """The loss of a term, without its weight, and what else the term tells."""
-    told = {"target": batch["target"]} if term.loss.needs_labels else {}
-    told |= {"index": batch["index"]} if term.loss.needs_index else {}
-    student, teacher = (
-        [features[path] for path in term.student],
-        [signal.features[path] for path in term.teacher],
-    )
-    value = term.loss(student, teacher, **told)
+def _parts(term: FeatureTerm, features: Batch, batch: Batch, signal: Signal) -> dict[str, Tensor]:
+    """Return the unweighted loss of a term, and what else the loss reports."""
+    options = {"target": batch["target"]} if term.loss.needs_labels else {}
+    options |= {"index": batch["index"]} if term.loss.needs_index else {}
+    student = [features[path] for path in term.student]
+    teacher = [signal.features[path] for path in term.teacher]
+    value = term.loss(student, teacher, **options)
     return dict(value) if isinstance(value, Mapping) else {"loss": value}
+
+
+def reuse_classifier(student: nn.Module, teacher: Teacher, *, loss: str) -> None:
+    """Copy the teacher's head into the student and freeze it.
+
+    Args:
+        student: With a head of the same form.
+        teacher: With a network.
+        loss: Name of the loss that demands it, for the message.
+    Raises:
+        UserError: If the heads differ in form, or the teacher has no network.
+    """
+    if teacher.network is None:
+        raise UserError(f"expected a teacher with a network for {loss}, got {teacher.description}")
+    own, reused = find(student, "head"), find(teacher.network, "head")
+    try:
+        own.load_state_dict(reused.state_dict())
+    except RuntimeError as error:
+        raise UserError(
+            f"expected a student with a head like the teacher's for {loss}; build it as `simkd:NAME` with "
+            f"the teacher's name and options, got {own} for {reused}"
+        ) from error
+    own.requires_grad_(False)
 
 
 @contextmanager
 def without_side_effects(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """For forward passes that leave no trace: not in buffers, gradients, modes or random states."""
+    """Leave buffers, gradients, modes and random states unchanged by the forward passes of a block."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

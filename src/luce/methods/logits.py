@@ -1,28 +1,28 @@
-"""Distillation through the logits: any loss of `luce.losses`, or one of your own."""
+"""Distillation through the logits, with any loss of `luce.losses` or a loss of your own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..losses import FeatureLoss, LogitLoss
-from ..losses.modules import WeightedSum
+from ..losses import FeatureLoss
 from ..signals import Signal, Teacher
-from .base import Method, TrainingRows
+from .base import Prepares, TrainingRows
 
 Loss: TypeAlias = Callable[..., Tensor | dict[str, Tensor]]
 
 
-class LogitMethod(Method):
+class LogitMethod(Prepares):
     """One forward pass of the student and a loss on its logits.
 
     Args:
         loss: Called as ``loss(student_logits, teacher_logits, target)``; returns a scalar or a dict of
             scalars with the key ``"loss"``, as `luce.WeightedSum` does. Without a teacher the second
-            argument is None.
+            argument is None. A loss may have the attributes and methods of `luce.losses.LogitLoss`, such as
+            ``uses_unlabelled``, ``prepare`` and ``set_epoch``.
     Raises:
         TypeError: If it is a loss on features.
     """
@@ -32,21 +32,26 @@ class LogitMethod(Method):
         if isinstance(loss, FeatureLoss):
             raise TypeError(
                 f"expected a loss on logits, got {type(loss).__name__}, which compares features; "
-                "wrap it in a luce.methods.FeatureMethod, which says where they are"
+                "pass it to a luce.methods.FeatureMethod, which names the modules that compute them"
             )
-        self.loss = loss
+        self.loss: Any = loss
         self.needs_teacher = getattr(loss, "takes_teacher", True)
         self.uses_unlabelled = getattr(loss, "uses_unlabelled", True)
         self.needs_preparation = getattr(loss, "needs_preparation", False)
 
     def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
-        if not isinstance(self.loss, (LogitLoss, WeightedSum)):
-            return {}
         answers = [(teacher.signal(batch).logits, batch["target"]) for batch in rows.batches()]
-        return self.loss.prepare(*(torch.cat(part) for part in zip(*answers, strict=True)))
+        return self.prepare_loss(*(torch.cat(part) for part in zip(*answers, strict=True)))
+
+    def prepare_loss(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
+        """Prepare the loss, if it needs that, with the teacher's logits ``(N, C)`` and labels ``(N,)``."""
+        if not self.needs_preparation:
+            return {}
+        results: dict[str, float] = self.loss.prepare(teacher_logits, target)
+        return results
 
     def set_epoch(self, epoch: int) -> None:
-        if isinstance(self.loss, (LogitLoss, WeightedSum)):
+        if hasattr(self.loss, "set_epoch"):
             self.loss.set_epoch(epoch)
 
     def step(
@@ -57,7 +62,7 @@ class LogitMethod(Method):
     def terms(
         self, student_logits: Tensor, batch: Mapping[str, Tensor], signal: Signal | None
     ) -> dict[str, Tensor]:
-        """The terms of the loss on logits that are there already."""
+        """Return the terms of the loss for logits that the student has computed already."""
         teacher_logits = None if signal is None else signal.logits
         value = self.loss(student_logits, teacher_logits, batch["target"])
         return value if isinstance(value, dict) else {"loss": value}

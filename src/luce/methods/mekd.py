@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,12 +24,11 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import UserError
 from ..labels import UNLABELLED
-from ..losses import LogitLoss
 from ..losses.modules import WeightedSum
 from ..models.generators import Discriminator, Generator
 from ..signals import BudgetError, DenseSignal, Signal, Teacher
 from ._processes import as_first
-from .base import Batch, Method, Samples, TrainingRows
+from .base import Batch, GeneratesInputs, Prepares, Samples, TrainingRows, WrappedMethod
 from .features import without_side_effects
 from .logits import LogitMethod
 
@@ -59,7 +59,8 @@ class Plan(NamedTuple):
     pool: int
 
 
-class MEKD(Method):
+@dataclass(eq=False, repr=False)
+class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
     r"""Mapping-Emulation KD (MEKD): distillation from a black box, without sending it real images.
 
     Of the training rows the teacher is told nothing; their labels are not looked at, but for choosing the
@@ -136,80 +137,75 @@ class MEKD(Method):
         centred logits, `tau` and `gain`.
     """
 
-    needs_teacher = False  # the engine need not ask: of its rows the teacher hears nothing
-    generates_inputs = True
-    needs_preparation = True
+    needs_teacher = False  # it answers none of the rows
 
-    pool: Tensor
-    answers: Tensor
-    tau: Tensor
-    low: Tensor
-    span: Tensor
+    method: InitVar[LogitMethod]
+    _: KW_ONLY
+    queries: int | None = 10_000
+    information: float = 0.1
+    alpha: float = 0.5
+    images: Literal["generated", "noise", "real"] = "generated"
+    image: float | None = None
+    tau: float | Literal["auto"] = "auto"
+    gain: float | Literal["auto"] = "auto"
+    gan_epochs: int = 20
+    gan_batch_size: int = 64
+    gan_lr: float = 2e-4
+    gan_width: int = 128
 
-    def __init__(
-        self,
-        method: Method,
-        *,
-        queries: int | None = 10_000,
-        information: float = 0.1,
-        alpha: float = 0.5,
-        images: Literal["generated", "noise", "real"] = "generated",
-        image: float | None = None,
-        tau: float | Literal["auto"] = "auto",
-        gain: float | Literal["auto"] = "auto",
-        gan_epochs: int = 20,
-        gan_batch_size: int = 64,
-        gan_lr: float = 2e-4,
-        gan_width: int = 128,
-    ) -> None:
-        super().__init__()
+    def __post_init__(self, method: LogitMethod) -> None:
         if not isinstance(method, LogitMethod):
             raise TypeError(
-                f"expected a LogitMethod for MEKD, got {type(method).__name__}: a black box shows no features"
+                f"expected a LogitMethod for MEKD, got {type(method).__name__}: a black box has no features"
             )
-        if not method.needs_teacher:
-            raise ValueError("expected a loss that looks at the teacher, got one that does not")
-        if label_losses := _needing_labels(method):
+        super().__init__(method)
+        default = 1.0 if self.images == "generated" else 0.0
+        self.image_weight = default if self.image is None else self.image
+        self._check_loss()
+        self._check_options()
+        self.order = torch.empty(0, dtype=torch.long)
+
+    def _check_loss(self) -> None:
+        if not self.method.needs_teacher:
+            raise ValueError("expected a loss that uses the teacher, got one that does not")
+        if label_losses := _needing_labels(self.method):
             raise ValueError(
-                f"expected losses that need no label, for images that were made have none, got {label_losses}"
+                f"expected losses that need no label, as generated images have none, got {label_losses}"
             )
-        checks.check_choice("images", images, SOURCES)
-        if image is None:
-            image = 1.0 if images == "generated" else 0.0
-        checks.check_not_negative(image=image, alpha=alpha)
-        if image and images != "generated":
-            raise ValueError(f"expected `image: 0` with `images: {images}`, without a generator, got {image}")
-        if isinstance(method.loss, WeightedSum) and "image" in method.loss.weights:
-            raise ValueError('expected no term called "image" beside MEKD, which has one itself')
-        if queries is not None:
-            checks.check_count(queries=queries)
-            if queries < 2:
-                raise ValueError(f"expected at least 2 `queries`, got {queries}")
-        elif images == "real":
-            raise ValueError("expected a number of `queries` with real images, got None")
-        if not (checks.is_number(information) and 0 <= information < 1):
-            raise ValueError(f"expected `information` in [0, 1), got {information!r}")
-        for name, value in (("tau", tau), ("gain", gain)):
-            if value != "auto":
-                checks.check_positive(**{name: value})
-        checks.check_count(gan_epochs=gan_epochs, gan_batch_size=gan_batch_size, gan_width=gan_width)
-        if min(gan_batch_size, gan_width) < 2:
-            raise ValueError(
-                "expected `gan_batch_size` and `gan_width` of at least 2, "
-                f"got {gan_batch_size} and {gan_width}"
-            )
-        checks.check_positive(gan_lr=gan_lr)
-        if queries is None and method.needs_preparation:
+        if isinstance(self.method.loss, WeightedSum) and "image" in self.method.loss.weights:
+            raise ValueError('expected no term called "image" beside MEKD, which adds one of that name')
+        if self.queries is None and self.method.needs_preparation:
             raise ValueError(
                 "expected a number of `queries` for a loss that is prepared with the answers, got None"
             )
-        self.method = method
-        self.queries, self.information, self.alpha = queries, float(information), float(alpha)
-        self.source, self.image = images, float(image)
-        self.tau_option, self.gain_option = tau, gain
-        self.gan_epochs, self.gan_batch_size = gan_epochs, gan_batch_size
-        self.gan_lr, self.gan_width = gan_lr, gan_width
-        self.order = torch.empty(0, dtype=torch.long)
+
+    def _check_options(self) -> None:
+        checks.check_choice("images", self.images, SOURCES)
+        checks.check_not_negative(image=self.image_weight, alpha=self.alpha)
+        if self.image_weight and self.images != "generated":
+            raise ValueError(
+                f"expected `image: 0` with `images: {self.images}`, which has no generator, got {self.image}"
+            )
+        if self.queries is not None:
+            checks.check_count(queries=self.queries)
+            if self.queries < 2:
+                raise ValueError(f"expected at least 2 `queries`, got {self.queries}")
+        elif self.images == "real":
+            raise ValueError("expected a number of `queries` with real images, got None")
+        if not (checks.is_number(self.information) and 0 <= self.information < 1):
+            raise ValueError(f"expected `information` in [0, 1), got {self.information!r}")
+        for name, value in (("tau", self.tau), ("gain", self.gain)):
+            if value != "auto":
+                checks.check_positive(**{name: value})
+        checks.check_count(
+            gan_epochs=self.gan_epochs, gan_batch_size=self.gan_batch_size, gan_width=self.gan_width
+        )
+        if min(self.gan_batch_size, self.gan_width) < 2:
+            raise ValueError(
+                "expected `gan_batch_size` and `gan_width` of at least 2, "
+                f"got {self.gan_batch_size} and {self.gan_width}"
+            )
+        checks.check_positive(gan_lr=self.gan_lr)
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
         """Make the generator and room for the pool; nobody is asked yet."""
@@ -227,24 +223,21 @@ class MEKD(Method):
             )
         self.teacher, self.shape, self.rows = teacher, inputs.shape[1:], len(rows["index"])
         self.kind = teacher.kind
-        if self.source == "real" and self.plan.pool > self.rows:
+        if self.images == "real" and self.plan.pool > self.rows:
             raise UserError(
                 f"expected at most {self.rows} `queries`, one for each training row, got {self.queries}"
             )
         self._check_budget(teacher)
         with without_side_effects(student, inputs.device):
             classes = student(inputs).shape[-1]
-        if self.source == "generated":
+        if self.images == "generated":
             self.generator = Generator(classes, self.shape, self.gan_width).requires_grad_(False).eval()
-        made_of = (classes,) if self.source == "generated" else self.shape
-        for name, buffer in {
-            "pool": torch.zeros(self.plan.pool, *made_of),
-            "answers": torch.zeros(self.plan.pool, classes),
-            "tau": torch.ones(()),
-            "low": torch.zeros(self.shape[0], 1, 1),
-            "span": torch.ones(self.shape[0], 1, 1),
-        }.items():
-            self.register_buffer(name, buffer)
+        made_of = (classes,) if self.images == "generated" else self.shape
+        self.pool: Tensor = nn.Buffer(torch.zeros(self.plan.pool, *made_of))
+        self.answers: Tensor = nn.Buffer(torch.zeros(self.plan.pool, classes))
+        self.temperature: Tensor = nn.Buffer(torch.ones(()))
+        self.low: Tensor = nn.Buffer(torch.zeros(self.shape[0], 1, 1))
+        self.span: Tensor = nn.Buffer(torch.ones(self.shape[0], 1, 1))
         self.to(inputs.device)
 
     @property
@@ -252,7 +245,7 @@ class MEKD(Method):
         """How many images the teacher will be asked about before training."""
         steps = self.gan_epochs * math.ceil(self.rows / self.gan_batch_size)
         most = steps * self.gan_batch_size
-        if self.source != "generated" or not self.alpha or self.kind == "label":
+        if self.images != "generated" or not self.alpha or self.kind == "label":
             most = 0  # there is nothing to be asked, or nothing that an answer would change
         if self.queries is None:
             return Plan(most if self.information else 0, AT_ONCE)
@@ -266,24 +259,22 @@ class MEKD(Method):
             plan = Plan(*(min(number, TRIAL) for number in plan))
         self._find_range(rows)
         found: dict[str, float] = {}
-        if self.source == "generated":
+        if self.images == "generated":
             found = self._learn_to_make_images(teacher, rows, plan.information)
-        if self.source == "real":  # a trial sees the first rows alone
+        if self.images == "real":  # a trial sees the first rows alone
             self.pool = _some(rows, plan.pool, plan.pool if rows.trial else self.rows)
         else:
             self.pool = self._new(plan.pool)
         parts = self.pool.split(teacher.preferred_batch)
         self.answers = torch.cat([self._ask(teacher, self._images(part)) for part in parts])
         spread = self._find_tau()
-        if self.method.needs_preparation:
-            assert isinstance(self.method.loss, (LogitLoss, WeightedSum))
-            found |= self.method.loss.prepare(self.answers, _no_labels(self.answers))
+        found |= self.method.prepare_loss(self.answers, _no_labels(self.answers))
         best = self.answers.argmax(-1).bincount() / len(self.answers)
         if self.queries is not None:
             found["queries"] = float(sum(plan))
         return found | {
             "information_queries": float(plan.information),
-            "tau": self.tau.item(),
+            "tau": self.temperature.item(),
             "ratio": spread,
             "confidence": _confidence(self.answers).mean().item(),
             "classes": torch.special.entr(best).sum().exp().item(),
@@ -351,14 +342,14 @@ class MEKD(Method):
 
     def _new(self, number: int) -> Tensor:
         """What so many images are made of: latents, or pixels that are noise already."""
-        if self.source == "generated":
+        if self.images == "generated":
             return self.generator.draw(number)
         return self.low + self.span * torch.rand(number, *self.shape).to(self.low)
 
     @torch.no_grad()
     def _images(self, made_of: Tensor) -> Tensor:
         """In the range of the data."""
-        if self.source != "generated":
+        if self.images != "generated":
             return made_of
         return self._in_range(torch.cat([self.generator(part) for part in made_of.split(AT_ONCE)]))
 
@@ -376,27 +367,27 @@ class MEKD(Method):
 
     def _find_tau(self) -> float:
         """Settle the temperature in front of the generator; the spread of the answers in its units."""
-        if self.tau_option != "auto":
-            self.tau.fill_(self.tau_option)
+        if self.tau != "auto":
+            self.temperature.fill_(self.tau)
         elif self.kind == "label":
-            self.tau.fill_(HARD_TAU)
+            self.temperature.fill_(HARD_TAU)
         else:
             spread = _centred(self.answers).square().mean().sqrt()
-            self.tau.copy_(torch.where(spread > 0, spread, 1.0))
+            self.temperature.copy_(torch.where(spread > 0, spread, 1.0))
         return self.teacher_latents(self.answers).square().mean().sqrt().item()
 
     def teacher_latents(self, answers: Tensor) -> Tensor:
         """Latents of the images that stand for the teacher's answers, ``(N, C)``."""
         if self.kind != "label":
-            return _centred(answers) / self.tau
+            return _centred(answers) / self.temperature
         classes = answers.shape[-1]
-        gain = math.sqrt(classes) if self.gain_option == "auto" else self.gain_option
+        gain = math.sqrt(classes) if self.gain == "auto" else self.gain
         return _centred(gain * F.one_hot(answers.argmax(-1), classes).to(answers))
 
     def alignment(self, student_logits: Tensor, teacher_latents: Tensor) -> Tensor:
         """Mean absolute difference of the images made of both, from 0 to 2."""
         with torch.autocast(student_logits.device.type, enabled=False):
-            ours = self.generator(_centred(student_logits.to(self.tau)) / self.tau)
+            ours = self.generator(_centred(student_logits.to(self.temperature)) / self.temperature)
             with torch.no_grad():
                 theirs = self.generator(teacher_latents)
             return (ours - theirs).abs().mean()
@@ -427,8 +418,8 @@ class MEKD(Method):
         terms = self.method.terms(logits, {"target": _no_labels(answers)}, said)
         loss = terms.pop("loss")
         terms = terms or {"logits": loss}
-        if self.image:
-            terms["image"] = self.image * self.alignment(logits, self.teacher_latents(answers))
+        if self.image_weight:
+            terms["image"] = self.image_weight * self.alignment(logits, self.teacher_latents(answers))
             loss = loss + terms["image"]
         return {**terms, "loss": loss}
 
@@ -440,7 +431,7 @@ class MEKD(Method):
         return rows
 
     @property
-    def samples(self) -> Samples | None:
+    def samples(self) -> Samples:
         images = (self._images(self.pool[:SHOWN]) - self.low) / self.span
         return Samples(images.cpu(), self.answers[:SHOWN].cpu())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from ..errors import UserError
 from ..losses.functional import kd_loss
 from ..signals import DenseSignal, Signal, Teacher
 from ._processes import mean_over_processes
-from .base import Batch, Method, TrainingRows
+from .base import Batch, CoTrains, LooksAhead, OptimizesManually, WrappedMethod
 from .features import without_side_effects
 from .logits import LogitMethod
 from .lookahead import Place, both_ways, look_ahead, slope_on_logits
@@ -28,7 +29,8 @@ SLOWER = 0.1
 """By how much the teacher learns more slowly after it had to be restored."""
 
 
-class MetaDistil(Method):
+@dataclass(eq=False, repr=False)
+class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMethod]):
     r"""Another method's steps, by a copy of the teacher that is trained to teach.
 
     Before each step the teacher sees what its lesson would do. A *pilot* of the student takes the step, and
@@ -97,59 +99,54 @@ class MetaDistil(Method):
         code report that they could not reach the paper's figures.
     """
 
-    needs_teacher = False  # the engine need not ask: the copy answers
-    manual_optimization = True
+    needs_teacher = False  # the trained copy answers instead
 
-    def __init__(
-        self,
-        method: Method,
-        *,
-        quiz: float = 0.1,
-        quiz_batches: int = 1,
-        rows: float = 1.0,
-        batches_per_round: int = 1,
-        pilot_rate: float = 1.0,
-        teacher_optimizer: Literal["sgd", "adamw"] = "sgd",
-        teacher_lr: float = 2e-4,
-        teacher_weight_decay: float = 5e-4,
-        teacher_from_epoch: int = 1,
-        clip_norm: float | None = 1.0,
-        max_drop: float = 0.02,
-    ) -> None:
-        super().__init__()
+    method: InitVar[LogitMethod]
+    _: KW_ONLY
+    quiz: float = 0.1
+    quiz_batches: int = 1
+    rows: float = 1.0
+    batches_per_round: int = 1
+    pilot_rate: float = 1.0
+    teacher_optimizer: Literal["sgd", "adamw"] = "sgd"
+    teacher_lr: float = 2e-4
+    teacher_weight_decay: float = 5e-4
+    teacher_from_epoch: int = 1
+    clip_norm: float | None = 1.0
+    max_drop: float = 0.02
+
+    def __post_init__(self, method: LogitMethod) -> None:
         if not isinstance(method, LogitMethod):
             raise TypeError(
-                f"expected a LogitMethod for MetaDistil, got {type(method).__name__}: what the teacher is "
-                "taught by is known of losses on logits alone"
+                f"expected a LogitMethod for MetaDistil, got {type(method).__name__}: the derivative towards "
+                "the teacher is known for losses on logits only"
             )
         if not method.needs_teacher:
-            raise ValueError("expected a loss that looks at the teacher, got one that does not")
-        checks.check_between(0, 1, quiz=quiz)
-        if not 0 < rows <= 1:
-            raise ValueError(f"expected `rows` in (0, 1], got {rows!r}")
-        checks.check_count(
-            quiz_batches=quiz_batches,
-            batches_per_round=batches_per_round,
-            teacher_from_epoch=teacher_from_epoch,
-        )
-        checks.check_not_negative(
-            pilot_rate=pilot_rate,
-            teacher_lr=teacher_lr,
-            teacher_weight_decay=teacher_weight_decay,
-            max_drop=max_drop,
-        )
-        checks.check_choice("teacher_optimizer", teacher_optimizer, ("sgd", "adamw"))
-        if clip_norm is not None:
-            checks.check_positive(clip_norm=clip_norm)
-        self.method = method
-        self.quiz, self.quiz_batches, self.batches_per_round = quiz, quiz_batches, batches_per_round
-        self.rows, self.pilot_rate = rows, pilot_rate
-        self.teacher_optimizer, self.teacher_lr = teacher_optimizer, teacher_lr
-        self.teacher_weight_decay = teacher_weight_decay
-        self.teacher_from_epoch, self.clip_norm, self.max_drop = teacher_from_epoch, clip_norm, max_drop
-        self.uses_unlabelled, self.needs_preparation = method.uses_unlabelled, method.needs_preparation
+            raise ValueError("expected a loss that uses the teacher, got one that does not")
+        super().__init__(method)
+        self._check_options()
+        self.held_out, self.held_out_batches = self.quiz, self.quiz_batches
         self.epoch = 1
         self.record = dict.fromkeys(("rounds", "rows", "lost", "gained", "drift", "restored"), 0.0)
+
+    def _check_options(self) -> None:
+        checks.check_between(0, 1, quiz=self.quiz)
+        if not 0 < self.rows <= 1:
+            raise ValueError(f"expected `rows` in (0, 1], got {self.rows!r}")
+        checks.check_count(
+            quiz_batches=self.quiz_batches,
+            batches_per_round=self.batches_per_round,
+            teacher_from_epoch=self.teacher_from_epoch,
+        )
+        checks.check_not_negative(
+            pilot_rate=self.pilot_rate,
+            teacher_lr=self.teacher_lr,
+            teacher_weight_decay=self.teacher_weight_decay,
+            max_drop=self.max_drop,
+        )
+        checks.check_choice("teacher_optimizer", self.teacher_optimizer, ("sgd", "adamw"))
+        if self.clip_norm is not None:
+            checks.check_positive(clip_norm=self.clip_norm)
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
         """Copy the teacher, and look ahead once, to hear now of what cannot be differentiated."""
@@ -175,7 +172,7 @@ class MetaDistil(Method):
             raise UserError("expected a student with parameters to train, got none")
         logits, _ = place.forward(student, sample["input"])
         # A loss that is yet to be prepared cannot be asked; with the student's part any other will do.
-        loss = _plain_kd if self.needs_preparation else self._loss
+        loss = _plain_kd if self.method.needs_preparation else self._loss
         try:
             slope, of_teacher = slope_on_logits(loss, logits, said, sample)
         except (ValueError, RuntimeError) as error:  # of the loss, which says what it expected
@@ -209,9 +206,6 @@ class MetaDistil(Method):
     @property
     def co_trained(self) -> Mapping[str, nn.Module]:
         return {"teacher": self.teacher}
-
-    def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
-        return self.method.prepare(teacher, rows)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -1,4 +1,4 @@
-"""Mutual learning: two networks trained together, each the other's teacher."""
+"""Mutual learning: two networks trained together, each as the other's teacher."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from .. import checks
 from ..errors import UserError
 from ..signals import LearningTeacher, Signal, Teacher
 from ._processes import mean_over_processes, share_weights
-from .base import Batch, Method
+from .base import Batch, CoTrains, Method, OptimizesManually, StepsAfter, WrappedMethod
 from .features import FeatureMethod, without_side_effects
-from .simkd import SimKD
 
 
-class MutualLearning(Method):
-    r"""Two networks trained together on the same batches, each the other's teacher.
+class MutualLearning(StepsAfter, OptimizesManually, CoTrains, WrappedMethod[Method]):
+    r"""Two networks trained together on the same batches, each as the other's teacher.
 
-    On each batch the student :math:`s` takes a step, then its peer :math:`p` takes one, by the same losses
-    with the roles exchanged. With cross-entropy and KD at temperature 1 that is Deep Mutual Learning:
+    On each batch the student :math:`s` takes a step, then its peer :math:`p` takes one, with the same losses
+    and exchanged roles. With cross-entropy and KD at temperature 1 that is Deep Mutual Learning:
 
     .. math::
 
         L_s = \mathrm{CE}(s, y) + \mathrm{KL}(p \,\|\, s), \qquad
         L_p = \mathrm{CE}(p, y) + \mathrm{KL}(s \,\|\, p)
 
-    The peer answers as it is before its step, and the student, asked anew, as it is after its own. Neither
-    sends a gradient into the other. Both answer in training mode, with dropout and the statistics of the
-    batch, but a network's running statistics count a batch once, when it learns from it. All this is as in
-    the authors' code, except that there each network's step draws a batch of its own.
+    The peer answers with its weights before its step, and the student, evaluated again, with its weights
+    after its own step. Neither receives a gradient from the other's loss. Both answer in training mode, with
+    dropout and the statistics of the batch, but a network's running statistics count a batch once, in its own
+    step. All this follows the authors' code, except that there each network's step draws a batch of its own.
 
-    What a loss on features learns exists twice, once for each direction: what teaches the student is trained
-    with the student's optimizer, what teaches the peer with the peer's. A term's paths ``student`` and
-    ``teacher`` are those of the student and of the peer, in both directions.
+    The parts that a loss on features learns exist twice, once for each direction: those that teach the
+    student are trained with the student's optimizer, those that teach the peer with the peer's. A term's
+    paths ``student`` and ``teacher`` name modules of the student and of the peer, in both directions.
 
-    With ``IEKDLoss(autoencoder="online")`` on features beside them, this is our reading of IE-DML (Huang et
-    al., CVPR 2021, arXiv 2107.00181), of which no code is published. That the auto-encoders of networks that
-    are themselves changing are trained along, that codes are made anew for each network's step, and the
-    weights are reconstructed.
+    With an added ``IEKDLoss(autoencoder="online")`` on features, this is our reading of IE-DML (Huang et al.,
+    CVPR 2021, arXiv 2107.00181), of which no code is published. That the auto-encoders are trained along
+    because both networks change, that codes are computed again for each network's step, and the weights are
+    reconstructed.
 
     Args:
-        method: What teaches the student, a `LogitMethod` or `FeatureMethod`; a copy of it teaches the peer.
-        peer: From inputs to logits: a network, or what makes one, called once when the parts are built. It
-            starts from weights of its own.
-        optimizer: Makes the peer's optimizer from a list of its parameters. A training lays the factor of the
-            student's learning rate on it too. An average of weights is kept of the student alone.
+        method: Teaches the student, a `LogitMethod` or `FeatureMethod`; a copy of it teaches the peer.
+        peer: From inputs to logits: a network, or a function that makes one, called once when the parts are
+            built. It starts from weights of its own.
+        optimizer: Makes the peer's optimizer from a list of its parameters. Its learning rate follows the
+            student's schedule. Weights are averaged for the student only.
         clip_norm: Largest norm of the peer's gradient; None for no limit.
     Raises:
-        UserError: If the losses compare with no teacher or want one that is trained already, or the method
-            has two views or steps of its own.
+        UserError: If the losses use no teacher or need a trained one, or the method has two views or
+        optimizes
+            manually.
     Example:
         >>> from luce import CrossEntropyLoss, KDLoss, WeightedSum
         >>> from luce.methods import LogitMethod
@@ -74,7 +74,6 @@ class MutualLearning(Method):
     """
 
     needs_teacher = False
-    manual_optimization = True
 
     def __init__(
         self,
@@ -84,31 +83,31 @@ class MutualLearning(Method):
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         clip_norm: float | None = None,
     ) -> None:
-        super().__init__()
-        if method.manual_optimization or method.two_views:
+        super().__init__(method)
+        if method.capabilities.optimizes_manually is not None or method.two_views:
             raise UserError(
-                "expected a method of one view and without steps of its own for mutual learning, got "
+                "expected a method of one view and without optimizers of its own for mutual learning, got "
                 f"{type(method).__name__}"
             )
         if not method.needs_teacher:
             raise UserError(
                 "expected a loss that compares with a teacher for mutual learning, such as KDLoss"
             )
-        if method.needs_preparation or any(isinstance(part, SimKD) for part in method.modules()):
+        reuses_classifier = any(getattr(part, "reuses_classifier", False) for part in method.modules())
+        if method.capabilities.prepares is not None or reuses_classifier:
             raise UserError(
-                "expected losses that can do without a trained teacher for mutual learning, whose networks "
-                "start together; give no `teacher_temperature: auto`, no SimKDLoss, no IEKDLoss but with "
-                "`autoencoder: online`, and nothing else that is prepared before training"
+                "expected losses that need no trained teacher for mutual learning, whose networks start "
+                "together; leave out `teacher_temperature: auto`, SimKDLoss, IEKDLoss except with "
+                "`autoencoder: online`, and everything else that is prepared before training"
             )
         if clip_norm is not None:
             checks.check_positive(clip_norm=clip_norm)
-        self.method, self.peer_method = method, exchanged(method)
+        self.peer_method = exchanged(method)
         self.peer: nn.Module | None = peer if isinstance(peer, nn.Module) else None
         self.new_peer = None if isinstance(peer, nn.Module) else peer
         self.new_optimizer, self.clip_norm = optimizer, clip_norm
-        self.uses_unlabelled = method.uses_unlabelled
         self.optimizer: torch.optim.Optimizer | None = None
-        self._sources: tuple[Teacher, Teacher] | None = None
+        self._teachers: tuple[Teacher, Teacher] | None = None
 
     @property
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
@@ -119,7 +118,7 @@ class MutualLearning(Method):
         return {} if self.peer is None else {"peer": self.peer}
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
-        """Make the peer, what the losses learn in each direction, and the peer's optimizer; see `Method`."""
+        """Make the peer, the parts that losses learn in each direction, and the peer's optimizer."""
         device = sample["input"].device
         with without_side_effects(student, device):
             if self.new_peer is not None and self.peer is None:
@@ -128,11 +127,11 @@ class MutualLearning(Method):
                 self.peer = self.new_peer()
             assert self.peer is not None
             share_weights(self.peer.to(device))
-            ours, theirs = [*student.parameters()], [*self.peer.parameters()]
-            if len(ours) == len(theirs) and all(map(torch.equal, ours, theirs)):
+            weights, peer_weights = [*student.parameters()], [*self.peer.parameters()]
+            if len(weights) == len(peer_weights) and all(map(torch.equal, weights, peer_weights)):
                 raise UserError(
-                    "expected a peer that starts from other weights than the student's, or the two have "
-                    "nothing to tell each other; name another network, checkpoint or seed for it"
+                    "expected a peer with other initial weights than the student's, or neither can learn "
+                    "from the other; name another network, checkpoint or seed for it"
                 )
             with without_side_effects(self.peer, device):
                 self.method.build(student, LearningTeacher(self.peer), sample, rows)
@@ -142,31 +141,34 @@ class MutualLearning(Method):
     @contextmanager
     def hooks(self, student: nn.Module, teacher: Teacher | None) -> Iterator[None]:
         assert self.peer is not None
-        ours, theirs = LearningTeacher(student), LearningTeacher(self.peer)
-        with self.method.hooks(student, theirs), self.peer_method.hooks(self.peer, ours):
-            self._sources = ours, theirs
+        as_teacher, peer_as_teacher = LearningTeacher(student), LearningTeacher(self.peer)
+        with (
+            self.method.hooks(student, peer_as_teacher),
+            self.peer_method.hooks(self.peer, as_teacher),
+        ):
+            self._teachers = as_teacher, peer_as_teacher
             try:
                 yield
             finally:
-                self._sources = None
+                self._teachers = None
 
     def set_epoch(self, epoch: int) -> None:
         self.method.set_epoch(epoch)
         self.peer_method.set_epoch(epoch)
 
     def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
-        """The terms of the student's loss; a given signal is not looked at, the peer is asked."""
-        if self._sources is None:
+        """Return the terms of the student's loss; the peer answers instead of the given signal."""
+        if self._teachers is None:
             raise RuntimeError("expected a step within `with method.hooks(student, teacher)`")
-        return self.method.step(student, batch, self._sources[1].signal(batch))
+        return self.method.step(student, batch, self._teachers[1].signal(batch))
 
     def after_step(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The peer's step; the terms of its loss are called ``peer.NAME``."""
-        assert self._sources is not None
+        """Take the peer's step; the terms of its loss are called ``peer.NAME``."""
+        assert self._teachers is not None
         assert self.peer is not None
         assert self.optimizer is not None
-        terms = self.peer_method.step(self.peer, batch, self._sources[0].signal(batch))
-        with torch.autocast(terms["loss"].device.type, enabled=False):  # as the student's is made
+        terms = self.peer_method.step(self.peer, batch, self._teachers[0].signal(batch))
+        with torch.autocast(terms["loss"].device.type, enabled=False):  # as the student's backward pass
             terms["loss"].backward()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         learning = [parameter for parameter in parameters if parameter.grad is not None]
@@ -181,7 +183,7 @@ class MutualLearning(Method):
 
 
 def exchanged(method: Method) -> Method:
-    """A copy for the other direction, in which student and teacher have changed places."""
+    """Copy a method for the other direction, in which student and teacher exchange places."""
     other = copy.deepcopy(method)
     for part in other.modules():
         if isinstance(part, FeatureMethod):

@@ -11,7 +11,7 @@ from .network import Network, conv_bn
 
 
 def simkd(student: Network, teacher: Network, *, input_shape: tuple[int, ...], factor: int = 2) -> Network:
-    """A network that ends as another one does; for `luce.methods.SimKD`.
+    """A network that ends as another one does; for `luce.SimKDLoss`.
 
     Its ``neck`` is that of the student followed by a `Projector`; ``pool`` and ``head`` have the teacher's
     form. It is built, counted, evaluated and exported as what it is: larger than the student alone.

@@ -25,7 +25,6 @@ from ..methods import (
     MetaDistil,
     Method,
     MutualLearning,
-    SimKD,
     TwoViewMethod,
 )
 from ..models.loaders import fresh_weights_expected
@@ -84,18 +83,10 @@ def mutual_learning(
     )
 
 
-def sim_kd(method: Method) -> SimKD:
-    """Build `luce.methods.SimKD` from a method on features."""
-    if not isinstance(method, FeatureMethod):
-        raise UserError(f"expected terms on features for SimKD, got {type(method).__name__}")
-    return SimKD(None if method.logits is None else method.logits.loss, method.terms)
-
-
 PROCEDURES: dict[str, Callable[..., Method]] = {
     "MEKD": MEKD,
     "MetaDistil": MetaDistil,
     "MutualLearning": mutual_learning,
-    "SimKD": sim_kd,
 }
 """Methods that change how another one is trained, by their names in recipes.
 
@@ -114,7 +105,8 @@ def build_method(recipe: Recipe, data: Data | None = None) -> Method:
         UserError: As `combine_terms`, and for options of data or teacher that do not suit the method.
     """
     method = combine_terms(recipe.loss, Context(recipe, data))
-    if method.generates_inputs and recipe.teacher is not None and recipe.teacher.cache_outputs:
+    generates_inputs = method.capabilities.generates_inputs is not None
+    if generates_inputs and recipe.teacher is not None and recipe.teacher.cache_outputs:
         raise UserError(
             f"expected a teacher that answers the inputs that {type(method).__name__} generates, got cached "
             "answers to the rows; set `teacher.cache_outputs: false`"
@@ -163,12 +155,9 @@ def combine_terms(terms: Terms, context: Context | None = None) -> Method:
         loss = _build(f"loss.{term}", known, options, other_keys=("weight", "warmup", "student", "teacher"))
         features[term] = FeatureTerm(weight, loss, student, teacher, warmup)
     try:
-        method: Method = FeatureMethod(build_loss(on_logits) if on_logits else None, features)
+        return FeatureMethod(build_loss(on_logits) if on_logits else None, features)
     except (TypeError, ValueError) as error:
         raise UserError(f"`loss`: {error}") from error
-    for name in sorted({term.loss.procedure for term in features.values() if term.loss.procedure}):
-        method = _apply_procedure("loss", {"method": name}, method, context)
-    return method
 
 
 def _apply_procedure(place: str, options: dict[str, Any], inner: Method, context: Context | None) -> Method:

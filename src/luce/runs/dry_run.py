@@ -35,19 +35,23 @@ def dry_run(recipe: Recipe, inputs: RunInputs, student: Classifier) -> None:
     teacher = None if recipe.teacher is None else _stand_in(recipe.teacher, inputs)
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)
-    train, quiz = divide(method, inputs.train, recipe.training.seed)
+    train, held_out = divide(method, inputs.train, recipe.training.seed)
     row = build(method, student, teacher, train, cpu, seed=0)
     if teacher is not None:
         teacher.budget = None  # the method has checked it, and the stand-in charges nothing
     if method.two_views:
         row = {**row, "strong": row["input"]}
-    asked = [row] * method.quiz_batches if quiz is not None else []
+    capabilities = method.capabilities
     with refusals():
-        if method.needs_preparation and teacher is not None:
-            method.prepare(teacher, TrainingBatches(train, cpu, at_most=1))
+        if teacher is not None and capabilities.prepares is not None:
+            capabilities.prepares.prepare(teacher, TrainingBatches(train, cpu, at_most=1))
     with refusals(), method.hooks(student, teacher):
         signal = None if teacher is None or not method.needs_teacher else signal_of(teacher, row)
-        method.eval().before_round(student.eval(), [row] * method.batches_per_round, asked, 0.0)
+        method.eval()
+        student.eval()
+        if (looks_ahead := capabilities.looks_ahead) is not None:
+            others = [] if held_out is None else [row] * looks_ahead.held_out_batches
+            looks_ahead.before_round(student, [row] * looks_ahead.batches_per_round, others, 0.0)
         with torch.no_grad():
             checked_step(method, student, row, signal)
 

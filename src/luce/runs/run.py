@@ -88,8 +88,8 @@ def run(
     best = _epoch_figures(fitted, fitted.best_epoch, inputs)
     checkpoint.export(folder / "student.safetensors", fitted.best_weights)
     files.write_json(folder / "student.json", description)
-    if (samples := method.samples) is not None:
-        files.write_json(folder / "samples.json", _samples_as_json(samples, inputs.data.classes))
+    if (generates := method.capabilities.generates_inputs) is not None:
+        files.write_json(folder / "samples.json", _samples_as_json(generates.samples, inputs.data.classes))
     result = {
         "student": {"model": description["model"], "parameters": models.count_parameters(student)},
         "method": recipe.method,

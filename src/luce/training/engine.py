@@ -105,7 +105,7 @@ def fit(
     if options.trackers and folder is None:
         raise UserError("expected a folder to track the training in, got none; give one or no `trackers`")
     check_own_steps(method, options)
-    train, quiz = divide(method, train, options.seed)
+    train, held_out = divide(method, train, options.seed)
     known = train
     if not method.uses_unlabelled:
         train = train.labelled.repeat_to(len(train))
@@ -123,7 +123,7 @@ def fit(
     sample = build(method, student, teacher, known, accelerator.device, options.seed)
     if accelerator.num_processes == 1:  # otherwise all batches are filled up
         check_smallest_batch(method, student, teacher, sample, known, len(train), options.batch_size)
-    session = Session(accelerator, student, method, teacher, batches, quiz, options)
+    session = Session(accelerator, student, method, teacher, batches, held_out, options)
     if validation is not None:
         validation_batches = accelerator.prepare(
             data.loader(validation, batch_size=4 * options.batch_size, seed=None, workers=workers)
@@ -153,7 +153,7 @@ def fit(
         if folder is not None:
             checkpoint.save(folder, accelerator, book.epoch, extra)
 
-    if saved is None and method.needs_preparation and teacher is not None:
+    if saved is None and teacher is not None and method.capabilities.prepares is not None:
         rows = TrainingBatches(known, accelerator.device, options.seed, augment, workers, progress)
         prepared = session.prepare(teacher, rows)
         save()
@@ -183,8 +183,15 @@ def fit(
                 save()
     for tracker in accelerator.trackers:  # not end_training(), which would part processes that go on together
         tracker.finish()
+    co_trains = method.capabilities.co_trains
     return Fit(
-        session.evaluated, accelerator, log.lines, book.best_epoch, best_weights, prepared, method.co_trained
+        session.evaluated,
+        accelerator,
+        log.lines,
+        book.best_epoch,
+        best_weights,
+        prepared,
+        {} if co_trains is None else co_trains.co_trained,
     )
 
 
@@ -216,34 +223,41 @@ def build(
 
 
 def divide(method: Method, train: Examples, seed: int) -> tuple[Examples, Examples | None]:
-    """The rows to train on and those that the method holds out, if it does.
+    """Split the rows into those to train on and those that the method holds out; None without any.
 
     Raises:
         UserError: If that leaves a class without a row on either side.
     """
-    if not method.quiz:
+    looks_ahead = method.capabilities.looks_ahead
+    if looks_ahead is None or not looks_ahead.held_out:
         return train, None
     try:
-        return data.hold_out(train, method.quiz, seed)
+        return data.hold_out(train, looks_ahead.held_out, seed)
     except UserError as error:
-        raise UserError(f"no rows for the `quiz` of {type(method).__name__}: {error}") from error
+        raise UserError(f"no rows to hold out for {type(looks_ahead).__name__}: {error}") from error
 
 
 def check_own_steps(method: Method, options: TrainingOptions) -> None:
-    """Refuse what does not go with a method that makes steps of its own, or one that looks ahead."""
-    name = type(method).__name__
-    for count in ("batches_per_round", "quiz_batches"):
-        if getattr(method, count) < 1:
-            raise UserError(f"expected `{count}` of {name} to be at least 1, got {getattr(method, count)}")
+    """Refuse options that do not suit a method with optimizers of its own, or one that looks ahead."""
+    name, capabilities = type(method).__name__, method.capabilities
+    optimizes, looks_ahead = capabilities.optimizes_manually, capabilities.looks_ahead
+    rounds = 1
+    if looks_ahead is not None:
+        rounds = looks_ahead.batches_per_round
+        for count in ("batches_per_round", "held_out_batches"):
+            if getattr(looks_ahead, count) < 1:
+                raise UserError(
+                    f"expected `{count}` of {name} to be at least 1, got {getattr(looks_ahead, count)}"
+                )
     # The last batches of an epoch make a step, however few, and a round of several hides where they begin.
-    if (method.manual_optimization or method.batches_per_round > 1) and options.accumulate > 1:
+    if (optimizes is not None or rounds > 1) and options.accumulate > 1:
         raise UserError(
-            f"expected `training.accumulate: 1` for {name}, which does something of its own between batches, "
+            f"expected `training.accumulate: 1` for {name}, which takes steps of its own between batches, "
             f"got {options.accumulate}; raise `training.batch_size` instead"
         )
-    if method.manual_optimization and options.precision == "fp16":
+    if optimizes is not None and options.precision == "fp16":
         raise UserError(
-            f"expected `training.precision` bf16 or no for {name}, whose own steps scale nothing, got fp16"
+            f"expected `training.precision` bf16 or no for {name}, whose steps scale no gradient, got fp16"
         )
 
 
@@ -267,7 +281,7 @@ def check_smallest_batch(
         rows: Of an epoch.
         batch_size: Of all batches but perhaps the last.
     """
-    if method.generates_inputs or (rows % batch_size or batch_size) > 1:
+    if method.capabilities.generates_inputs is not None or (rows % batch_size or batch_size) > 1:
         return
     device = sample["input"].device
     method, student = copy.deepcopy((method, student))
@@ -276,8 +290,8 @@ def check_smallest_batch(
         sample = {**sample, "strong": sample["input"]}
     teacher = teacher if method.needs_teacher else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []), refusals():
-        if method.needs_preparation and teacher is not None:
-            method.prepare(teacher, TrainingBatches(known, device, at_most=1))
+        if teacher is not None and (prepares := method.capabilities.prepares) is not None:
+            prepares.prepare(teacher, TrainingBatches(known, device, at_most=1))
         with method.hooks(student.train(), teacher):
             signal = None if teacher is None else signal_of(teacher, sample)
             try:

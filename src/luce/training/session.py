@@ -56,21 +56,24 @@ class Session:
         method: Method,
         teacher: Teacher | None,
         batches: DataLoader[Any],
-        quiz: Examples | None,
+        held_out: Examples | None,
         options: TrainingOptions,
     ) -> None:
         self.accelerator = accelerator
         self.method = method.to(accelerator.device)
+        self.capabilities = method.capabilities
+        manually = self.capabilities.optimizes_manually
+        self.method_optimizers = {} if manually is None else manually.optimizers
         self.teacher = teacher if method.needs_teacher else None
         if self.teacher is not None:
             self.teacher.to(accelerator.device)
         self.clip_norm = options.clip_norm
         self.batch_size = options.batch_size
         self.seed = options.seed
-        self.quiz = quiz
+        self.held_out = held_out
         with_own_optimizer = {
             parameter
-            for optimizer in method.optimizers.values()
+            for optimizer in self.method_optimizers.values()
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
@@ -85,7 +88,7 @@ class Session:
         steps = math.ceil(len(self.batches) / options.accumulate)
         self.schedules = [
             LambdaLR(optimizer, learning_rate(options, steps))
-            for optimizer in (self.optimizer.optimizer, *method.optimizers.values())
+            for optimizer in (self.optimizer.optimizer, *self.method_optimizers.values())
         ]
         self.average: AveragedModel | None = None
         self.evaluated: Classifier = student
@@ -98,11 +101,12 @@ class Session:
 
     def prepare(self, teacher: Teacher, rows: TrainingBatches) -> dict[str, float]:
         """Let the method prepare itself, without moving the random draws of the training."""
-        device = self.accelerator.device
+        device, prepares = self.accelerator.device, self.capabilities.prepares
+        assert prepares is not None
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             with refusals():
-                results = self.method.prepare(teacher, rows)
+                results = prepares.prepare(teacher, rows)
         self.method.zero_grad()  # gradients that are left would go into the student's first step
         self.share_state(*self.method.parameters(), *self.method.buffers())
         return results
@@ -118,7 +122,8 @@ class Session:
         self.student.train()
         self.method.train()
         self.method.set_epoch(number)
-        quiz = self.quiz_batches(number)
+        looks_ahead, steps_after = self.capabilities.looks_ahead, self.capabilities.steps_after
+        held_out = self.held_out_batches(number)
         sums: dict[str, Tensor] = {}
         times: dict[str, int] = {}
 
@@ -128,19 +133,21 @@ class Session:
                 times[name] = times.get(name, 0) + 1
 
         accumulated = 0.0
-        for ahead in rounds(self.batches, self.method.batches_per_round):
-            with self.accelerator.autocast(), refusals():
-                held_out = list(islice(quiz, self.method.quiz_batches))
-                rate = self.optimizer.param_groups[0]["lr"]
-                note(self.checked(self.method.before_round(self.unwrapped_student, ahead, held_out, rate)))
+        for ahead in rounds(self.batches, 1 if looks_ahead is None else looks_ahead.batches_per_round):
+            if looks_ahead is not None:
+                with self.accelerator.autocast(), refusals():
+                    others = list(islice(held_out, looks_ahead.held_out_batches))
+                    rate = self.optimizer.param_groups[0]["lr"]
+                    note(self.checked(looks_ahead.before_round(self.unwrapped_student, ahead, others, rate)))
             for batch in ahead:
                 accumulated += len(batch["target"]) / self.batch_size
                 note(self.train_step(batch, accumulated))
                 if self.accelerator.sync_gradients:
                     accumulated = 0.0
                     self.step += 1
-                    with self.accelerator.autocast(), refusals():
-                        note(self.checked(self.method.after_step(self.unwrapped_student, batch)))
+                    if steps_after is not None:
+                        with self.accelerator.autocast(), refusals():
+                            note(self.checked(steps_after.after_step(self.unwrapped_student, batch)))
                     for schedule in self.schedules:  # after the method's steps, which use the same rate
                         schedule.step()
                     if self.average is not None:
@@ -182,12 +189,12 @@ class Session:
             check_finite(terms, self.number)
         return terms
 
-    def quiz_batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:
+    def held_out_batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:
         """Yield full batches of the held-out rows for this process, without end; none without such rows."""
-        if self.quiz is None:
+        if self.held_out is None:
             return
         loader = data.loader(
-            self.quiz, batch_size=min(self.batch_size, len(self.quiz)), seed=self.seed, drop_last=True
+            self.held_out, batch_size=min(self.batch_size, len(self.held_out)), seed=self.seed, drop_last=True
         )
         sampler, device = cast(data.EpochSampler, loader.sampler), self.accelerator.device
         for lap in count():
@@ -224,7 +231,7 @@ class Session:
             "step": self.step,
             "method": self.method.state_dict(),
             "optimizers": {
-                name: optimizer.state_dict() for name, optimizer in self.method.optimizers.items()
+                name: optimizer.state_dict() for name, optimizer in self.method_optimizers.items()
             },
             "average": None if self.average is None else self.average.state_dict(),
         }
@@ -234,7 +241,7 @@ class Session:
         for schedule in self.schedules:
             schedule.last_epoch = self.step
         self.method.load_state_dict(state["method"])
-        for name, optimizer in self.method.optimizers.items():
+        for name, optimizer in self.method_optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

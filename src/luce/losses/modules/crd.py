@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -88,15 +88,20 @@ class CRDLoss(FeatureLoss):
             raise ValueError(f"expected `momentum` below 1, or the banks never move, got {self.momentum}")
         checks.check_choice("positive", self.positive, ("exact", "relax"))
 
-    def register_rows(self, index: Tensor, target: Tensor) -> None:
-        """AnswerKind before `build` which rows there are to learn from.
+    def register_rows(
+        self, index: Tensor, target: Tensor, *, gather: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Learn before `build` which training rows exist.
 
         Args:
-            index: By which batches name them, ``(rows,)``.
+            index: Numbers of the rows in the data, as in batches, ``(rows,)``.
             target: Their classes; `UNLABELLED` where there is none.
+            gather: Concatenates the rows of a tensor over all processes that train together, which must have
+                equally many; None for a single process.
         Raises:
-            ValueError: If fewer than two classes have a row, or the banks are there already, for other rows.
+            ValueError: If fewer than two classes have a row, or the banks were built for other rows.
         """
+        self.gather = gather
         size = int(index.max()) + 1
         index, target = index[target != UNLABELLED], target[target != UNLABELLED]
         count = target.bincount()
@@ -149,9 +154,9 @@ class CRDLoss(FeatureLoss):
             loss = self._nce(student[known], self.teacher_bank, self.student_log_z, chosen)
             loss = loss + self._nce(teacher[known], self.student_bank, self.teacher_log_z, chosen)
             if self.training:
-                place = _of_all_processes(place)
-                self._move(self.student_bank, place, _of_all_processes(student.detach()))
-                self._move(self.teacher_bank, place, _of_all_processes(teacher.detach()))
+                place = self._gathered(place)
+                self._move(self.student_bank, place, self._gathered(student.detach()))
+                self._move(self.teacher_bank, place, self._gathered(teacher.detach()))
         return loss
 
     def _places(self, target: Tensor, index: Tensor) -> Tensor:
@@ -188,10 +193,13 @@ class CRDLoss(FeatureLoss):
         """Let the first scores say what Z is."""
         if log_z.isnan():
             mean = scores.flatten().logsumexp(0) - math.log(max(scores.numel(), 1))
-            means = _of_all_processes(mean[None])
+            means = self._gathered(mean[None])
             of_all = means.logsumexp(0) - math.log(len(means)) + math.log(self.rows)
             if of_all.isfinite():  # there was a row
                 log_z.copy_(of_all)
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        return tensor if self.gather is None else self.gather(tensor)
 
     @torch.no_grad()
     def _move(self, bank: Tensor, place: Tensor, embedding: Tensor) -> None:
@@ -199,12 +207,3 @@ class CRDLoss(FeatureLoss):
         places, at, times = place.unique(return_inverse=True, return_counts=True)
         mean = bank.new_zeros(len(places), self.width).index_add_(0, at, embedding) / times[:, None]
         bank[places] = _features.unit(self.momentum * bank[places] + (1 - self.momentum) * mean, dim=1)
-
-
-def _of_all_processes(tensor: Tensor) -> Tensor:
-    """The rows of all processes that train together, which have as many each."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)

@@ -54,14 +54,15 @@ class FeatureLoss(Prepared):
             output of a stage in turn: in, out, in, out, ...
         needs_labels: `forward` also takes the labels, as ``target=``.
         needs_index: `forward` also takes the number of each row in the data, as ``index=``.
-        procedure: Name of the procedure that a recipe with this loss needs; None for none.
+        reuses_classifier: Whether the student must end in a copy of the teacher's classifier, which
+            `luce.methods.FeatureMethod` makes.
     """
 
     takes: ClassVar[Literal["maps", "vectors"]]
     stages: ClassVar[Literal["one", "many", "consecutive", "pairs"]] = "many"
     needs_labels: ClassVar[bool] = False
     needs_index: ClassVar[bool] = False
-    procedure: ClassVar[str | None] = None
+    reuses_classifier: ClassVar[bool] = False
     function: ClassVar[Callable[..., Tensor] | None] = None
     """Of one feature of each network; its options are the module's fields."""
 
@@ -70,6 +71,20 @@ class FeatureLoss(Prepared):
         self._register_prepared_buffers()
         self._shapes: tuple[tuple[torch.Size, ...], ...] | None = None
         self._check_options()
+
+    def register_rows(
+        self, index: Tensor, target: Tensor, *, gather: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Learn before `build` which training rows exist; most losses ignore it.
+
+        Args:
+            index: Numbers of the rows in the data, as in batches, ``(rows,)``.
+            target: Their classes; `UNLABELLED` where there is none.
+            gather: Concatenates the rows of a tensor over all processes that train together; None for a
+                single process.
+        Raises:
+            ValueError: If the loss cannot use these rows.
+        """
 
     def build(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         """Make what the loss learns, as ordinary parameters on the CPU.

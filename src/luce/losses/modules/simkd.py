@@ -17,8 +17,9 @@ __all__ = ["SimKDLoss"]
 class SimKDLoss(FeatureLoss):
     """Mean-square error between the student's projected last map and the teacher's. Its weight is 1, alone.
 
-    The loss learns nothing: the projector is part of the student, in training and ever after, and so is the
-    teacher's classifier. `luce.methods.SimKD` brings the two together.
+    The loss learns nothing: the projector and the teacher's classifier are parts of the student, in training
+    and afterwards. `luce.methods.FeatureMethod` copies the classifier. The paper applies this loss to both
+    networks' ``neck``, without cross-entropy.
 
     Shape:
         One map of each network, ``(N, C', H, W)``, with equal channels; the larger is average-pooled to the
@@ -35,7 +36,7 @@ class SimKDLoss(FeatureLoss):
 
     takes = "maps"
     stages = "one"
-    procedure = "SimKD"
+    reuses_classifier = True
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         for student, teacher in channels(student_shapes, teacher_shapes):
