@@ -148,10 +148,10 @@ def test_the_guard_tells_in_a_run(make_recipe: Make, tmp_path: Path) -> None:
     [
         ({"teacher": {"cache_outputs": True}}, "for MetaDistil, got one with cached outputs"),
         ({"training": {"accumulate": 2}}, "`training.accumulate: 1` for MetaDistil"),
-        ({"data": {"labels_per_class": 1}}, "no rows for the `quiz` of MetaDistil"),
+        ({"data": {"labels_per_class": 1}}, "no rows to hold out for MetaDistil"),
         ({"terms": {"rank": {"loss": "ListMLELoss"}}}, "smoothly with the teacher's logits for MetaDistil"),
         ({"terms": {"kd": {"loss": "KDLoss", "backend": "cpu"}}}, "no gradient for the teacher; .* 'auto'"),
-        ({"terms": {"task": {"loss": "CrossEntropyLoss"}}}, "`loss.pld`: expected a loss that looks at the"),
+        ({"terms": {"task": {"loss": "CrossEntropyLoss"}}}, "`loss.pld`: expected a loss that uses the"),
         ({"options": {"teacher_lr": -1}}, "`loss.pld`: expected `teacher_lr`"),
         ({"options": {"quiz_batch": 2}}, "unknown option of MetaDistil .*quiz_batches"),
     ],

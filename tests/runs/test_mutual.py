@@ -255,7 +255,7 @@ def test_an_interrupted_run_ends_in_the_same_numbers(
         ({"loss": {"dml": {"method": "MutualLearning"}, **TASK}}, "compares with a teacher"),
         (
             {"loss": {**DML, "pld": {"loss": "PLDLoss", "teacher_temperature": "auto"}}},
-            "without a trained teacher",
+            "no trained teacher",
         ),
         ({"loss": {**DML, "ie": {**IE, "autoencoder": "prepared"}}}, "`autoencoder: online`"),
         ({"loss": {**DML, "dml": {"method": "MutualLearning", "pier": {}}}}, "did you mean `peer`"),
@@ -278,7 +278,10 @@ def test_an_interrupted_run_ends_in_the_same_numbers(
             {"loss": {**DML, "hint": {**HINT, "teacher": "stages.7"}}},
             r"unknown module of Network `stages\.7`",
         ),
-        ({"student": {"name": "python:toy.network", "options": {"seed": 3}}}, "starts from other weights"),
+        (
+            {"student": {"name": "python:toy.network", "options": {"seed": 3}}},
+            "a peer with other initial weights",
+        ),
         ({"training": {"accumulate": 2}}, "`training.accumulate: 1` for MutualLearning"),
         ({"data": {"strong_augment": "strong"}}, "one view of each batch for MutualLearning"),
     ],
