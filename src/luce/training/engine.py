@@ -38,17 +38,17 @@ __all__ = ["Fit", "TrainingError", "fit"]
 
 @dataclass
 class Fit:
-    """What a training leaves behind.
+    """The result of a training.
 
     Attributes:
-        student: With the weights after the last epoch (their average, if one is kept).
-        accelerator: That trained it; evaluates it on the same devices.
+        student: With the weights after the last epoch, or their average if one is kept.
+        accelerator: Of the training; evaluates the student on the same devices.
         history: One record per epoch, as in ``metrics.jsonl``.
-        best_epoch: With the highest validation accuracy, of equals the one with the lowest loss; the last
-            one without validation rows.
+        best_epoch: The epoch with the highest validation accuracy, and of equal ones the one with the lowest
+            loss; the last epoch without validation rows.
         best_weights: Of the student's body after that epoch.
-        prepared: What the method found out about the teacher before training, by name.
-        co_trained: Other networks that the method has trained along, by name.
+        prepared: Values that the method measured before training, by name.
+        co_trained: Other networks that the method trained, by name.
     """
 
     student: Classifier
@@ -77,26 +77,26 @@ def fit(
 ) -> Fit:
     """Train a student.
 
-    With a folder, metrics and checkpoints go there, and a training that was interrupted goes on from its
-    last checkpoint to the same numbers, bit for bit on a CPU.
+    With a folder, metrics and checkpoints are written there, and an interrupted training resumes from its
+    last checkpoint; on a CPU its results equal those of an uninterrupted one bit for bit.
 
     Args:
         student: Trained in place.
-        method: What a step does. Its parameters, if it has any, are trained too.
-        train: Rows to learn from. Where the method cannot use rows without a label, the labelled ones are
-            repeated instead, so that every method takes as many steps.
-        validation: Rows to choose the best epoch by.
+        method: Computes the loss of a step. Its parameters, if it has any, are trained too.
+        train: Training rows. For a method that cannot use unlabelled rows, labelled rows are repeated in
+            their place, so that all methods make equally many steps.
+        validation: Rows that choose the best epoch.
         teacher: Answers the method's batches.
         options: How to train.
-        augment: Applied to each training batch, before teacher and student see it.
+        augment: Applied to each training batch before teacher and student see it.
         strong_augment: Makes the second view for a method of two views; see `luce.data.loader`.
-        workers: Processes that read.
+        workers: Processes that read data.
         folder: Of the run; None keeps everything in memory.
-        accelerator: From `new_accelerator` for these options and this folder; made unless given.
-        progress: Bars to add this training to.
+        accelerator: From `new_accelerator`, for these options and this folder; made unless given.
+        progress: Display that the training adds its bars to.
     Raises:
         UserError: On settings that cannot work, before training starts.
-        TrainingError: If the loss stops being a number; names the term and keeps the last checkpoint.
+        TrainingError: If the loss stops being finite; it names the term, and the last checkpoint is kept.
     """
     if method.two_views != (strong_augment is not None):
         raise UserError("expected `strong_augment` for a method of two views, and for no other")
@@ -105,10 +105,8 @@ def fit(
     if options.trackers and folder is None:
         raise UserError("expected a folder to track the training in, got none; give one or no `trackers`")
     check_own_steps(method, options)
-    train, held_out = divide(method, train, options.seed)
-    known = train
-    if not method.uses_unlabelled:
-        train = train.labelled.repeat_to(len(train))
+    rows, held_out = divide(method, train, options.seed)
+    train = rows if method.uses_unlabelled else rows.labelled.repeat_to(len(rows))
 
     accelerator = accelerator or new_accelerator(options, folder)
     set_seed(options.seed, device_specific=True)
@@ -120,77 +118,59 @@ def fit(
         strong_augment=strong_augment,
         workers=workers,
     )
-    sample = build(method, student, teacher, known, accelerator.device, options.seed)
-    if accelerator.num_processes == 1:  # otherwise all batches are filled up
-        check_smallest_batch(method, student, teacher, sample, known, len(train), options.batch_size)
+    sample = build(method, student, teacher, rows, accelerator.device, options.seed)
+    if accelerator.num_processes == 1:  # Accelerate fills up the last batch of several processes
+        check_smallest_batch(method, student, teacher, sample, rows, len(train), options.batch_size)
     session = Session(accelerator, student, method, teacher, batches, held_out, options)
     if validation is not None:
         validation_batches = accelerator.prepare(
             data.loader(validation, batch_size=4 * options.batch_size, seed=None, workers=workers)
         )
 
-    book, lines, best_weights, prepared = BestEpoch(), [], {}, {}
-    saved = None if folder is None else checkpoint.restore(folder, accelerator)
-    if saved is not None:
-        try:
-            book, best_weights = BestEpoch(**saved["bookkeeping"]), saved["best_weights"]
-            lines, prepared = saved["lines"], saved["prepared"]
-            session.load_state_dict(saved["session"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"cannot go on in {folder} ({files.reason(error)}): its checkpoint is of another method or "
-                "another version of Luce; choose another folder, or delete it"
-            ) from error
+    state = State() if folder is None else resume(folder, session) or State()
 
     def save() -> None:
-        extra = {
-            "bookkeeping": vars(book),
-            "lines": lines,
-            "prepared": prepared,
-            "session": session.state_dict(),
-            "best_weights": best_weights,
-        }
         if folder is not None:
-            checkpoint.save(folder, accelerator, book.epoch, extra)
+            checkpoint.save(folder, accelerator, state.best.epoch, state.as_saved(session))
 
-    if saved is None and teacher is not None and method.capabilities.prepares is not None:
-        rows = TrainingBatches(known, accelerator.device, options.seed, augment, workers, progress)
-        prepared = session.prepare(teacher, rows)
+    if not state.started and teacher is not None and method.capabilities.prepares is not None:
+        seen = TrainingBatches(rows, accelerator.device, options.seed, augment, workers, progress)
+        state.prepared = session.prepare(teacher, seen)
         save()
-    log = MetricsLog(folder if accelerator.is_main_process else None, lines)
+    log = MetricsLog(folder if accelerator.is_main_process else None, state.history)
     if options.trackers:
         accelerator.init_trackers("luce", config={"lr": options.lr, "batch_size": options.batch_size})
 
-    steps = len(session.batches)
-    bars = Bar(progress, "training", options.epochs * steps, book.epoch * steps)
+    best, steps = state.best, len(session.batches)
+    bars = Bar(progress, "training", options.epochs * steps, best.epoch * steps)
     with bars as bar, method.hooks(student, session.teacher):
-        while book.epoch < options.epochs and not book.exhausted(options.patience):
+        while best.epoch < options.epochs and not best.exhausted(options.patience):
             started = time.perf_counter()
-            book.epoch += 1
-            line: dict[str, Any] = {"epoch": book.epoch, "train": session.epoch(book.epoch, bar)}
-            line |= {"step": session.step, "lr": session.optimizer.param_groups[0]["lr"], "validation": {}}
+            best.epoch += 1
+            record: dict[str, Any] = {"epoch": best.epoch, "train": session.epoch(best.epoch, bar)}
+            record |= {"step": session.step, "lr": session.optimizer.param_groups[0]["lr"], "validation": {}}
             if validation is not None:
                 logits, _, target = metrics.collect(session.evaluated, validation_batches, accelerator)
-                line["validation"] = metrics.brief(logits, target)
-                bar.note(f"validation {line['validation']['accuracy']:.1%}")
-            if book.is_best(line["validation"]):
+                record["validation"] = metrics.brief(logits, target)
+                bar.note(f"validation {record['validation']['accuracy']:.1%}")
+            if best.is_best(record["validation"]):
                 weights = session.evaluated.body.state_dict()
-                best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
-            line["seconds"] = time.perf_counter() - started
-            log.append(line)
-            accelerator.log(flat(line), step=session.step)
-            if book.epoch % options.checkpoint_every == 0 or book.epoch == options.epochs:
+                state.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+            record["seconds"] = time.perf_counter() - started
+            log.append(record)
+            accelerator.log(flat(record), step=session.step)
+            if best.epoch % options.checkpoint_every == 0 or best.epoch == options.epochs:
                 save()
-    for tracker in accelerator.trackers:  # not end_training(), which would part processes that go on together
+    for tracker in accelerator.trackers:  # end_training() would also end the group of processes
         tracker.finish()
     co_trains = method.capabilities.co_trains
     return Fit(
         session.evaluated,
         accelerator,
-        log.lines,
-        book.best_epoch,
-        best_weights,
-        prepared,
+        state.history,
+        best.best_epoch,
+        state.best_weights,
+        state.prepared,
         {} if co_trains is None else co_trains.co_trained,
     )
 
@@ -203,10 +183,12 @@ def build(
     device: torch.device,
     seed: int,
 ) -> Mapping[str, Tensor]:
-    """Let a method make its parts, the same in every process, without touching the draws that follow.
+    """Let a method build its parts, equal in every process, without moving the random draws of the training.
 
     Returns:
-        The batch of one row that it was shown.
+        The batch of one row that the method was given.
+    Raises:
+        UserError: If the method needs a teacher and there is none, or the networks do not suit it.
     """
     if method.needs_teacher and teacher is None:
         raise UserError("expected a teacher for a loss that compares with one; add `teacher` to the recipe")
@@ -223,10 +205,12 @@ def build(
 
 
 def divide(method: Method, train: Examples, seed: int) -> tuple[Examples, Examples | None]:
-    """Split the rows into those to train on and those that the method holds out; None without any.
+    """Split off the rows that the method holds out, if it does.
 
+    Returns:
+        The rows to train on, and the held-out rows or None.
     Raises:
-        UserError: If that leaves a class without a row on either side.
+        UserError: If a class is left without a row on either side.
     """
     looks_ahead = method.capabilities.looks_ahead
     if looks_ahead is None or not looks_ahead.held_out:
@@ -238,7 +222,11 @@ def divide(method: Method, train: Examples, seed: int) -> tuple[Examples, Exampl
 
 
 def check_own_steps(method: Method, options: TrainingOptions) -> None:
-    """Refuse options that do not suit a method with optimizers of its own, or one that looks ahead."""
+    """Refuse options that do not suit a method with optimizers of its own, or one that looks ahead.
+
+    Raises:
+        UserError: On such an option.
+    """
     name, capabilities = type(method).__name__, method.capabilities
     optimizes, looks_ahead = capabilities.optimizes_manually, capabilities.looks_ahead
     rounds = 1
@@ -249,7 +237,7 @@ def check_own_steps(method: Method, options: TrainingOptions) -> None:
                 raise UserError(
                     f"expected `{count}` of {name} to be at least 1, got {getattr(looks_ahead, count)}"
                 )
-    # The last batches of an epoch make a step, however few, and a round of several hides where they begin.
+    # The last step of an epoch accumulates fewer batches, and a round of several cannot see where it begins.
     if (optimizes is not None or rounds > 1) and options.accumulate > 1:
         raise UserError(
             f"expected `training.accumulate: 1` for {name}, which takes steps of its own between batches, "
@@ -270,16 +258,18 @@ def check_smallest_batch(
     rows: int,
     batch_size: int,
 ) -> None:
-    """Refuse a batch of one row where batch normalisation cannot do with one: a step is tried.
+    """Try a step on one row if an epoch has a batch of one row, which batch normalisation may refuse.
 
     Args:
-        method: Left as it is.
-        student: Left as it is.
+        method: A copy makes the step.
+        student: A copy makes the step.
         teacher: Answers the method's batches.
         sample: A batch of one row.
-        known: For a preparation.
-        rows: Of an epoch.
+        known: Training rows, for a preparation.
+        rows: Number of rows in an epoch.
         batch_size: Of all batches but perhaps the last.
+    Raises:
+        UserError: If the step needs more rows.
     """
     if method.capabilities.generates_inputs is not None or (rows % batch_size or batch_size) > 1:
         return
@@ -307,7 +297,15 @@ def check_smallest_batch(
 
 
 def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Accelerator:
-    """An accelerator for one training, whatever one before it in this process was set to."""
+    """Make an accelerator for one training, independent of others in this process.
+
+    Args:
+        options: Precision, accumulation, device and trackers.
+        folder: Of the run, for the trackers; None for no tracking.
+    Raises:
+        UserError: On an unknown tracker, or fp16 on a CPU.
+        MissingExtra: If a tracker is not installed.
+    """
     for tracker in options.trackers:
         if tracker not in TRACKERS:
             raise unknown_name("tracker", tracker, TRACKERS)
@@ -323,14 +321,14 @@ def new_accelerator(options: TrainingOptions, folder: Path | None = None) -> Acc
         log_with=(options.trackers or None) if folder is not None else None,
         project_dir=None if folder is None else str(folder),
     )
-    if options.precision == "fp16" and accelerator.device.type == "cpu":  # passed over in silence otherwise
+    if options.precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would ignore it
         raise UserError("expected a GPU for `training.precision` fp16; on a CPU use bf16 or no")
     return accelerator
 
 
 @dataclass
 class BestEpoch:
-    """How far a training has come."""
+    """The current epoch and the best one so far."""
 
     epoch: int = 0
     best_epoch: int = 0
@@ -338,7 +336,7 @@ class BestEpoch:
     best_loss: float = math.inf
 
     def is_best(self, validation: Mapping[str, float]) -> bool:
-        """Whether the epoch that has just ended is the best so far; without validation each one is."""
+        """Compare the current epoch with the best one and keep the better; without figures each is better."""
         if validation:
             accuracy, loss = validation["accuracy"], validation["loss"]
             if (accuracy, -loss) <= (self.best_accuracy, -self.best_loss):
@@ -348,38 +346,87 @@ class BestEpoch:
         return True
 
     def exhausted(self, patience: int | None) -> bool:
-        """Whether the best epoch lies further back than anyone is willing to wait."""
+        """Return whether `patience` epochs have passed without a better one."""
         return patience is not None and self.epoch - self.best_epoch >= patience
 
 
+@dataclass
+class State:
+    """The part of a training that neither the accelerator nor the session keeps.
+
+    Attributes:
+        best: The current epoch and the best one.
+        history: One record per epoch.
+        prepared: Values that the method measured before training.
+        best_weights: Of the student's body after the best epoch.
+        started: Whether it comes from a checkpoint.
+    """
+
+    best: BestEpoch = field(default_factory=BestEpoch)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    prepared: dict[str, float] = field(default_factory=dict)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    started: bool = False
+
+    def as_saved(self, session: Session) -> dict[str, Any]:
+        """Return plain values and tensors for `checkpoint.save`."""
+        return {
+            "best": vars(self.best),
+            "history": self.history,
+            "prepared": self.prepared,
+            "best_weights": self.best_weights,
+            "session": session.state_dict(),
+        }
+
+
+def resume(folder: Path, session: Session) -> State | None:
+    """Load the last checkpoint of a folder into a session; None if there is none.
+
+    Raises:
+        UserError: If it cannot be read or belongs to another method.
+    """
+    saved = checkpoint.restore(folder, session.accelerator)
+    if saved is None:
+        return None
+    try:
+        session.load_state_dict(saved["session"])
+        best = BestEpoch(**saved["best"])
+        return State(best, saved["history"], saved["prepared"], saved["best_weights"], started=True)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cannot resume in {folder} ({files.reason(error)}): its checkpoint is of another method or "
+            "another version of Luce; choose another folder, or delete it"
+        ) from error
+
+
 class MetricsLog:
-    """``metrics.jsonl``: a line per epoch, from those of the checkpoint on."""
+    """``metrics.jsonl``: one line per epoch, rewritten from the checkpoint's history on a resume."""
 
-    def __init__(self, folder: Path | None, lines: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path | None, history: list[dict[str, Any]]) -> None:
         self.path = None if folder is None else folder / "metrics.jsonl"
-        self.lines = lines
+        self.history = history
         if self.path is not None:
-            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in history))
 
-    def append(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
+    def append(self, record: dict[str, Any]) -> None:
+        self.history.append(record)
         if self.path is None:
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}); free some space") from error
 
 
-def flat(line: Mapping[str, Any]) -> dict[str, float]:
-    """A metrics line as the trackers want it.
+def flat(record: Mapping[str, Any]) -> dict[str, float]:
+    """Flatten a record of the history for trackers.
 
     >>> flat({"epoch": 1, "train": {"loss": 0.5}})
     {'epoch': 1, 'train/loss': 0.5}
     """
     result: dict[str, float] = {}
-    for key, value in line.items():
+    for key, value in record.items():
         if isinstance(value, Mapping):
             result.update({f"{key}/{name}": inner for name, inner in value.items()})
         else:
