@@ -18,6 +18,8 @@ TRAINING: tuple[Mutant, ...] = (
         ENGINE,
         "self.scale_gradients(accelerator.gradient_accumulation_steps / gathered)",
         "self.scale_gradients(1.0)",
+        "self.scale_gradients(accelerator.gradient_accumulation_steps / accumulated)",
+        "self.scale_gradients(1.0)",
     ),
     mutant(
         "training/gradients are clipped at twice the norm",
@@ -113,6 +115,8 @@ TRAINING: tuple[Mutant, ...] = (
         f"{RESUME} tests/runs/test_mutual.py",
         'own.load_state_dict(state["optimizers"][name])',
         "pass",
+        'optimizer.load_state_dict(state["optimizers"][name])',
+        "pass",
     ),
     mutant(
         "training/the average of weights is not restored",
@@ -124,6 +128,8 @@ TRAINING: tuple[Mutant, ...] = (
         "training/the best weights are not saved",
         RESUME,
         '"best_weights": best_weights,',
+        '"best_weights": {},',
+        '"best_weights": self.best_weights,',
         '"best_weights": {},',
     ),
     mutant(
