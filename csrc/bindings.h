@@ -1,4 +1,4 @@
-// Between PyTorch's stable C++ interface and the kernels: no mathematics here.
+// Connects PyTorch's stable C++ interface to the kernels; no mathematics.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -99,8 +99,8 @@ inline std::vector<int64_t> row_shape(const Tensor& tensor, const Rows& rows) {
   return {rows.outer};
 }
 
-// Runs kernel(arguments, begin, end) on all rows, some thousand steps at a time, in PyTorch's own threads. A row takes
-// `steps`, one a class if not given.
+// Runs kernel(arguments, begin, end) on all rows in PyTorch's own threads, about 4096 steps at a time: fewer would cost more
+// in synchronisation than they save. A row takes `steps`, by default one a class.
 template <class Kernel, class Arguments>
 void run(Kernel kernel, const Arguments& arguments, const Rows& rows, int64_t steps = 0) {
   constexpr int64_t GRAIN = 4096;

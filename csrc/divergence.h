@@ -1,4 +1,4 @@
-// What the kernels that compare distributions are told. Rows of weight 0 are not looked at; `weight` may be absent.
+// Arguments of the kernels that compare distributions. Rows of weight 0 are skipped; `weight` may be absent.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace luce {
 
-// `limit` is what T^2 times the others tends to as the temperature T grows, for `jsd` over share (1 - share).
+// `limit` is the limit of T^2 times either KL as the temperature T grows; that of `jsd` is share (1 - share) times it.
 enum class Divergence : int64_t { forward_kl, reverse_kl, jsd, limit };
 
 struct DivergenceArguments {
@@ -18,7 +18,7 @@ struct DivergenceArguments {
   bool wide;   // calculate in double; weight and loss are double then, else float
   Divergence kind;
   double temperature;
-  double share;  // the teacher's in the mixture of `jsd`
+  double share;  // of the teacher in the mixture of `jsd`
 };
 LUCE_KERNEL(divergence, DivergenceArguments)
 
@@ -29,7 +29,7 @@ struct DkdArguments {
   void* loss;
   bool wide;
   double temperature;
-  double alpha, beta;  // what the two parts count; a part that counts nothing is left out
+  double alpha, beta;  // weights of the two parts; a part of weight 0 is omitted
 };
 LUCE_KERNEL(dkd, DkdArguments)
 

@@ -6,10 +6,11 @@
 namespace luce {
 namespace {
 
+// Option: the types of the fields of PldOptions. Braces refuse one that does not fit its field.
+template <class... Option>
 std::tuple<Tensor, Tensor, Tensor> pld(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
                                        const std::optional<Tensor>& weight, const std::optional<Tensor>& order,
-                                       double teacher_temperature, int64_t top_k, double epsilon, double tolerance,
-                                       bool average_ties, bool needs_gradient) {
+                                       Option... option, bool needs_gradient) {
   PldArguments arguments{};
   arguments.student = floating_rows(student, "student");
   arguments.teacher = floating_rows(teacher, "teacher");
@@ -31,11 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> pld(const Tensor& student, const Tensor& teac
   arguments.loss = loss.data_ptr();
   arguments.bound = bound.data_ptr();
   if (needs_gradient) arguments.gradient = rows_of(gradient, "gradient");
-  arguments.teacher_temperature = teacher_temperature;
-  arguments.top_k = top_k;
-  arguments.epsilon = epsilon;
-  arguments.tolerance = tolerance;
-  arguments.average_ties = average_ties;
+  arguments.options = {option...};
   std::atomic<bool> bad_order{false};
   arguments.bad_order = &bad_order;
   run(LUCE_CHOOSE(pld), arguments, rows);
@@ -45,6 +42,6 @@ std::tuple<Tensor, Tensor, Tensor> pld(const Tensor& student, const Tensor& teac
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(luce, CPU, m) { m.impl("pld", TORCH_BOX(&pld)); }
+STABLE_TORCH_LIBRARY_IMPL(luce, CPU, m) { m.impl("pld", TORCH_BOX((&pld<double, int64_t, double, double, bool>))); }
 
 }  // namespace luce

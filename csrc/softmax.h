@@ -1,4 +1,4 @@
-// What the softmax kernels are told.
+// Arguments of the softmax kernels.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ struct SoftmaxArguments {
   Rows x, y;  // of one type and shape
   SoftmaxAlgorithm algorithm;
   bool logarithm;
-  // Calls body(begin, end) on parts of 0..count side by side: for rows that are shared between threads. Without it,
-  // each row is the work of one.
+  // Calls body(begin, end) on parts of 0..count in parallel, for rows that several threads share. If empty, one thread
+  // computes each row.
   std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)> parallel;
 };
 LUCE_KERNEL(softmax, SoftmaxArguments)

@@ -10,8 +10,8 @@
 namespace luce {
 namespace {
 
-// Fresh memory comes from the system in pages of 4 KiB, one fault for each, which takes longer than a softmax does.
-// Large results ask for large pages; where the system has none to give, nothing changes.
+// Fresh memory comes from the system in pages of 4 KiB with one fault each, which takes longer than a softmax. Large
+// results request large pages; where the system has none, nothing changes.
 void ask_for_large_pages(const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 2 << 20, LARGE = 4 * PAGE;

@@ -1,4 +1,4 @@
-// What the kernels of log-sum-exp over suffixes are told.
+// Arguments of the kernels of log-sum-exp over suffixes.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What crosses from the binding to the kernels: plain pointers with strides, no PyTorch.
+// The kernels' view of a tensor: a plain pointer with strides, no PyTorch.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Cross-entropy with the label, with a share of the target spread evenly over the classes that exist.
+// Cross-entropy with the label, a share of the target being spread evenly over the classes that exist.
 
 #include <cmath>
 
@@ -17,7 +17,7 @@ double cross_entropy_row(const CrossEntropyArguments& arguments, const T* s, int
   const int64_t n = arguments.student.classes;
   if (label < 0 || label >= n || s[label] != s[label]) return NONE;
 
-  // The rest is summed without the label: -log q = log(1 + rest/label) keeps its digits where the label is sure.
+  // The rest is summed without the label: -log q = log(1 + rest/label) keeps its digits where q is almost 1.
   const Span<T> rest(without(s, n, label, REST), n);
   vec_t<T> tops = fill(s[label]);
   for (int64_t i = 0; i < n; i += Simd<T>::lanes) tops = max(tops, rest[i]);
@@ -30,9 +30,10 @@ double cross_entropy_row(const CrossEntropyArguments& arguments, const T* s, int
     store(exponentials + i, w);
     if (flush_due<T>(i)) sum.flush();
   }
-  // NaN, +inf and a row without any class leave NaN in the sum or, in the label's place, in x.
+  // NaN, +inf and a row without classes make the sum NaN or, as the label's logit, x.
   const double x = double(s[label]) - double(top), of_label = std::exp(x), z_rest = total(sum), z = z_rest + of_label;
   if (z != z) return NONE;
+  // Further down of_label may underflow, and log z - x cancels nothing.
   const double nll = x > -30 ? std::log1p(z_rest / of_label) : std::log(z) - x;
 
   const double smoothing = arguments.smoothing;
@@ -42,7 +43,7 @@ double cross_entropy_row(const CrossEntropyArguments& arguments, const T* s, int
     Sums<T> below, count;
     for (int64_t i = 0; i < n; i += Simd<T>::lanes) {
       const mask_t<T> exists = rest[i] > -INF;
-      below.add(exists ? rest[i] - top : fill(T(0)));
+      below.add(exists ? rest[i] - top : fill(T(0)));  // from the top: a common offset would take digits
       count.add(exists ? fill(T(1)) : fill(T(0)));
       if (flush_due<T>(i)) below.flush(), count.flush();
     }

@@ -29,7 +29,7 @@ double reverse_kl(Pair<T>& row, T scale, T* g) {
     const vec_t<T> d = c.p > T(0) ? c.d : fill(T(0));
     value.add(c.term());
     mean.add(row.exponential_p(i) * d);
-    mean.flush();  // at once: where one class has nearly all of q, the gradient is what its d and the mean differ by
+    mean.flush();  // each time: where a class has nearly all of q, its d and the mean almost cancel in the gradient
     if (flush_due<T>(i)) value.flush();
     store(difference + i, d);
   });
@@ -44,7 +44,8 @@ double reverse_kl(Pair<T>& row, T scale, T* g) {
   return total(value);
 }
 
-// (1 + u) log(1 + u) - u, and the logarithm; `whole` is 1 + u.
+// (1 + u) log(1 + u) - u, and the logarithm; `whole` is 1 + u. Near 0 the difference would cancel: with
+// log(1 + u) = u + rest, u itself drops out.
 template <class T>
 inline vec_t<T> entropy_term(vec_t<T> whole, vec_t<T> u, vec_t<T>& logarithm) {
   vec_t<T> e, f;
@@ -65,7 +66,7 @@ double jsd(Pair<T>& row, T share, T scale, T* g) {
   Sums<T> value, mean;
   visit_classes(row, [&] { value = mean = {}; }, [&](int64_t i, const Classes<T>& c) {
     const vec_t<T> m = share * c.p + other * c.q;
-    const mask_t<T> counts = m >= std::numeric_limits<T>::min();
+    const mask_t<T> counts = m >= std::numeric_limits<T>::min();  // below it 1/m may overflow
     const vec_t<T> over_m = T(1) / (counts ? m : fill(T(1)));
     vec_t<T> a, b;
     const vec_t<T> f = entropy_term<T>(c.p * over_m, -other * c.h * over_m, a);
@@ -91,7 +92,7 @@ double limit(const T* s, const T* t, int64_t n, T weight, T* g) {
   double sum = 0;
   int64_t of_student = 0, of_teacher = 0, of_both = 0;
   bool spoilt = false;
-  // In double: there, float32 logits have exact differences.
+  // In double, where differences of float32 logits are exact and their squares cannot overflow.
   const auto shared = [=](int64_t i) { return (s[i] != -INF) & (t[i] != -INF); };
   const auto difference = [=](int64_t i) { return shared(i) ? double(s[i]) - double(t[i]) : 0; };
   for (int64_t i = 0; i < n; ++i) {
@@ -131,7 +132,7 @@ double divergence_row(const DivergenceArguments& arguments, const T* s, const T*
     case Divergence::forward_kl: return forward_kl(row, scale, g);
     case Divergence::reverse_kl: return reverse_kl(row, scale, g);
     case Divergence::jsd: return jsd(row, static_cast<T>(arguments.share), scale, g);
-    case Divergence::limit: break;  // there is no temperature to divide by
+    case Divergence::limit: break;  // returned above
   }
   return NONE;
 }

@@ -1,7 +1,7 @@
 // Decoupled KD (arXiv 2203.08679): the label against the rest, and the rest among themselves.
 //
-// The rest is the row without its label: KL(p || q) of it is the second part. The first compares two numbers, each
-// network's log odds of the label against the rest, which need the rest's normalisers only.
+// The rest is the row without its label; the second part is KL(p || q) of it. The first part compares two numbers, each
+// network's log odds of the label against the rest, for which the normalisers of the rest suffice.
 
 #include "../divergence.h"
 #include "pair.h"
@@ -18,7 +18,7 @@ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 // d + e^-d - 1 for |d| <= 1
 double excess(double d) { return LUCE_ISA::excess<double>(fill(d))[0]; }
 
-// The log odds of the label, and by how much the teacher's are greater, to the last digit.
+// Both networks' log odds of the label, and their difference to the last digit, which the odds would not give.
 class Odds {
  public:
   Odds() = default;
@@ -27,11 +27,11 @@ class Odds {
         p_(sigmoid(teacher)), rest_(sigmoid(-teacher)),
         d_(near_ ? std::log1p(rest_ * std::expm1(difference)) : softplus(-student) - softplus(-teacher)) {}
 
-  // KL of (p, 1 - p) and (q, 1 - q); what T cannot tell from 0 has no part in it.
+  // KL of (p, 1 - p) and (q, 1 - q); a probability that is 0 in T adds nothing, as in the other divergences.
   template <class T>
   double divergence() const {
     const double d_rest = near_ ? std::log1p(p_ * std::expm1(-difference_)) : softplus(student_) - softplus(teacher_);
-    if (std::fabs(difference_) < 0.1) return p_ * excess(d_) + rest_ * excess(d_rest);  // the same, and nothing cancels
+    if (std::fabs(difference_) < 0.1) return p_ * excess(d_) + rest_ * excess(d_rest);  // nothing cancels
     return std::max(0.0, (static_cast<T>(p_) > 0 ? p_ * d_ : 0) + (static_cast<T>(rest_) > 0 ? rest_ * d_rest : 0));
   }
   // q - p
@@ -59,7 +59,7 @@ double dkd_row(const DkdArguments& arguments, const T* s, const T* t, int64_t la
   if (!(s_label < INF && t_label < INF) || (s_label == -INF && t_label == -INF)) return NONE;
   const T *s_rest = without(s, n, label, STUDENT_REST), *t_rest = without(t, n, label, TEACHER_REST);
 
-  // A network without any rest says nothing about it; it lends the other's, and its odds are infinite.
+  // A network whose rest is empty borrows the other's, to keep the formulas finite; its odds are infinite.
   const bool no_s = s_rest[label ? 0 : n - 1] == -Pair<T>::INF && empty(s_rest, n);
   const bool no_t = t_rest[label ? 0 : n - 1] == -Pair<T>::INF && empty(t_rest, n);
   if ((no_s && s_label == -INF) || (no_t && t_label == -INF)) return NONE;

@@ -143,7 +143,8 @@ inline void sort_network(uint32_t* x, int64_t count) {
   }
 }
 
-// What turns depths up to `span` into keys below `levels`; finite also where depths are hardly numbers.
+// The factor that turns depths up to `span` into keys below `levels`. 0.999999 keeps the rounded key of `span` itself below
+// `levels`; 1e30 keeps the factor finite for subnormal spans.
 template <class T>
 inline T key_scale(int64_t levels, T span) {
   return span > 0 ? std::min(static_cast<T>(levels) * T(0.999999) / span, T(1e30)) : T(0);

@@ -1,8 +1,8 @@
 // Two distributions over the same classes: p, the softmax of the first logits over T, and q, of the second ones.
 //
-// Between them stands d = log p - log q. A sum of p d loses all digits where q is close to p, for its terms have both
-// signs and cancel. So every term becomes p (d + e^-d - 1) = p d + q - p: the same sum, as p and q both add up to 1, but
-// of terms that are not negative and shrink with d^2.
+// Let d = log p - log q. A sum of p d loses all digits where q is close to p: its terms have both signs and cancel. So
+// every term becomes p (d + e^-d - 1) = p d + q - p. The sum is the same, as p and q both add up to 1, but its terms are
+// not negative and shrink with d^2.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ namespace luce::LUCE_ISA {
 // Scratch slots; the windows take 0 to 2.
 enum PairSlot { FIRST = 3, SECOND, THIRD, STUDENT_REST, TEACHER_REST, STUDENT_COPY, TEACHER_COPY, GRADIENT_COPY };
 
-// d + e^-d - 1 for |d| <= 1: its series.
+// d + e^-d - 1 for |d| <= 1 by its series: the expression itself would cancel near 0.
 template <class T>
 inline vec_t<T> excess(vec_t<T> d) {
   constexpr double inverse_factorial[] = {
@@ -29,7 +29,7 @@ inline vec_t<T> excess(vec_t<T> d) {
   return sum * (d * d);
 }
 
-// A double as two numbers of type T.
+// A double as two numbers of type T, for normalisers: rounded to one float, they would shift every d alike.
 template <class T>
 struct Split {
   T high, low;
@@ -59,11 +59,11 @@ class Pair {
   int64_t size() const { return n_; }
   double temperature() const { return temperature_; }
 
-  // Differences of such logits may be beyond the range of T.
+  // Whether differences of the logits may exceed the range of T.
   bool enormous() const { return sizeof(T) == 4 && (top_a_ > T(1e30) || top_b_ > T(1e30)); }
 
-  // Takes the exponentials. False for NaN, for +inf, and where a network excludes every class: all of them leave NaN in
-  // a sum.
+  // Computes the exponentials. Returns false for NaN, for +inf, and where a network excludes every class: each of them
+  // makes a sum NaN.
   bool normalise() {
     p_ = scratch().get<T>(FIRST, n_);
     q_ = scratch().get<T>(SECOND, n_);
@@ -84,11 +84,11 @@ class Pair {
     return z_a_ == z_a_ && z_b_ == z_b_;
   }
 
-  // log p - log q of a class with these logits: (a - b - tops - rest) / T. The normalisers' difference is kept apart in
-  // that of the tops and a rest, which is tiny where both networks are sure of the same class.
+  // log p - log q of a class with these logits: (a - b - tops - rest) / T. The difference of the normalisers is kept as
+  // that of the maxima and a rest: the rest is tiny where both networks prefer the same class, and would be rounded away.
   double d(double a, double b) const { return (a - b - tops_ - rest_) / temperature_; }
 
-  // Puts the normalisers right by what the sum of q is greater than 1.
+  // Corrects the normalisers by the surplus of the sum of q over 1.
   void correct(double surplus) { set_rest(rest_ - temperature_ * std::log1p(surplus)); }
 
   // Logarithms of the normalisers, for logits over T.
@@ -103,7 +103,7 @@ class Pair {
   double sum_p() const { return z_a_; }
   double sum_q() const { return z_b_; }
 
-  // To the last digit, also of large logits: differences are held in two numbers.
+  // To the last digit, also of large logits: differences are held in two numbers, and the small halves added last.
   vec_t<T> d(int64_t i) const {
     const vec_t<T> lowest = fill(std::numeric_limits<T>::lowest());  // -inf - -inf is no number
     const vec_t<T> a = max(lowest, first_[i]), b = max(lowest, second_[i]);
@@ -111,7 +111,7 @@ class Pair {
     return (((high - tops_split_.high) - rest_split_.high) + ((low - tops_split_.low) - rest_split_.low)) * softness_;
   }
 
-  // Whether the second network excludes a class that the first one gives a probability.
+  // Whether the second network excludes a class to which the first gives a probability above 0 in T.
   bool infinite() const {
     for (int64_t i = 0; second_excludes_ && i < n_; ++i) {
       if (b_[i] == -INF && static_cast<T>(std::exp((double(a_[i]) - double(top_a_)) / temperature_) / z_a_) > 0) return true;
@@ -131,11 +131,11 @@ class Pair {
   double temperature_, z_a_ = 0, z_b_ = 0, tops_ = 0, rest_ = 0;
   T softness_, top_a_, top_b_, one_over_z_a_ = 0, one_over_z_b_ = 0;
   Split<T> tops_split_, rest_split_;
-  bool second_excludes_;  // a class that the first network does not
+  bool second_excludes_;  // whether the second network excludes a class that the first does not
   T *p_ = nullptr, *q_ = nullptr;
 };
 
-// Everything about one vector of classes that the divergences need.
+// One vector of classes, as the divergences need it.
 template <class T>
 struct Classes {
   vec_t<T> p, q, d, excess, h;  // h = q - p
@@ -150,9 +150,9 @@ struct Classes {
   vec_t<T> term() const { return close ? p * excess : (p > T(0) ? p * d : fill(T(0))) + h; }
 };
 
-// Calls visit(i, classes) for all vectors of a row after start(), and all of this a second time if it turns out that
-// the normalisers must be known better: where all d are small, the rounding of a sum of exponentials is not. The sum of
-// q - p, which should be 0, tells it.
+// Calls start() and then visit(i, classes) for all vectors of a row; repeats both once if the normalisers were not exact
+// enough. Where all d are small, the rounding of a sum of exponentials is not: the sum of q - p, which should be 0, shows
+// it. Within 8 epsilon of the terms' size it may be rounding alone, and a second visit would gain nothing.
 template <class T, class Start, class Visit>
 void visit_classes(Pair<T>& row, Start start, Visit visit) {
   for (bool again = false;; again = true) {

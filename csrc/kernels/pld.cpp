@@ -5,8 +5,8 @@
 // alpha_k log(Z_k / w_k), its gradient at place k is w_k B_{k-1} - alpha_k Z_{k+1} / Z_k.
 //
 // Four ways lead there. `narrow` is the usual one: vectors, in the row's own precision with sums in double. `wide` takes
-// over where the exponentials of a row do not fit into that precision, and for tied groups. `binned` leaves classes
-// unsorted where that provably changes nothing beyond a tolerance, `truncated` where only the first places count.
+// over where the exponentials of a row exceed the range of that precision, and for tied groups. `binned` leaves classes
+// unsorted where the change is provably within a tolerance, `truncated` where only the first places count.
 
 #include <cmath>
 
@@ -21,7 +21,7 @@
 namespace luce::LUCE_ISA {
 namespace {
 
-// The ranking that the caller gave, the label moved to the first place. False if it is no permutation.
+// Copies the caller's ranking with the label moved to the first place. Returns false if it is no permutation.
 template <class T>
 bool given_order(const Rows& given, int64_t index, const PldRow<T>& row, uint32_t* order) {
   const int64_t n = row.n, stride = given.class_stride;
@@ -54,10 +54,10 @@ bool given_order(const Rows& given, int64_t index, const PldRow<T>& row, uint32_
   return true;
 }
 
-// How many first places leave less than `epsilon` of the teacher's probability.
+// Returns how many first places leave less than `epsilon` of the teacher's probability.
 template <class T>
 int64_t places_within(const PldRow<T>& row, const uint32_t* order, double epsilon) {
-  double all = 0;
+  double all = 0;  // one by one in double, as `left` is taken down: their roundings must not decide about a place
   for (int64_t i = 0; i < row.n; ++i) all += row.alpha(i);
   double left = all;
   int64_t k = 0;
@@ -67,12 +67,13 @@ int64_t places_within(const PldRow<T>& row, const uint32_t* order, double epsilo
 
 template <class T>
 PldResult pld_row(const PldArguments& arguments, const PldRow<T>& row, int64_t index) {
+  const PldOptions& options = arguments.options;
   PldResult result;
-  int64_t places = std::min(arguments.top_k, row.n);
-  const bool partial = places < row.n || arguments.epsilon > 0, long_row = row.n > NETWORK_MAX;
-  if (long_row && !arguments.order && !arguments.average_ties) {
-    if (partial && pld_truncated(row, places, arguments.epsilon, result)) return result;
-    if (!partial && arguments.tolerance > 0 && PldBins<T>(row).run(arguments.tolerance, result)) return result;
+  int64_t places = std::min(options.top_k, row.n);
+  const bool partial = places < row.n || options.epsilon > 0, long_row = row.n > NETWORK_MAX;
+  if (long_row && !arguments.order && !options.average_ties) {
+    if (partial && pld_truncated(row, places, options.epsilon, result)) return result;
+    if (!partial && options.tolerance > 0 && PldBins<T>(row).run(options.tolerance, result)) return result;
   }
   uint32_t* order = scratch().get<uint32_t>(ORDER, row.n + 1 + Simd<T>::lanes);
   if (!arguments.order) {
@@ -83,10 +84,10 @@ PldResult pld_row(const PldArguments& arguments, const PldRow<T>& row, int64_t i
     *arguments.bad_order = true;
     return result;
   }
-  if (arguments.epsilon > 0) places = std::min(places, places_within(row, order, arguments.epsilon));
+  if (options.epsilon > 0) places = std::min(places, places_within(row, order, options.epsilon));
   const Ranking ranking{order, row.n, places, 0, 0};
-  if (arguments.average_ties || !pld_narrow(row, ranking, result)) {
-    pld_wide(row, ranking, arguments.average_ties, result);
+  if (options.average_ties || !pld_narrow(row, ranking, result)) {
+    pld_wide(row, ranking, options.average_ties, result);
   }
   return result;
 }
@@ -107,7 +108,7 @@ void pld_rows(const PldArguments& arguments, int64_t begin, int64_t end) {
                   if (g) std::fill(g, g + n, T(0));
                 } else {
                   PldRow<T> row{s, t, n, arguments.target ? arguments.target[index] : -1,
-                                static_cast<T>(1 / arguments.teacher_temperature), g, weight(index), coarse};
+                                static_cast<T>(1 / arguments.options.teacher_temperature), g, weight(index), coarse};
                   row.describe();
                   if (row.defined) {
                     result = pld_row(arguments, row, index);

@@ -1,4 +1,4 @@
-// A long row in which classes that hardly differ share a place, where that provably changes hardly anything.
+// A long row in which classes of almost equal teacher logits share a place, within a proven error bound.
 //
 // Classes, the label apart, are put into bins by falling teacher logit. For a bin with the sums A of alpha and E of w, let
 // Z_end be the sum of w behind it and Z_start = Z_end + E. In the true ranking, every Z of its members lies between
@@ -7,8 +7,8 @@
 //   the loss by at most                A log(Z_start / (Z_end + min w)),
 //   the gradient's L1 norm by at most  A E / (Z_end + min w) + A E / Z_start,
 //
-// where the first term is the members' own gradient and the second all that comes after. Errors of bins add up. As
-// log(x) <= x - 1, the gradient's bound holds for the loss as well. Bins whose errors do not fit into the tolerance are
+// where the first term is the members' own gradient and the second that of all classes behind them. Errors of bins add
+// up. As log(x) <= x - 1, the gradient's bound holds for the loss as well. Bins whose errors exceed the tolerance are
 // sorted.
 #pragma once
 
@@ -22,7 +22,7 @@ class PldBins {
  public:
   explicit PldBins(const PldRow<T>& row) : row_(row) {}
 
-  // Returns false if the row is better sorted whole.
+  // Returns false if sorting the whole row is faster.
   bool run(double tolerance, PldResult& result) {
     if (!deal() || !choose(tolerance * all_alpha_)) return false;
     rank_chosen();
@@ -36,7 +36,7 @@ class PldBins {
   static constexpr int64_t BINS = 4096, LABEL = BINS, EXCLUDED = BINS + 1, HOMES_OF_CLASSES = BINS + 2;
   static constexpr int L = Simd<T>::lanes;
   static constexpr T INF = std::numeric_limits<T>::infinity();
-  typedef double quad __attribute__((vector_size(4 * sizeof(double))));  // a crowded bin needs double
+  typedef double quad __attribute__((vector_size(4 * sizeof(double))));  // float sums would stop growing in a crowded bin
   static constexpr int ALPHA = 0, WORTH = 1, MEMBERS = 2, COST = 3;  // of a bin; a cost is alpha * (top - s)
 
   // One pass over the classes: exponentials, bins, and the bins' sums.
@@ -89,8 +89,8 @@ class PldBins {
     return true;
   }
 
-  // Marks bins to be sorted until the errors of all others are allowed: those with the largest errors, from some power
-  // of two on. Returns false if they hold more than a quarter of the classes.
+  // Marks the bins to sort, those with the largest errors, until the others' errors are within `allowed`. Errors are told
+  // apart by powers of two only. Returns false if the marked bins hold more than a quarter of the classes.
   bool choose(double allowed) {
     std::memset(chosen_, 0, HOMES_OF_CLASSES);
     if (error_ <= allowed) return true;

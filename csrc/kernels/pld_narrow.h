@@ -6,10 +6,11 @@
 
 namespace luce::LUCE_ISA {
 
-// Returns false, with nothing written, if a place that counts lies so far below the row's top that the sum of all that
-// follows could lose digits. `prefix`, if given, receives the sum of alpha/Z over all places, for unranked classes.
+// Returns false, with nothing written, if a place that counts lies so far below the row's top that the sum over the places
+// behind it could lose digits. `prefix`, if given, receives the sum of alpha/Z over all places, for unranked classes.
 //
-// Within a vector of places, sums are taken in the row's own precision; from vector to vector they are carried in double.
+// Sums run in the row's own precision within a vector of places, and in double from vector to vector: their errors would
+// grow with the length of the row.
 template <class T>
 bool pld_narrow(const PldRow<T>& row, const Ranking& ranking, PldResult& result, double* prefix = nullptr) {
   constexpr int L = Simd<T>::lanes;
@@ -40,7 +41,7 @@ bool pld_narrow(const PldRow<T>& row, const Ranking& ranking, PldResult& result,
   if (any(far)) return false;
   const double normaliser = 1 / (total(alphas) + ranking.rest_alpha);
 
-  // Z from the last place to the first. A place's class is chosen there with probability w/Z, the others with rest/Z.
+  // Z from the last place to the first. The class of a place is chosen with probability w/Z, those behind it with rest/Z.
   Sums<T> losses;
   double behind = ranking.rest_worth;
   for (int64_t k = padded - L; k >= 0; k -= L) {

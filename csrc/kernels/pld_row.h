@@ -1,4 +1,4 @@
-// One row of a Plackett-Luce loss and what all ways of computing it need to know.
+// One row of a Plackett-Luce loss, as all ways of computing it need it.
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,7 @@ struct PldRow {
   T low_s = 0, low_t = 0;  // smallest of the classes that the teacher does not exclude
   bool defined = false;    // false for NaN, for +inf, and where a network excludes every class
 
-  // Teacher logits lower than this under the top have weight 0, and their order does not matter.
+  // How far below the top teacher logits have a weight above 0; the order of the others does not matter.
   T span() const {
     const T range = top_t - low_t, all = -Simd<T>::exp_min / softness;
     return range < all ? range : all;
@@ -44,7 +44,7 @@ struct PldRow {
     const double x = (double(t[i]) - double(top_t)) * double(softness);
     return x < Simd<T>::exp_min ? 0 : std::exp(x);
   }
-  // What rounding took from the difference is put back: far below the top it is worth several units in the last place.
+  // e^(s - top) with the rounding of the difference put back: far below the top it costs several units in the last place.
   vec_t<T> worth(vec_t<T> student) const {
     const vec_t<T> u = student - top_s, shift = u - student, w = exp(u);
     const vec_t<T> lost = (student - (u - shift)) - (top_s + shift);
@@ -74,7 +74,7 @@ struct PldRow {
   }
 };
 
-// A row's first places, in order, and what is left without one.
+// A row's first places, in order, and the sums over all other classes.
 struct Ranking {
   uint32_t* order;    // with room for another vector of places
   int64_t count;      // classes in `order`

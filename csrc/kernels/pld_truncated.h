@@ -1,4 +1,4 @@
-// A long row of which only the first places count: they are found without sorting the rest.
+// A long row of which only the first places count, selected without sorting the rest.
 #pragma once
 
 #include "order.h"
@@ -7,8 +7,8 @@
 
 namespace luce::LUCE_ISA {
 
-// Finds a value that at least `wanted` of the row reach, from the maxima of blocks: the wanted-th largest maximum. Then
-// gathers the classes that reach it, in rising order; returns how many, or -1 if there are more than NETWORK_MAX.
+// Takes the wanted-th largest maximum of the row's blocks, a value that at least `wanted` classes reach, and gathers the
+// classes that reach it by rising index. Returns their number, or -1 if there are more than NETWORK_MAX.
 template <class T>
 int64_t pld_candidates(const PldRow<T>& row, int64_t wanted, uint32_t* candidates) {
   constexpr int L = Simd<T>::lanes, DEEP = 16, BLOCK = DEEP * L;
@@ -37,8 +37,8 @@ int64_t pld_candidates(const PldRow<T>& row, int64_t wanted, uint32_t* candidate
   return found;
 }
 
-// `places` counting places, or as many as leave less than `epsilon` of the teacher's probability. Returns false if the
-// row is better sorted whole.
+// Evaluates `places` places, or as many as leave less than `epsilon` of the teacher's probability. Returns false if
+// sorting the whole row is faster.
 template <class T>
 bool pld_truncated(const PldRow<T>& row, int64_t places, double epsilon, PldResult& result) {
   constexpr int L = Simd<T>::lanes;
@@ -65,7 +65,7 @@ bool pld_truncated(const PldRow<T>& row, int64_t places, double epsilon, PldResu
   for (int64_t i = 0; i < others; ++i) order[count + i] = candidates[order[count + i]];
   count += others;
 
-  // Exponentials of all classes; then those of the ranked ones are taken out before anything is summed.
+  // Exponentials of all classes. Those of the ranked ones become 0 before the sum: subtracted from it, they would cancel.
   T* worth = scratch().get<T>(HOMES, row.n + L);
   Sums<T> alphas;
   int64_t i = 0;

@@ -1,5 +1,5 @@
-// A ranked row of any spread, and rows whose tied classes share their places: scalar, in double, each sum with an
-// exponent of its own, as in the Two-Pass Softmax.
+// A ranked row of any spread, and rows whose tied classes share their places: scalar, in double, each sum with its own
+// exponent, as in the Two-Pass Softmax.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ struct Extended {
   static Extended exp(double x) {
     if (x == -INFINITY) return {};
     const double exponent = std::floor(x * 0x1.71547652B82FEp+0);
-    if (exponent < -0x1p40) return {1, exponent};  // neighbours of such a number are worlds apart already
+    if (exponent < -0x1p40) return {1, exponent};  // neighbouring doubles differ by more than a factor of 2 here
     const double reduced = std::fma(exponent, -0x1.62E42FEFA0000p-1, x) - exponent * 0x1.CF79ABC9E3B39p-40;
     return {std::exp(reduced), exponent};
   }
@@ -77,7 +77,7 @@ void pld_wide(const PldRow<T>& row, const Ranking& ranking, bool share_ties, Pld
         const double odds = w.mantissa > 0 ? rest * w.inverse() : INFINITY;
         result.loss += alpha[k] * (odds < 1 ? std::log1p(odds) : w.mantissa > 0 ? z.log_over(w) : INFINITY);
       }
-      const bool nothing = z.mantissa == 0;  // an excluded class with none but excluded ones behind it
+      const bool nothing = z.mantissa == 0;  // an excluded class with only excluded classes behind it
       const double g = w * before - alpha[k] * (nothing ? 1 : rest * z.inverse());
       if (row.g) row.g[order[k]] = static_cast<T>(g * double(row.scale));
       if (!nothing) before = before + z.inverse().times(alpha[k]);

@@ -58,8 +58,8 @@ struct Decay {
   }
 };
 
-// What a pair costs, 1 - a, as a sum of what is positive, for nothing may cancel where a is almost 1; and what the
-// student's difference adds to a, divided by the steepness.
+// The cost of a pair, 1 - a, as a sum of positive terms, so that nothing cancels where a is almost 1; and the slope of a
+// in the student's difference, divided by the steepness.
 template <class T>
 struct Pair {
   vec_t<T> cost, slope;
@@ -91,7 +91,7 @@ inline Pair<T> pair_of(vec_t<T> ds, vec_t<T> dt, T k) {
     return {tied ? one : cost, with_sign<T>(T(4) * s.e * half * half, dt)};
   } else if constexpr (FORM == RkkdForm::product) {
     vec_t<T> x = ds * dt;
-    x = x == x ? x : fill(T(0));  // a tie of one network outweighs an infinite difference of the other
+    x = x == x ? x : fill(T(0));  // 0 * inf: a tie in one network decides
     const Decay<T> p(magnitude<T>(x) * (2 * k));
     const vec_t<T> half = T(1) / (T(1) + p.e), slope = dt * (T(4) * p.e * half * half);
     return {T(2) * half * (x < T(0) ? one : p.e), magnitude<T>(dt) < INF<T> ? slope : fill(T(0))};
@@ -101,7 +101,7 @@ inline Pair<T> pair_of(vec_t<T> ds, vec_t<T> dt, T k) {
   }
 }
 
-// a - b, where two classes that a network excludes are tied. They cannot move: `fixed` marks them.
+// a - b, where two classes that a network excludes are tied and, as `fixed` marks, have no gradient.
 template <class T>
 inline vec_t<T> difference(vec_t<T> a, vec_t<T> b, mask_t<T>& fixed) {
   const vec_t<T> d = a - b;

@@ -62,7 +62,7 @@ class RunningSum {
   vec_t<double> carry_ = {};
 };
 
-// mantissa * e^scale, for sums that no double holds. The scale is a number of the row itself, hence any finite one.
+// mantissa * e^scale, for sums beyond the range of double. The scale is one of the row's own logits, any finite number.
 struct Scaled {
   vec_t<double> mantissa, scale;
 

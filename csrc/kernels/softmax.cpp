@@ -1,5 +1,4 @@
-// Softmax and log-softmax of rows, by several algorithms that differ in how often they read a row and in what they
-// know when they do.
+// Softmax and log-softmax of rows, by several algorithms that differ in how often they read and write a row.
 //
 //                        reads + writes of x and y   exponentials
 //   three_pass_recompute   3 + 1                      2    maximum; sum; result
@@ -8,8 +7,8 @@
 //   two_pass               2 + 1                      2    sum with its own exponent, no maximum; result
 //   two_pass_lazy          2 + 1                      2    the same, the exponent moved only when it must be
 //
-// Stored exponentials would be rounded twice in 16 bits, and a logarithm has no use for them: three_pass_reload
-// calculates them again there.
+// Exponentials stored in 16 bits would be rounded twice, and a logarithm does not need them: three_pass_reload becomes
+// three_pass_recompute there.
 
 #include "../softmax.h"
 
@@ -87,7 +86,7 @@ wide_t<S> highest_of(const S* x, int64_t n) {
   return highest_lane(max(top.a, top.b));
 }
 
-// All of the lanes together.
+// Joins the lanes to one sum.
 template <class T, bool POWER>
 Normaliser gather(Gathered<T>& g) {
   const T at = highest_lane(max(g.at.a, g.at.b));
@@ -190,7 +189,7 @@ LUCE_LOOP void softmax_short(const S* x, S* y, int64_t n, bool logarithm) {
   using W = wide_t<S>;
   constexpr int64_t UNIT = Element<S>::UNIT;
   const int64_t units = n / UNIT, rest = n % UNIT;
-  const Pair<W> x_end = Element<S>::load(x + n - UNIT);  // what comes last may overlap what comes before
+  const Pair<W> x_end = Element<S>::load(x + n - UNIT);  // the last unit may overlap the one before
   const Pair<W> top = highest(x, UNIT, units, x_end);
   const Reference<W, false> r(fill(highest_lane(max(top.a, top.b))));
   const Pair<W> end = {r.exp(x_end.a).value(), r.exp(x_end.b).value()};
@@ -221,7 +220,7 @@ LUCE_LOOP void softmax_short(const S* x, S* y, int64_t n, bool logarithm) {
   Element<S>::store(y + n - UNIT, op(end));
 }
 
-// In the order of the slices, whoever calculated them.
+// In the order of the slices, whichever threads computed them: results do not depend on the number of threads.
 Normaliser combine(const Normaliser* parts, int64_t count, bool power) {
   Normaliser whole = parts[0];
   if (count == 1) return whole;
@@ -302,7 +301,7 @@ void softmax_any(const SoftmaxArguments& arguments, Algorithm algorithm, const S
   }
 }
 
-// The sum near 1: what is large in it belongs to the exponent, for the logarithm has few digits.
+// Moves the power of 2 of the sum to the exponent: near 1, the logarithm of the sum keeps its digits.
 template <class T>
 void normalise(vec_t<T>& at, vec_t<T>& sum) {
   vec_t<T> e, f;

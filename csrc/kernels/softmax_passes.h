@@ -11,7 +11,7 @@
 #include "softmax_elements.h"
 #include "vec.h"
 
-// Loops take in all that they call: left to itself, a compiler finds that there is too much of it.
+// Inlines everything that a loop calls, which the compiler's own limits would prevent.
 #define LUCE_LOOP __attribute__((flatten)) inline
 
 namespace luce::LUCE_ISA {
@@ -80,8 +80,9 @@ struct Exponential {
   vec_t<T> value() const { return mantissa * power<T>(biased); }
 };
 
-// What a row's exponentials are relative to: e^at, usually its maximum, or 2^at. Of the power nothing needs to be
-// subtracted, so that it needs no maximum; the maximum makes the largest exponential exactly 1.
+// The reference of a row's exponentials: e^at, at being usually its maximum, or 2^at. The maximum makes the largest
+// exponential exactly 1, but x - at is rounded. A power of 2 is subtracted from the exponent instead, without rounding, and
+// need not be the maximum.
 template <class T, bool POWER>
 class Reference {
   using V = vec_t<T>;
@@ -313,8 +314,8 @@ struct TwoPass {
   }
 };
 
-// The same with an exponent that moves only when it must: a block is added as if no term were much above it, and once
-// more if one was.
+// The same with an exponent that moves only when necessary: a block is added as if no term were much above it, and added
+// again if one was.
 template <class S>
 struct TwoPassLazy {
   static constexpr bool POWER = true;

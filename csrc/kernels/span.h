@@ -49,8 +49,8 @@ inline const T* without(const T* row, int64_t n, int64_t index, int slot) {
   return copy;
 }
 
-// Calls row(index, student, teacher, gradient, weight) for the rows that count. It returns the value, and writes the
-// gradient times the weight unless there is no place for it (null) or the value is NaN.
+// Calls row(index, student, teacher, gradient, weight) for the rows of a weight other than 0. It returns the value and
+// writes the gradient times the weight, unless `gradient` is null or the value NaN.
 template <class T, class Arguments, class Row>
 void weighted_rows(const Arguments& arguments, int64_t begin, int64_t end, Row row) {
   const int64_t n = arguments.student.classes;

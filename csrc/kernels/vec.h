@@ -218,10 +218,11 @@ inline vec_t<double> exp_reduced(vec_t<double> t) {
   return p;
 }
 
-// e^x for x <= 80 or so; 0 below Simd::exp_min, where it would not be a normal number. A NaN gives some number:
-// kernels look for NaN once a row, not once an exponential.
+// e^x for x <= 80 or so; 0 below Simd::exp_min, where it would not be a normal number. A NaN gives an arbitrary number:
+// kernels test for NaN once a row, not once an exponential.
 //
-// Adding 1.5 * 2^mantissa_bits rounds to the nearest integer and leaves it, biased, in the lowest bits.
+// Adding 1.5 * 2^mantissa_bits rounds to the nearest integer and leaves it, biased, in the lowest bits. ln 2 is split in
+// two, the first part so short that its product with n is exact: the difference to x then loses no digits.
 inline vec_t<float> exp(vec_t<float> x) {
   const mask_t<float> tiny = x < Simd<float>::exp_min;
   const vec_t<float> magic = fill(0x1.8000FEp23f);
@@ -251,6 +252,7 @@ inline vec_t<double> exp(vec_t<double> x) {
 }
 
 // log(1 + f) - f for sqrt(1/2) <= 1 + f <= sqrt(2): a polynomial in float (Cephes), a rational form in double (fdlibm).
+// Without f, which the caller adds last: near 0 it is almost all of the logarithm, and exact.
 inline vec_t<float> log1p_rest(vec_t<float> f) {
   vec_t<float> p = f * 7.0376836292e-2f - 1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;
@@ -280,7 +282,8 @@ inline V log1p_reduced(V f) {
   return f + log1p_rest(f);
 }
 
-// x = 2^e (1 + f) with 1 + f between sqrt(1/2) and sqrt(2); x a normal number above 0. `e` is a whole number.
+// x = 2^e (1 + f) with 1 + f between sqrt(1/2) and sqrt(2); x a normal number above 0. `e` is a whole number. With 1 + f
+// from 1 to 2, logarithms just below 1 would be differences of ln 2 and almost ln 2.
 inline void split(vec_t<float> x, vec_t<float>& e, vec_t<float>& f) {
   mask_t<float> bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -324,7 +327,7 @@ inline V log(V x) {
   return times_ln2(e, log1p_reduced(f));
 }
 
-// -log(p) where `c` = 1 - p is known better than p tells it: exact to rounding also where p is almost 1.
+// -log(p), given `c` = 1 - p to full precision: exact to rounding also where p is almost 1 and has rounded c away.
 template <class V>
 inline V minus_log(V p, V c) {
   V e, f;

@@ -131,9 +131,18 @@ def agree(op, student, teacher, temperature=1.0, *, rtol=1e-5, **more):
     return values, gradient
 
 
+LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 100, 1000, 1001]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Each operator at each length and in each dtype, and each length in each dtype.
+PAIRWISE = [
+    pytest.param(op, classes, DTYPES[(i + j) % 4], id=f"{name}-{classes}-{DTYPES[(i + j) % 4]}")
+    for i, (name, op) in enumerate(OPS.items())
+    for j, classes in enumerate(LENGTHS)
+]
+
+
 @native
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 100, 1000, 1001])
+@pytest.mark.parametrize(("op", "classes", "dtype"), PAIRWISE)
 def test_engines_agree(op, classes, dtype):
     student, teacher = logits(5, classes, dtype=dtype)
     agree(op, student, teacher, 2.5, rtol=1e-11 if dtype == torch.float64 else 1e-5)
@@ -315,11 +324,16 @@ def test_labels_that_name_no_class_spoil_their_row(backend):
 # Digits
 
 
+# Each pair of values of any two parameters.
+BUDGETS = [
+    (classes, spread, (1.0, 3.0, 1e4)[(i + j) % 3], (None, 1e-3)[(i + j // 2) % 2])
+    for i, classes in enumerate((2, 9, 100, 1000))
+    for j, spread in enumerate((1.0, 50.0, 1e3, 1e4))
+]
+
+
 @native
-@pytest.mark.parametrize("spread", [1.0, 50.0, 1e3, 1e4])
-@pytest.mark.parametrize("temperature", [1.0, 3.0, 1e4])
-@pytest.mark.parametrize("classes", [2, 9, 100, 1000])
-@pytest.mark.parametrize("noise", [None, 1e-3], ids=["apart", "close"])
+@pytest.mark.parametrize(("classes", "spread", "temperature", "noise"), BUDGETS)
 def test_error_budget(op, classes, temperature, spread, noise):
     """Relative errors, down to values too small to matter.
 
@@ -444,6 +458,7 @@ def test_every_temperature(kind, temperature, dtype, backend):
 
 
 @native
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="not an x86-64 processor")
 @pytest.mark.parametrize("name", ["x86-64-v2", "x86-64-v3"])
 def test_every_instruction_set(name):

@@ -44,23 +44,23 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
 
 
 def test_what_triton_there_is(monkeypatch):
-    found = {"triton": "3.10.1"}
+    versions = {"triton": "3.10.1"}
 
     def version(name):
-        if name not in found:
+        if name not in versions:
             raise importlib.metadata.PackageNotFoundError
-        return found[name]
+        return versions[name]
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: versions)
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert engines._triton_problem() is None
-    found["triton"] = "3.5.1"
+    versions["triton"] = "3.5.1"
     assert "Triton 3.5.1 is older than 3.6" in engines._triton_problem()
-    found = {"pytorch-triton": "3.5.0+git1234"}
+    versions = {"pytorch-triton": "3.5.0+git1234"}
     assert "is older than 3.6" in engines._triton_problem()
-    found = {}  # built from source: nobody knows
+    versions = {}  # built from source: the version is unknown
     assert engines._triton_problem() is None
-    found = None
+    versions = None
     assert "not installed" in engines._triton_problem()
 
 

@@ -1,6 +1,9 @@
-"""How the fused operators are differentiated, beyond a walk back: by `torch.func`, and in batches."""
+"""Fused operators: their declarations, and derivatives by `torch.func` and in batches."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +11,49 @@ from torch.testing import assert_close
 
 from luce.ops import engines
 from luce.ops.kd import forward_kl
+from luce.ops.kd.reference import KINDS
+from luce.ops.pld import PldOptions
+from luce.ops.rkkd import FORMS
+from luce.ops.softmax import ALGORITHMS
+
+CSRC = Path(__file__).parents[2] / "csrc"
 
 pytestmark = pytest.mark.skipif(engines.WHY_NOT is not None, reason=f"no native library: {engines.WHY_NOT}")
+
+
+def test_schemas_are_derived_from_the_references():
+    rows = "(Tensor values, Tensor gradient)"
+    logits = "Tensor student, Tensor teacher"
+    options = "float teacher_temperature, int top_k, float epsilon, float tolerance, bool average_ties"
+    for op, arguments, results in (
+        ("cross_entropy", "Tensor student, Tensor target, Tensor? weight, float label_smoothing", rows),
+        ("divergence", f"{logits}, Tensor? weight, int kind, float temperature, float beta", rows),
+        ("dkd", f"{logits}, Tensor target, Tensor? weight, float temperature, float alpha, float beta", rows),
+        ("rkkd", f"{logits}, Tensor? weight, int form, float steepness", rows),
+        (
+            "pld",
+            f"{logits}, Tensor? target, Tensor? weight, Tensor? order, {options}",
+            "(Tensor values, Tensor bound, Tensor gradient)",
+        ),
+    ):
+        schema = str(getattr(torch.ops.luce, op).default._schema)
+        assert schema == f"luce::{op}({arguments}, bool needs_gradient) -> {results}"
+
+
+@pytest.mark.parametrize(
+    ("header", "pattern", "names"),
+    [
+        ("pld.h", r"struct PldOptions \{(.*?)\}", PldOptions._fields),
+        ("divergence.h", r"enum class Divergence : int64_t \{(.*?)\}", KINDS),
+        ("rkkd.h", r"enum class RkkdForm : int64_t \{(.*?)\}", FORMS[:4]),
+        ("softmax.h", r"enum class SoftmaxAlgorithm : int64_t \{(.*?),\s*count", ALGORITHMS),
+    ],
+)
+def test_kernels_number_their_options_as_python_does(header, pattern, names):
+    """By position: nothing else would notice an exchange of two of them."""
+    (body,) = re.findall(pattern, (CSRC / header).read_text(encoding="utf-8"), re.DOTALL)
+    listed = re.findall(r"(\w+)\s*(?:[,;]|$)", body.strip())
+    assert [name.replace("automatic", "auto") for name in listed] == list(names)
 
 
 @pytest.fixture

@@ -144,9 +144,15 @@ ELSEWHERE = [
 ]
 """The cases for devices other than Hopper's."""
 
+QUICK = [
+    (90, cross_entropy, (64, 100), f32, {"gradient": False}),
+    (90, multiply_rows, (2, 19, 50), f16, {}),
+]
+"""The cases that are not marked slow; each of the others takes a second or more."""
 ALL = [(90, *case) for case in CASES] + [
     (capability, *case) for capability in (80, 100) for case in ELSEWHERE
 ]
+MARKED = [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in ALL]
 
 
 def named(case):
@@ -158,7 +164,7 @@ def named(case):
 
 
 class Device:
-    """What Triton asks of the driver when it compiles. Its number keeps it apart from any real device."""
+    """The driver as Triton queries it when it compiles. Its number differs from any real device's."""
 
     def __init__(self, capability):
         self.capability = capability
@@ -180,7 +186,7 @@ class Device:
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """What a call would have launched: ``compiled(capability, call)`` gives the kernels."""
+    """``compiled(capability, call)`` compiles the kernels that a call launches, and returns them."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -216,7 +222,7 @@ def used(kernel, folder):
     return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", line)}
 
 
-@pytest.mark.parametrize("case", ALL, ids=named)
+@pytest.mark.parametrize("case", MARKED, ids=named)
 def test_it_compiles_and_stays_in_registers(case, compiled, tmp_path):
     capability, op, shape, dtype, options = case
     options = dict(options)

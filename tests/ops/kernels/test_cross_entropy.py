@@ -1,4 +1,4 @@
-"""Cross-entropy in Triton: against float64, and what the operator promises."""
+"""Cross-entropy in Triton: against float64, and the contract of the operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 
 inf, nan = math.inf, math.nan
 ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
-"""A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
+"""A unit in the last place of a 16-bit gradient. The interpreter truncates bfloat16 instead of rounding."""
 
 
 @pytest.fixture(params=[0.0, 0.1])
@@ -146,13 +146,13 @@ def test_bad_input_raises(device):
 def test_the_loss_takes_the_kernel(device):
     student, target = batch(6, 5, 2, dtype=torch.float32, device=device)
     target[0, 0] = -100
-    found = []
+    results = []
     for backend in ("gpu", "reference"):
         x = student.detach().requires_grad_()
         value = luce.cross_entropy_loss(x, target, label_smoothing=0.1, backend=backend)
         (3 * value).backward()
-        found.append((value.detach(), x.grad))
-    assert_close(found[0], found[1])
+        results.append((value.detach(), x.grad))
+    assert_close(results[0], results[1])
 
 
 def test_more_classes_than_32_bits_can_count_are_refused(device):

@@ -1,4 +1,4 @@
-"""The divergences in Triton: against float64, and what the operators promise."""
+"""The divergences in Triton: against float64, and the contract of the operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPS = {
     "limit": lambda s, t, temperature, **more: kl_limit(s, t, **more),
 }
 ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
-"""A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
+"""A unit in the last place of a 16-bit gradient. The interpreter truncates bfloat16 instead of rounding."""
 
 
 @pytest.fixture(params=OPS.values(), ids=OPS)
@@ -81,7 +81,7 @@ def test_every_temperature_and_spread(op, temperature, spread, device):
 
 @pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-6])
 def test_close_networks(op, noise, device):
-    """Then two softmaxes taken apart leave no digits for what lies between them."""
+    """The difference of two separate softmaxes would keep no digits of their divergence."""
     student = 5 * torch.randn(2, 20)
     teacher = (student + noise * torch.randn_like(student)).to(device)
     student = student.to(device)
@@ -176,7 +176,7 @@ def test_a_class_that_the_teacher_excludes_and_the_student_all_but_excludes(op, 
 
 
 def test_two_sure_networks_in_float64(device):
-    """What lies between them is far below the smallest number of float32."""
+    """Their divergence is far below the smallest number of float32."""
     student, teacher = torch.tensor([[[0.0, 60.0]], [[0.0, 60.1]]], dtype=torch.float64, device=device)
     value, gradient = value_and_gradient(OPS["jsd"], student, teacher, 0.5, backend="gpu")
     truth, slope = value_and_gradient(OPS["jsd"], student, teacher, 0.5, backend="reference")

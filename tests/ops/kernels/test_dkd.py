@@ -1,4 +1,4 @@
-"""DKD in Triton: against float64, and what the operator promises."""
+"""DKD in Triton: against float64, and the contract of the operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 
 inf, nan = math.inf, math.nan
 ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
-"""A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
+"""A unit in the last place of a 16-bit gradient. The interpreter truncates bfloat16 instead of rounding."""
 PARTS = {"both": (1.0, 8.0), "the target alone": (1.0, 0.0), "the rest alone": (0.0, 2.0)}
 
 

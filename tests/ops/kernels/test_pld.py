@@ -1,4 +1,4 @@
-"""PLD in Triton: against float64, and what the operator promises, wherever the order comes from."""
+"""PLD in Triton: against float64, and the contract of the operator, with the order from either source."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 inf, nan = math.inf, math.nan
 VALUE, GRADIENT = 2e-6, 1e-5
 ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
-"""A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
+"""A unit in the last place of a 16-bit gradient. The interpreter truncates bfloat16 instead of rounding."""
 
 
 @pytest.fixture(params=["registers", "memory"])
 def where(request, monkeypatch):
-    """Where the order is: in the registers of several threads, or in memory, looked at 8 places at a time."""
+    """The order is in the registers of several threads, or in memory and read 8 places at a time."""
     from luce.ops.pld import triton
     from luce.ops.triton import launch
 
@@ -131,7 +131,7 @@ def test_one_logit_far_above_the_rest(gap, where, device):
 
 
 def test_certain_students(where, device):
-    """The losses are small: what is chosen is all but certain."""
+    """The losses are small: each choice is almost certain."""
     _, teacher, target = batch(4, 9, device=device)
     target = teacher.argmax(-1)
     agree(40 * teacher, teacher, target)

@@ -15,7 +15,7 @@ pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 
 inf, nan = math.inf, math.nan
 ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
-"""A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
+"""A unit in the last place of a 16-bit gradient. The interpreter truncates bfloat16 instead of rounding."""
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_every_spread(spread, device):
 
 
 def hard_teachers(classes):
-    """Rows by what is hard about them: how many reach the bound, and who comes first among equals."""
+    """Rows that are hard by the number of classes that reach the bound, or by ties."""
     rising = torch.linspace(-3, 3, classes)
     some = torch.full((classes,), -inf)
     some[[3, 40, 71]] = torch.tensor([0.5, -1.0, 0.5])

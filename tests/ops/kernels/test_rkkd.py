@@ -1,4 +1,4 @@
-"""RKKD in Triton: against float64, and what the operator promises."""
+"""RKKD in Triton: against float64, and the contract of the operator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [] if engines.INTERPRETED else [pytest.mark.gpu]
 every_form = pytest.mark.parametrize("form", FORMS[:4])
 inf, nan = math.inf, math.nan
 ROUNDING = {torch.bfloat16: 8e-3 if engines.INTERPRETED else 4e-3, torch.float16: 1e-3}
-"""A unit in the last place: what sixteen bits cost a gradient. The interpreter does not round bfloat16."""
+"""A unit in the last place of a 16-bit gradient. The interpreter truncates bfloat16 instead of rounding."""
 
 
 @pytest.fixture

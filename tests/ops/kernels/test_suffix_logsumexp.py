@@ -1,4 +1,4 @@
-"""Suffixes in Triton: against float64, and what the operator promises."""
+"""Suffixes in Triton: against float64, and the contract of the operator."""
 
 from __future__ import annotations
 
