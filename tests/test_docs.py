@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import TensorDataset
+
+from luce.config import parse
+from luce.recipes import Recipe, build_method
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -27,3 +31,14 @@ def test_the_method_of_ones_own_trains_its_teacher() -> None:
 def test_the_network_of_the_page_on_spikes_answers_as_before() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "spiking.md").read_text(encoding="utf-8"), re.DOTALL)
     exec(code, {})
+
+
+def test_the_recipes_of_the_pages_on_methods_and_black_boxes_are_valid() -> None:
+    blocks = [
+        yaml.safe_load(block)
+        for page in ("methods.md", "black-box.md")
+        for block in re.findall(r"```yaml\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    ]
+    assert len(blocks) == 3
+    for block in blocks:
+        build_method(parse(Recipe, block))
