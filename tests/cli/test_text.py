@@ -186,7 +186,7 @@ def test_distilling_in_one_call(bert_folder: Path) -> None:
             "augmentation `flip` expects images of shape (N, C, H, W), got (1, 8)",
         ),
         ({"data": {"strong_augment": "strong"}}, "augmentation `strong` expects images"),
-        ({"student": {"options": {"pad_token_id": 3}}}, "a network that takes token 0 for padding"),
+        ({"student": {"options": {"pad_token_id": 3}}}, "a network with padding token 0"),
         (
             {"student": {"options": {"vocab_size": 9}}},
             "at least the 15 tokens of the tokenizer, got one of 9",
@@ -196,7 +196,7 @@ def test_distilling_in_one_call(bert_folder: Path) -> None:
             "cannot be built with these options: Validation error for field 'num_hidden_layers': TypeError",
         ),
         ({"student": {"mean": [1.0], "std": [2.0]}}, "expected token ids of shape (N, T)"),
-        ({"data": {"options": {"tokenizer": "nowhere/at all"}}}, "`nowhere/at all` gives none"),
+        ({"data": {"options": {"tokenizer": "nowhere/at all"}}}, "got `nowhere/at all`"),
         ({"data": {"options": {"max_length": 64}}}, "expected `max_length` in 3 .. 32"),
         (
             {"student": {"options": {"max_position_embeddings": 6}}},

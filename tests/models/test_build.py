@@ -214,7 +214,7 @@ def test_hugging_face_door_refuses(tiny_vit, transformers, tmp_path: Path) -> No
         models.build(f"hf:{folder}", classes=5, input_shape=(3, 8, 8))
     with pytest.raises(UserError, match=r"cannot be built with these options: .*'flavour'"):
         models.build(f"hf:{folder}", classes=5, input_shape=(1, 8, 8), flavour="mild")
-    with pytest.raises(UserError, match=r"is no model on the hub and no local folder of one"):
+    with pytest.raises(UserError, match=r"to name a model on the hub or in a local folder"):
         models.build(f"hf:{tmp_path}", classes=5)
     transformers.MimiConfig().save_pretrained(tmp_path / "codec")
     with pytest.raises(UserError, match=r"a model of type `mimi`, for which transformers has no classifier"):

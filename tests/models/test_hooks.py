@@ -251,8 +251,8 @@ class Odd(nn.Module):
         ("twice", "`twice` runs more than once in a forward pass.*name a module that runs once"),
         ("never", "`never` did not run in this forward pass"),
         ("text", "expected a tensor at `text`, got str"),
-        ("before", r"caught at `before` has been changed in place since, as by ReLU\(inplace=True\)"),
-        ("inplace:input", "caught at `inplace:input` has been changed in place"),
+        ("before", r"features at `before` were changed in place, as by ReLU\(inplace=True\)"),
+        ("inplace:input", "features at `inplace:input` were changed in place"),
     ],
 )
 def test_what_cannot_be_caught(path: str, message: str) -> None:

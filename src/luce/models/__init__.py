@@ -1,4 +1,4 @@
-"""Networks by name: the small ones of the distillation literature, and doors to other libraries.
+"""Networks by name: small ones from the distillation literature, and loaders for other libraries.
 
 >>> import torch
 >>> from luce import models
@@ -9,20 +9,20 @@ torch.Size([2, 100])
 278324
 
 Every native network is a :class:`~luce.models.network.Network` and has the same five parts, whatever its
-family. A feature method names its layers by these dotted paths:
+family. Feature methods address layers by these dotted paths:
 
 =============  ==========================================================================================
 ``stem``       from the input to the first feature map
 ``stages.0``   and ``stages.1`` and so on: the blocks between two changes of resolution
-``neck``       what the family puts behind its last stage; passes its input on where there is none
-``pool``       to the vector ``(N, D)`` that is classified
+``neck``       layers after the last stage; the identity if the family has none
+``pool``       to the feature vector ``(N, D)``
 ``head``       the linear classifier, ``(N, D)`` to ``(N, classes)``
 =============  ==========================================================================================
 
 ``stages.0.-1.act:input`` is the map before the last activation of a residual stage; :mod:`luce.models.hooks`
-tells what else a path may say. ``stem``, the stages and ``pool`` are the list of features that the
-distillation literature counts from zero (for example `CRD <https://arxiv.org/abs/1910.10699>`_). No
-activation works in place, so what a hook has seen stays as it was.
+documents all paths. ``stem``, the stages and ``pool`` are the list of features that the distillation
+literature counts from zero (for example `CRD <https://arxiv.org/abs/1910.10699>`_). No activation works in
+place, so captured features stay valid.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Binary weights: layers that compute with one bit per weight and one scale per output filter."""
+"""Binary weights: layers with one bit per weight and one scale per output filter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GradientScale: TypeAlias = Literal["fan_in", "none"]
 
 
 class BinaryWeight(nn.Module):
-    r"""A parametrisation for `torch.nn.utils.parametrize`: from latent weights to ``scale * sign``.
+    r"""A parametrisation for `torch.nn.utils.parametrize` that maps latent weights to ``scale * sign``.
 
     The latent weights :math:`W` are centred over the input channels and clamped to :math:`[-1, 1]`, which
     gives :math:`V`. Filter :math:`o` with :math:`n` weights becomes
@@ -34,13 +34,12 @@ class BinaryWeight(nn.Module):
         \Bigl[\alpha_o g_i + \operatorname{sign}(V_i) \frac1n \sum_j \operatorname{sign}(V_j) g_j\Bigr]
         \bigl(1 - \tfrac1I\bigr) n,
 
-    the gradient of :math:`\alpha \operatorname{sign}` with the sign taken as straight through. The last two
-    factors are dropped with ``gradient_scale="none"``; for Adam they matter only beside its epsilon, for SGD
-    they are a learning rate.
+    the gradient of :math:`\alpha \operatorname{sign}` with a straight-through sign. ``gradient_scale="none"``
+    drops the last two factors; they scale the learning rate of SGD, and affect Adam only through its epsilon.
 
-    The code that this follows writes :math:`V` back into :math:`W` before every step. Here :math:`W` is left
-    alone, so that no forward pass changes a parameter: what is centred again in the next forward pass need
-    not be stored, and a weight at the clamp gets no gradient that leads further out.
+    The authors' code writes :math:`V` back into :math:`W` before every step. Here :math:`W` is unchanged, so
+    no forward pass modifies a parameter. The next forward pass centres :math:`W` again, and a weight at the
+    clamp gets no gradient that would move it further out.
 
     Args:
         gradient_scale: ``"fan_in"`` or ``"none"``.
@@ -74,13 +73,13 @@ class BinaryWeight(nn.Module):
         return weights * (1 - 1 / max(channels, 2)) if self.gradient_scale == "fan_in" else 1.0
 
     def parts(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Signs, of the shape of the weights, and the scale of each filter, ``(O,)``."""
+        """Return the signs, in the shape of the weights, and the scale of each filter, ``(O,)``."""
         signs, scale = _parts(_centred(latent.detach()).clamp(-1, 1))
         return signs, scale.flatten()
 
 
 def _centred(latent: Tensor) -> Tensor:
-    """Without the mean over the input channels; one channel alone, as in a depthwise layer, would vanish."""
+    """Subtract the mean over the input channels; a single channel (depthwise layers) would become 0."""
     return latent - latent.mean(1, keepdim=True) if latent.shape[1] > 1 else latent
 
 
@@ -105,6 +104,8 @@ class _Binarize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         centred = _centred(ctx.saved_tensors[0])
         through = _straight_through(centred, gradients[0])
+        # A step against the gradient would move these weights further beyond the clamp, where nothing returns
+        # them.
         outwards = (centred.abs() > 1) & (centred * through < 0)
         return ctx.factor * through.masked_fill(outwards, 0.0), None
 
@@ -115,16 +116,16 @@ class _Binarize(torch.autograd.Function):
 
 
 def _straight_through(centred: Tensor, direction: Tensor) -> Tensor:
-    """The derivative of scale times sign, a symmetric map, so that it serves backward and forward."""
+    """Apply the derivative of scale times sign, which is symmetric: backward and forward mode share it."""
     signs, scale = _parts(centred.clamp(-1, 1))
     return scale * direction + signs * (signs * direction).mean(tuple(range(1, signs.ndim)), keepdim=True)
 
 
 def binarize_(model: nn.Module, gradient_scale: GradientScale = "fan_in") -> nn.Module:
-    """Give all convolutions and linear layers of a network binary weights, in place, but the first and last.
+    """Binarise the weights of all convolutions and linear layers except the first and the last, in place.
 
-    First and last are told by the order in which the network lists its modules. The latent weights stand in
-    its state under ``parametrizations.weight.original``.
+    First and last refer to the order of ``model.modules()``. The state dict holds the latent weights under
+    ``parametrizations.weight.original``.
 
     Args:
         model: The network.
@@ -132,13 +133,13 @@ def binarize_(model: nn.Module, gradient_scale: GradientScale = "fan_in") -> nn.
     Returns:
         The network.
     Raises:
-        UserError: If it has no layer between the first and the last.
+        UserError: If there is no layer between the first and the last.
     """
     layers = [module for module in model.modules() if isinstance(module, WEIGHTED)]
     if len(layers) < 3:
         raise UserError(
-            f"expected a network of at least 3 convolutions and linear layers to make binary, of which the "
-            f"first and the last stay as they are, got {len(layers)}"
+            "expected a network with at least 3 convolutions and linear layers, of which the first and the "
+            f"last keep real weights, got {len(layers)}"
         )
     for layer in layers[1:-1]:
         parametrize.register_parametrization(layer, "weight", BinaryWeight(gradient_scale))
@@ -146,7 +147,7 @@ def binarize_(model: nn.Module, gradient_scale: GradientScale = "fan_in") -> nn.
 
 
 def binary_parts(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Signs and scales of a layer with binary weights; None for any other."""
+    """Return signs and scales of a layer with binary weights; None for other layers."""
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     chain: Any = layer.parametrizations["weight"]  # type: ignore[index]
@@ -156,16 +157,16 @@ def binary_parts(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def binary_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with binary weights, by path."""
+    """Return the layers with binary weights by path."""
     return {path: module for path, module in model.named_modules() if binary_parts(module) is not None}
 
 
 def baked(model: nn.Module) -> nn.Module:
-    """A copy in which binary weights are plain parameters of two values per filter, under plain names."""
+    """Return a copy in which binary weights are plain parameters with two values per filter."""
     plain = copy.deepcopy(model)
     layer: Any
     for layer in binary_layers(plain).values():
-        # Not `remove_parametrizations`, which takes the weight from the class, and so from the original too.
+        # Not `remove_parametrizations`: it changes the class, which the copy shares with the original.
         weight = layer.weight.detach().clone()
         layer.__class__ = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations
@@ -174,13 +175,13 @@ def baked(model: nn.Module) -> nn.Module:
 
 
 def size_in_bits(model: nn.Module) -> dict[str, int]:
-    """What it takes to store a network, and to store it without binary weights.
+    """Return the number of bits that store a network, with and without binary weights.
 
-    A binary weight takes one bit and each of its filters one scale of 32; everything else, the statistics of
-    batch normalisation included, takes the bits of its dtype.
+    A binary weight takes 1 bit and each of its filters a scale of 32 bits; everything else, including the
+    statistics of batch normalisation, takes the bits of its dtype.
 
     Returns:
-        ``bits``, ``full_precision_bits`` (binary weights in the dtype of their latent ones),
+        ``bits``, ``full_precision_bits`` (binary weights in the dtype of their latent weights),
         ``binary_weights``, ``scales`` and ``other`` (parameters and statistics).
     Example:
         >>> chain = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 2))
@@ -204,6 +205,6 @@ def size_in_bits(model: nn.Module) -> dict[str, int]:
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[GradientScale, dict[str, Any]]:
-    """What ``binary:NAME`` takes for itself, and what it hands on to the network."""
+    """Separate the options of ``binary:NAME`` from those of the network."""
     rest = dict(options)
     return rest.pop("gradient_scale", "fan_in"), rest

@@ -16,13 +16,13 @@ from .text import attends_to_padding
 class Classifier(nn.Module):
     """Raw inputs to logits: normalise, run the network, take its logits.
 
-    The data is handed out as it is, so that teacher and student can each have the normalisation they were
-    made for. The network itself stays plain under ``body``: its state dict knows nothing of this wrapper.
+    Data is not normalised when loaded, so teacher and student can each use the normalisation that they were
+    trained with. The network is unchanged under ``body``; its state dict has no keys of this wrapper.
 
     Args:
-        body: From normalised inputs to logits, or to an object that holds them as ``.logits``.
-        mean: Per channel (dimension 1 of a batch), or a single value for all.
-        std: As ``mean``; positive.
+        body: From normalised inputs to logits, or to an object with ``.logits``.
+        mean: Mean per channel (dimension 1 of a batch), or a single value.
+        std: Positive standard deviation, likewise.
 
     Example:
         >>> Classifier(nn.Flatten(), mean=[0.5], std=[0.5])(torch.tensor([[[0.0, 1.0]]]))
@@ -38,7 +38,7 @@ class Classifier(nn.Module):
         super().__init__()
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise UserError(
-                f"expected `mean` and a positive `std` of the same length, got {list(mean)} and {list(std)}"
+                f"expected `mean` and a positive `std` of equal length, got {list(mean)} and {list(std)}"
             )
         if attends_to_padding(body):
             warnings.warn(
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
                 stacklevel=2,
             )
         self.body = body
-        # Not persistent: they belong to the recipe, not to the weights.
+        # Not persistent: checkpoints of the body must load with or without this wrapper.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
         self.normalises = any(mean) or any(value != 1 for value in std)
@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         return logits_of(self.body(self.normalised(inputs)))
 
     def normalised(self, inputs: Tensor) -> Tensor:
-        """What the network is given."""
+        """Return the inputs as the network receives them."""
         if not self.normalises:
             return inputs
         along_channels = (-1, *[1] * (inputs.ndim - 2))

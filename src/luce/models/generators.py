@@ -1,4 +1,4 @@
-"""Networks that make images and that tell made ones from real ones, sized by the data."""
+"""Generator and discriminator of images, sized by the data."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from .network import image_channels
 
 SLOPE = 0.2
-"""Of the leaky ReLUs."""
+"""Negative slope of the leaky ReLUs."""
 
 
 class Generator(nn.Module):
-    """From latents ``(N, C)`` to images ``(N, channels, height, width)`` with values in [-1, 1].
+    """Generates images ``(N, channels, height, width)`` with values in [-1, 1] from latents ``(N, C)``.
 
-    A linear layer makes a small map, which is enlarged step by step, each time followed by a 3x3 convolution.
-    With 32x32 pixels and a `width` of 128 it is the generator of MEKD's code (312,705 parameters for 10
-    classes and grey images), except that batch normalisation has PyTorch's epsilon there, not 0.8. Other
-    sizes are ours: the first map has about a quarter of the image's sides, and at most 8 pixels a side.
+    A linear layer makes a small map; each step enlarges it and applies a 3x3 convolution. With 32x32 pixels
+    and a width of 128 this is the generator of MEKD's code (312,705 parameters for 10 classes and grey
+    images), except that batch normalisation has PyTorch's epsilon instead of 0.8. For other sizes we choose a
+    first map with about a quarter of the image's sides and at most 8 pixels per side.
 
     Args:
         classes: Size of the latents.
         input_shape: ``(channels, height, width)`` of the images; any size.
-        width: Channels within, at least 2; the last map has half as many.
+        width: Hidden channels, at least 2; the last map has half as many.
     Example:
         >>> images = Generator(10, (3, 9, 14), width=8)(torch.randn(2, 10))
         >>> images.shape, bool(images.abs().max() <= 1)
@@ -64,9 +64,10 @@ class Generator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def draw(self, count: int) -> Tensor:
-        """So many latents from the standard normal distribution, on the generator's device."""
+        """Draw ``count`` latents from the standard normal distribution, on the generator's device."""
         device = next(self.parameters()).device
-        return torch.randn(count, self.classes).to(device)  # the same draws on every device
+        # On the CPU first: a seed then gives the same latents on every device.
+        return torch.randn(count, self.classes).to(device)
 
     def forward(self, latents: Tensor) -> Tensor:
         images: Tensor = self.body(latents)
@@ -74,12 +75,12 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """From images with values in [-1, 1] to the log-odds that they are real, ``(N,)``.
+    """Returns the log-odds that images with values in [-1, 1] are real, ``(N,)``.
 
-    Three 3x3 convolutions of stride 2 with leaky ReLUs, and a linear layer. It has no batch normalisation,
-    unlike that of MEKD's code: shown real images and made ones apart, it takes the mean of either batch away,
-    and where the last map is a single pixel nothing is left by which the two differ on average. On 8x8
-    pixels such a discriminator learned nothing at all, nor did its generator.
+    Three 3x3 convolutions of stride 2 with leaky ReLUs, and a linear layer. Unlike the one in MEKD's code it
+    has no batch normalisation: with real and generated images in separate batches, normalisation removes the
+    mean of each batch, and with a last map of one pixel the two no longer differ on average. On 8x8 pixels
+    neither such a discriminator nor its generator learned anything.
 
     Args:
         input_shape: ``(channels, height, width)`` of the images; any size.

@@ -1,17 +1,18 @@
-"""Heads whose logits have mean zero: the start from which KD and logit matching go the same way.
+"""Heads whose logits have mean zero, for which KD and logit matching have the same limit.
 
-The gradient of cross-entropy and of KD has mean zero over the classes, so that a linear head's mean row
-``W.mean(0)`` and mean bias get none. SGD keeps both as they are, with momentum too; weight decay shrinks them
-by ``1 - lr * weight_decay`` a step without momentum. Adam and others that scale each parameter by itself do
-not keep them. A head whose means are 0 has logits of mean 0 for every input, and under SGD it stays so.
+The gradients of cross-entropy and of KD have mean zero over the classes, so the mean row ``W.mean(0)`` and
+the mean bias of a linear head get no gradient. SGD, with or without momentum, keeps both; weight decay
+without momentum shrinks them by ``1 - lr * weight_decay`` per step. Adam and other optimizers that scale
+parameters individually change them. A head with zero means gives logits with mean zero for every input, and
+SGD preserves this.
 
-An ordinary head behind a network that learns is another matter: its mean row is kept as well, but the
-features it is multiplied with are not, and so the mean logit of a row wanders. Only a head that starts at 0
-keeps it still. (Centre the teacher's logits, too, or its head.)
+With any other head the mean logit of a row changes during training: the mean row stays, but the features that
+it is multiplied with do not. Only a head that starts at zero avoids this. (Centre the teacher's logits or its
+head as well.)
 
 References:
     Chen et al., Exploring the Connection between Knowledge Distillation and Logits Matching, arXiv
-    2109.06458, state that equal means at the start are enough; the proof for networks above is our own.
+    2109.06458, state that equal means at the start suffice; the argument for deep networks is our own.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from ..errors import UserError
 
 
 def equal_mean_head(features: int, classes: int, *, bias: bool = True) -> nn.Linear:
-    """A linear classifier, started as PyTorch does and then centred: its logits have mean 0.
+    """Return a linear classifier with PyTorch's initialisation, centred so that its logits have mean 0.
 
     Args:
-        features: Width of the input.
-        classes: Width of the logits.
-        bias: Whether it has a bias.
+        features: Number of input features.
+        classes: Number of classes.
+        bias: Whether the layer has a bias.
     Example:
         >>> head = equal_mean_head(4, 3)
         >>> bool(head(torch.randn(5, 4)).mean(-1).abs().max() < 1e-6)
@@ -41,15 +42,15 @@ def equal_mean_head(features: int, classes: int, *, bias: bool = True) -> nn.Lin
 
 @torch.no_grad()
 def center_head_(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Take the mean over the classes out of a head, in place. Its probabilities stay as they were.
+    """Subtract the mean over the classes from a head, in place; its probabilities do not change.
 
     Args:
-        head: From features to logits, weight of shape ``(C, D)``.
+        head: Linear layer with a weight of shape ``(C, D)``.
     Returns:
-        What was taken out: the mean row ``(D,)``, and the mean bias ``()``, None without a bias. Adding them
-        to every class gives the old head back.
+        The mean row ``(D,)`` and the mean bias ``()``, None without a bias. Adding them to every class
+        restores the head.
     Raises:
-        UserError: If it is no linear layer.
+        UserError: If ``head`` is not a linear layer.
     Example:
         >>> head = nn.Linear(2, 3)
         >>> row, bias = center_head_(head)
@@ -59,7 +60,7 @@ def center_head_(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
     if not isinstance(head, nn.Linear):
         raise UserError(
             f"expected `head` to be a torch.nn.Linear, got {type(head).__name__}; the networks of Luce have "
-            "theirs under `.head`"
+            "theirs at `.head`"
         )
     row = head.weight.mean(0)
     head.weight.sub_(row)

@@ -1,4 +1,4 @@
-"""What the modules inside a network return, caught while it runs."""
+"""Capturing features: the outputs of modules inside a network during a forward pass."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ INPUT = ":input"
 
 
 class Features:
-    """Forward hooks on named modules of a network, for as long as a ``with`` block.
+    """Forward hooks on named modules of a network for the duration of a ``with`` block.
 
-    A path is the dotted name of a module, such as ``stages.0`` or ``pool``, and stands for what the module
-    returns; ``stages.0.2.act:input`` stands for what it is given, here the map before the block's activation.
-    ``stages.0.-1`` counts from behind. The wrappers around a network need no mention (`Classifier`,
-    ``torch.compile``, ``DistributedDataParallel``), and hooks stay where they are when one is put on later:
-    to compile a network, hook it first.
+    A path is the dotted name of a module, such as ``stages.0`` or ``pool``, and denotes the module's output;
+    ``stages.0.2.act:input`` denotes its input, here the map before the block's activation. ``stages.0.-1``
+    counts from the end. Paths omit wrappers around the network (`Classifier`, ``torch.compile``,
+    ``DistributedDataParallel``). Hooks remain in place when a wrapper is added later: register them before
+    compiling a network.
 
-    Of a tuple, a dict or an output object of Hugging Face it is the first tensor that is caught.
+    From a tuple, a dict or an output object of Hugging Face the first tensor is captured.
 
     Args:
-        model: The network; itself unchanged.
-        paths: Of the modules. One that is given twice counts once.
+        model: The network; unchanged apart from the hooks.
+        paths: Paths of modules; duplicates count once.
 
     Raises:
-        UserError: If there is no such module; names the nearest ones.
+        UserError: If a module does not exist; lists the closest names.
 
     Example:
         >>> from luce import models
         >>> model = models.build("cnn", classes=10, input_shape=(1, 8, 8))
         >>> with Features(model, ["stages.0", "pool"]) as features:
-        ...     with features.capture() as seen:
+        ...     with features.capture() as captured:
         ...         logits = model(torch.zeros(2, 1, 8, 8))
-        >>> {path: tuple(tensor.shape) for path, tensor in seen.items()}
+        >>> {path: tuple(tensor.shape) for path, tensor in captured.items()}
         {'stages.0': (2, 64, 4, 4), 'pool': (2, 64)}
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
         self.paths = tuple(dict.fromkeys(paths))
-        self._seen: dict[str, tuple[Tensor, int]] | None = None
+        self._captured: dict[str, tuple[Tensor, int]] | None = None
         self._with_gradient = False
         modules = {path: find(model, path) for path in self.paths}
         self._handles = [self._hook(module, path) for path, module in modules.items()]
@@ -62,45 +62,48 @@ class Features:
         self.close()
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     @contextmanager
     def capture(self) -> Iterator[dict[str, Tensor]]:
-        """Catch in one forward pass; the mapping from paths to tensors is filled when the block ends.
+        """Capture one forward pass; the mapping from paths to tensors is filled when the block ends.
 
-        Outside of this block the hooks do nothing, and nobody but the caller keeps what was caught.
+        Outside of this block the hooks do nothing, and this object keeps no reference to the tensors.
 
         Raises:
-            UserError: If a module ran not at all or more than once, returned no tensor, or what it returned
-                was changed in place before the block ended.
+            UserError: If a module did not run or ran more than once, returned no tensor, or its output was
+                changed in place before the block ended.
         """
-        seen: dict[str, tuple[Tensor, int]] = {}
-        self._seen, self._with_gradient = seen, torch.is_grad_enabled()
+        captured: dict[str, tuple[Tensor, int]] = {}
+        self._captured, self._with_gradient = captured, torch.is_grad_enabled()
         features: dict[str, Tensor] = {}
         try:
             yield features
         finally:
-            self._seen = None
+            self._captured = None
         for path in self.paths:
-            if path not in seen:
-                raise UserError(f"the module of `{path}` did not run in this forward pass; name another")
-            features[path], version = seen[path]
+            if path not in captured:
+                raise UserError(
+                    f"the module at `{path}` did not run in this forward pass; name another module"
+                )
+            features[path], version = captured[path]
             if version not in (UNKNOWN, _version(features[path])):
                 raise UserError(
-                    f"what was caught at `{path}` has been changed in place since, as by ReLU(inplace=True); "
-                    "name the module that changes it, or build the network without in-place operations"
+                    f"the features at `{path}` were changed in place, as by ReLU(inplace=True); name the "
+                    "module that changes them, or build the network without in-place operations"
                 )
 
     def _hook(self, module: nn.Module, path: str) -> RemovableHandle:
-        # Plain functions rather than bound methods: a copy of the network then shares this object.
+        # Plain functions, not bound methods: deepcopy of the network would copy a method's object, and the
+        # hooks of the copy would fill that one.
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._seen is not None:
+            if self._captured is not None:
                 self._keep(path, (args, kwargs))
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._seen is not None:
+            if self._captured is not None:
                 self._keep(path, output)
 
         if path.endswith(INPUT):
@@ -108,35 +111,35 @@ class Features:
         return module.register_forward_hook(after)
 
     def _keep(self, path: str, value: Any) -> None:
-        assert self._seen is not None
-        if path in self._seen:
+        assert self._captured is not None
+        if path in self._captured:
             raise UserError(
-                f"the module of `{path}` runs more than once in a forward pass, so that its features are "
-                "several; name a module that runs once"
+                f"the module at `{path}` runs more than once in a forward pass, so its features are "
+                "ambiguous; name a module that runs once"
             )
         tensor = first_tensor(value)
         if tensor is None:
             raise UserError(f"expected a tensor at `{path}`, got {type(value).__name__}; name another module")
         if self._with_gradient and not torch.is_grad_enabled():
             raise UserError(
-                f"the module of `{path}` runs without gradients inside the network, as under reentrant "
-                "checkpointing; use `use_reentrant=False`, or name a module outside of it"
+                f"the module at `{path}` runs without gradients inside the network, as under reentrant "
+                "checkpointing; use `use_reentrant=False`, or name a module outside the checkpoint"
             )
-        self._seen[path] = tensor, _version(tensor)
+        self._captured[path] = tensor, _version(tensor)
 
 
 UNKNOWN = -1
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place, where PyTorch keeps count."""
+    """Return PyTorch's count of in-place changes of a tensor; `UNKNOWN` if PyTorch does not count."""
     if torch.compiler.is_compiling() or tensor.is_inference():
         return UNKNOWN
     return tensor._version
 
 
 def first_tensor(value: object) -> Tensor | None:
-    """The first tensor in what a module was given or returned, outermost first; None if there is none."""
+    """Return the first tensor in a module's input or output, outermost first; None if there is none."""
     if isinstance(value, Tensor):
         return value
     parts: Iterable[object] = ()
@@ -151,10 +154,10 @@ def first_tensor(value: object) -> Tensor | None:
 
 
 def find(model: nn.Module, path: str) -> nn.Module:
-    """The module that a path names, below any wrapper of the network; see `Features`.
+    """Return the module at a path, below any wrapper of the network; see `Features`.
 
     Raises:
-        UserError: If there is none; names the nearest ones.
+        UserError: If there is none; lists the closest names.
     """
     network, name = model, path.removesuffix(INPUT)
     while True:
@@ -177,9 +180,9 @@ def _descend(network: nn.Module, name: str) -> nn.Module:
 
 
 def _unwrapped(network: nn.Module) -> nn.Module | None:
-    """What a wrapper holds; None if it is none."""
+    """Return the module inside a wrapper; None if ``network`` is not a wrapper."""
     if isinstance(network, (DistributedDataParallel, DataParallel)):
         return network.module
     if isinstance(network, Classifier):
         return network.body
-    return getattr(network, "_orig_mod", None)  # of torch.compile
+    return getattr(network, "_orig_mod", None)  # set by torch.compile

@@ -1,6 +1,6 @@
-"""Models from timm, torchvision, Hugging Face and the user's own Python.
+"""Models from timm, torchvision, Hugging Face and Python modules of the user.
 
-Each door is called as ``door(name, options, classes=..., input_shape=...)``.
+Each loader is called as ``loader(name, options, classes=..., input_shape=...)``.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from .text import mask_padding
 Options = Mapping[str, Any]
 
 LISTED = 8
-"""Weights that a warning names."""
+"""Number of weights that a warning lists."""
 
-SETTLED = ("dtype", "num_labels", "torch_dtype", "trust_remote_code")
-"""What transformers would take among the fields of a config, and is not the user's to choose here."""
+FIXED = ("dtype", "num_labels", "torch_dtype", "trust_remote_code")
+"""Arguments that transformers accepts among the fields of a config but that Luce sets itself."""
 
 
 class FreshWeights(UserWarning):
-    """Some weights of a network that was to come from a checkpoint are not in it."""
+    """A checkpoint lacks weights of the network, which start at random."""
 
 
 @contextmanager
 def fresh_weights_expected() -> Iterator[None]:
-    """Without `FreshWeights`: where others take their place at once, or the warning has been given before."""
+    """Suppress `FreshWeights`: other weights replace them at once, or the warning was given before."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FreshWeights)
         yield
 
 
 def from_timm(name: str, options: Options, *, classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """An architecture of timm, or a scheme of its own such as ``hf-hub:owner/name``."""
+    """Load an architecture of timm, or one of its schemes such as ``hf-hub:owner/name``."""
     channels = image_channels(input_shape)
     timm = import_optional("timm", "vision")
     if ":" not in name and not timm.is_model(name):
@@ -54,7 +54,7 @@ def from_timm(name: str, options: Options, *, classes: int, input_shape: tuple[i
 
 
 def from_torchvision(name: str, options: Options, *, classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """An image classifier of torchvision."""
+    """Load an image classifier of torchvision."""
     models = import_optional("torchvision.models", "vision")
     known = models.list_models(module=models)
     if name not in known:
@@ -70,20 +70,20 @@ def from_torchvision(name: str, options: Options, *, classes: int, input_shape: 
 def from_hugging_face(
     name: str, options: Options, *, classes: int, input_shape: tuple[int, ...]
 ) -> nn.Module:
-    """A classifier of images or of text from the Hugging Face hub or a local folder.
+    """Load a classifier of images or text from the Hugging Face hub or a local folder.
 
-    The checkpoint's head is kept if it fits ``classes``. Otherwise it starts afresh, which is right for a
-    student and never for a teacher: hence the warning. Options are those of the network's config, such as
-    ``num_hidden_layers``, which keeps the first ones of the checkpoint; with ``pretrained: false`` all
-    weights start afresh. They are float32 even where the checkpoint has fewer bits, which are too few to
-    learn with; ``training.precision`` saves memory. No code that comes with a checkpoint is run. A
-    classifier of text reads token ids ``(N, T)`` and looks past their padding; see `mask_padding`.
+    The checkpoint's head is kept if it fits ``classes``. Otherwise it is initialised at random, with a
+    warning: this is right for a student and never for a teacher. Options are fields of the network's config,
+    such as ``num_hidden_layers``, which keeps the first layers of the checkpoint; ``pretrained: false``
+    initialises all weights at random. Weights are float32 even if the checkpoint has fewer bits, which are
+    too few for training; ``training.precision`` saves memory. Code in a checkpoint is never run. A classifier
+    of text reads token ids ``(N, T)`` and masks their padding; see `mask_padding`.
     """
     transformers = import_optional("transformers", "text")
-    for option in sorted(options.keys() & set(SETTLED)):
+    for option in sorted(options.keys() & set(FIXED)):
         raise UserError(
-            f"`hf:{name}` has no option `{option}`: its weights are float32, its classes those of the data, "
-            "and no code of a checkpoint is run"
+            f"`hf:{name}` has no option `{option}`: Luce sets float32 weights and the classes of the data, "
+            "and runs no code of a checkpoint"
         )
     settings = {name: value for name, value in options.items() if name != "pretrained"}
     try:
@@ -93,9 +93,9 @@ def from_hugging_face(
             )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"`hf:{name}` is no model on the hub and no local folder of one: {one_line(error)}"
+            f"expected `hf:{name}` to name a model on the hub or in a local folder: {one_line(error)}"
         ) from error
-    except Exception as error:  # an option of another type than the config's has an error of its own
+    except Exception as error:  # options of a wrong type raise errors of their own classes
         raise UserError(f"`hf:{name}` cannot be built with these options: {one_line(error)}") from error
     if others:
         raise UserError(
@@ -118,7 +118,7 @@ def from_hugging_face(
             model = _from_checkpoint(transformers, factory, name, classes, settings)
         else:
             model = factory.from_config(config)
-    except Exception as error:  # wrong options and damaged files fail in many ways
+    except Exception as error:  # wrong options and damaged files raise many kinds of errors
         raise UserError(f"`hf:{name}` cannot be built with these options: {one_line(error)}") from error
     model = model.float()
     return mask_padding(model) if reads_text else model
@@ -142,7 +142,7 @@ def _from_checkpoint(
         more = f" and {len(fresh) - LISTED} more" if len(fresh) > LISTED else ""
         warnings.warn(
             f"the checkpoint `hf:{name}` does not fill {', '.join(fresh[:LISTED])}{more} for {classes} "
-            "classes; these start at random, so train the model before you take it as a teacher",
+            "classes; these start at random, so train the model before you use it as a teacher",
             FreshWeights,
             stacklevel=4,
         )
@@ -151,7 +151,7 @@ def _from_checkpoint(
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Without what transformers says of labels and weights that do not fit; our warning has what matters."""
+    """Suppress transformers' messages about weights that do not fit; `FreshWeights` replaces them."""
     logging = transformers.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -165,13 +165,13 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 
 def from_python(path: str, options: Options, *, classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """What an importable function or class returns."""
+    """Call an importable function or class, and return its result."""
     module_name, _, attribute = path.rpartition(".")
     if not module_name:
         raise UserError(f"expected `python:package.module.attribute`, got `python:{path}`")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may fail in any way; the cause stays in the traceback
+    except Exception as error:  # a user's module can raise anything; the traceback keeps the cause
         raise UserError(
             f"could not import `{module_name}` for `python:{path}` ({type(error).__name__}: {error}); "
             "is its folder on PYTHONPATH?"
@@ -179,7 +179,7 @@ def from_python(path: str, options: Options, *, classes: int, input_shape: tuple
     if not hasattr(module, attribute):
         raise unknown_name(f"attribute of `{module_name}`", attribute, dir(module))
     factory = getattr(module, attribute)
-    # A module is callable too, but calling it runs a forward pass.
+    # A module instance is callable too, but the call runs a forward pass.
     if not callable(factory) or isinstance(factory, nn.Module):
         raise UserError(
             f"expected `python:{path}` to name a function or class that builds a model, "
@@ -189,10 +189,10 @@ def from_python(path: str, options: Options, *, classes: int, input_shape: tuple
 
 
 def call(name: str, factory: Callable[..., nn.Module], options: Options, **offered: Any) -> nn.Module:
-    """``factory(**options)``, with those of the ``offered`` arguments that it takes.
+    """Call ``factory(**options)`` with those of the ``offered`` arguments that it accepts.
 
     Raises:
-        UserError: If the factory does not take an option, or needs an argument that nobody gave.
+        UserError: If the factory does not accept an option, or an argument is missing.
     """
     signature = inspect.signature(factory)
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):

@@ -14,7 +14,7 @@ from .network import Network, chain, conv_bn, image_channels
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter each channel, narrow without activation; the input is added where the shapes allow it."""
+    """Expand, filter each channel, project without activation; add the input if the shapes match."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, expansion: int) -> None:
         super().__init__()
@@ -32,10 +32,10 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenetv2(*, classes: int, input_shape: tuple[int, ...]) -> Network:
-    """MobileNetV2 at half width with expansion 6, as the distillation literature trains it on CIFAR.
+    """Build MobileNetV2 at half width with expansion 6, as in the distillation literature on CIFAR.
 
-    Against the ImageNet network the second group keeps its resolution, the activation is a plain ReLU, and
-    the last 1x1 convolution keeps its full 1280 channels.
+    Compared with the ImageNet network, the second group keeps its resolution, the activation is ReLU, and the
+    last 1x1 convolution has its full 1280 channels.
     """
     first = partial(InvertedResidual, expansion=1)
     block = partial(InvertedResidual, expansion=6)

@@ -1,4 +1,4 @@
-"""The frame that all native networks share, and the few pieces they are made of."""
+"""The base class of all native networks, and shared building blocks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..errors import UserError
 class Network(nn.Module):
     """A classifier in five named parts: ``stem``, ``stages``, ``neck``, ``pool`` and ``head``.
 
-    Convolutions start from He's normal distribution over their outputs, with zero biases; batch
-    normalisation starts as the identity, the head as PyTorch's default.
+    Convolutions are initialised by He's normal distribution (fan out) with zero biases, batch normalisation
+    as the identity, the head by PyTorch's default.
 
     Args:
         stem: From the input ``(N, *input_shape)`` to the first features.
-        stages: In order; each is addressed as ``stages.0``, ``stages.1``, ...
-        features: Width ``D`` of what ``pool`` returns.
-        classes: Width of the logits.
-        neck: Between the last stage and the pooling; the identity unless given.
-        pool: To ``(N, D)``; the global average over the map unless given.
+        stages: Stages in order, addressed as ``stages.0``, ``stages.1``, ...
+        features: Width ``D`` of the output of ``pool``.
+        classes: Number of classes.
+        neck: Layers between the last stage and the pooling; None for the identity.
+        pool: Pooling to ``(N, D)``; None for the global average over the map.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ def conv_bn(
     bias: bool = False,
     relu: bool = True,
 ) -> nn.Sequential:
-    """Convolution that keeps the size of the map at stride 1, batch normalisation and, if asked, a ReLU."""
+    """Return a convolution (same size at stride 1), batch normalisation and, with ``relu``, a ReLU."""
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
     layers: list[nn.Module] = [convolution, nn.BatchNorm2d(outputs)]
     if relu:
@@ -71,11 +71,11 @@ def conv_bn(
 
 
 Block = Callable[[int, int, int], nn.Module]
-"""Makes one block from its input channels, output channels and stride."""
+"""Builds a block from input channels, output channels and stride."""
 
 
 def chain(block: Block, inputs: int, outputs: int, depth: int, stride: int) -> nn.Sequential:
-    """``depth`` blocks in a row, of which the first changes the width and the resolution."""
+    """Return ``depth`` blocks in sequence; the first changes width and resolution."""
     return nn.Sequential(
         block(inputs, outputs, stride), *(block(outputs, outputs, 1) for _ in range(depth - 1))
     )
@@ -84,7 +84,7 @@ def chain(block: Block, inputs: int, outputs: int, depth: int, stride: int) -> n
 def chains(
     block: Block, widths: Sequence[int], depths: Sequence[int], strides: Sequence[int]
 ) -> list[nn.Sequential]:
-    """One chain of blocks per stage; ``widths`` begins with the width of the stem."""
+    """Return one chain of blocks per stage; ``widths`` begins with the width of the stem."""
     return [
         chain(block, inputs, outputs, depth, stride)
         for (inputs, outputs), depth, stride in zip(pairwise(widths), depths, strides, strict=True)
@@ -92,10 +92,10 @@ def chains(
 
 
 def image_channels(input_shape: Sequence[int], *, least: int = 1) -> int:
-    """The channels of a ``(channels, height, width)`` shape, both sides of which are at least ``least``.
+    """Return the channels of a ``(channels, height, width)`` shape with sides of at least ``least``.
 
     Raises:
-        UserError: If the shape is another, or the image too small.
+        UserError: If it is not such a shape, or the image is too small.
     """
     if len(input_shape) != 3 or min(input_shape[1:]) < least:
         raise UserError(
@@ -106,10 +106,10 @@ def image_channels(input_shape: Sequence[int], *, least: int = 1) -> int:
 
 
 def positive_integers(name: str, values: Sequence[int], *, may_be_empty: bool = False) -> tuple[int, ...]:
-    """``values`` as a tuple.
+    """Check that ``values`` are positive integers, and return them as a tuple.
 
     Raises:
-        UserError: If they are anything but positive integers, or there are none and there should be.
+        UserError: If they are not, or ``values`` is empty and must not be.
     """
     expected = isinstance(values, Sequence) and all(type(value) is int and value > 0 for value in values)
     if not expected or not (values or may_be_empty):
@@ -119,7 +119,7 @@ def positive_integers(name: str, values: Sequence[int], *, may_be_empty: bool = 
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of parameters, trainable or frozen; one that is shared counts once.
+    """Return the number of parameters, trainable or frozen; a shared parameter counts once.
 
     >>> count_parameters(nn.Linear(3, 2))
     8
@@ -128,7 +128,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def logits_of(output: object) -> Tensor:
-    """The logits in what a model returned: the tensor itself, or the ``logits`` of an output object.
+    """Return the logits of a model's output: the tensor itself, or the ``logits`` of an output object.
 
     Raises:
         TypeError: If ``output`` is neither.
@@ -141,7 +141,7 @@ def logits_of(output: object) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            "expected the model to return its logits as a Tensor, or an object that holds them as `.logits`, "
+            "expected the model to return its logits as a Tensor, or an object with `.logits`, "
             f"got {type(output).__name__}; wrap the model so that it returns one of these"
         )
     return logits

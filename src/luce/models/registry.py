@@ -1,4 +1,4 @@
-"""All native networks under their names, and the one function that builds a model."""
+"""Native networks by name, and the function that builds a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .wide_resnet import wide_resnet
 THIN = (16, 16, 32, 64)
 WIDE = (32, 64, 128, 256)
 
-# What a name fixes is bound by position, so that only the builder's own keywords remain as options.
+# Arguments that a name fixes are bound by position, so that only the keywords of the builder are options.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
@@ -59,9 +59,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 def simkd_student(
     name: str, options: Mapping[str, Any], *, classes: int, input_shape: tuple[int, ...]
 ) -> nn.Module:
-    """SimKD's student from two native networks: ``name``, and the one that the option ``teacher`` names.
+    """Build SimKD's student from two native networks: ``name`` and the one in the option ``teacher``.
 
-    Further options are ``teacher_options``, the ``factor`` of `luce.models.simkd`, and those of ``name``.
+    Further options are ``teacher_options``, ``factor`` of `luce.models.simkd`, and those of ``name``.
     """
     rest = dict(options)
     teacher_name, teacher_options = rest.pop("teacher", None), rest.pop("teacher_options", {})
@@ -69,16 +69,17 @@ def simkd_student(
     for which in (name, teacher_name):
         if which not in names():
             raise UserError(
-                f"expected `simkd:STUDENT` with `teacher` among its options, both names of native networks, "
+                "expected `simkd:STUDENT` with the option `teacher`, both names of native networks, "
                 f"got `{which}`"
             )
     if not isinstance(teacher_options, Mapping) or {"classes", "input_shape"} & teacher_options.keys():
         raise UserError(
             "expected `teacher_options` to be a mapping such as {widths: [8, 16]}, without `classes` and "
-            f"`input_shape`, which are the student's, got {teacher_options!r}"
+            f"`input_shape`, which the student determines, got {teacher_options!r}"
         )
     student = build(name, classes=classes, input_shape=input_shape, **rest)
-    with torch.random.fork_rng([]):  # only its form is wanted
+    # Only the architecture is used; building it must not advance the random state of the run.
+    with torch.random.fork_rng([]):
         teacher = build(teacher_name, classes=classes, input_shape=input_shape, **teacher_options)
     assert isinstance(student, Network)
     assert isinstance(teacher, Network)
@@ -88,7 +89,7 @@ def simkd_student(
 def binary_student(
     name: str, options: Mapping[str, Any], *, classes: int, input_shape: tuple[int, ...]
 ) -> nn.Module:
-    """Any network with binary weights but in its first and last layer; see `luce.models.binary`.
+    """Build a network with binary weights except in its first and last layer; see `luce.models.binary`.
 
     Options are ``gradient_scale`` and those of ``name``.
     """
@@ -96,7 +97,7 @@ def binary_student(
     return binarize_(build(name, classes=classes, input_shape=input_shape, **rest), gradient_scale)
 
 
-DOORS: dict[str, Callable[..., nn.Module]] = {
+LOADERS: dict[str, Callable[..., nn.Module]] = {
     "timm": loaders.from_timm,
     "torchvision": loaders.from_torchvision,
     "hf": loaders.from_hugging_face,
@@ -107,34 +108,33 @@ DOORS: dict[str, Callable[..., nn.Module]] = {
 
 
 def names() -> tuple[str, ...]:
-    """The names of the native networks."""
+    """Return the names of the native networks."""
     return tuple(NETWORKS)
 
 
 def build(name: str, *, classes: int, input_shape: Sequence[int] = (3, 32, 32), **options: Any) -> nn.Module:
-    """A classifier from ``(N, *input_shape)`` float tensors to ``(N, classes)`` logits.
+    """Build a classifier from ``(N, *input_shape)`` float tensors to ``(N, classes)`` logits.
 
     Args:
-        name: One of :func:`names`, or where to find the model: ``timm:NAME``, ``torchvision:NAME``,
-            ``hf:NAME`` (a hub id or a local folder, for images or text as its config says; a head for another
-            number of classes starts afresh, with a warning; one for text reads token ids ``(N, T)`` and looks
-            past their padding), ``python:package.module.attribute``, a function
-            or class that is called with ``classes`` and ``input_shape`` where it takes them,
-            ``simkd:NAME``, a native network that ends in its teacher's classifier (`luce.models.simkd`), or
-            ``binary:NAME``, any of these with binary weights (`luce.models.binary`).
+        name: One of :func:`names`, or a source and a name: ``timm:NAME``; ``torchvision:NAME``; ``hf:NAME``,
+            a hub id or a local folder, for images or text (see `luce.models.loaders.from_hugging_face`);
+            ``python:package.module.attribute``, a function or class, called with ``classes`` and
+            ``input_shape`` if it accepts them; ``simkd:NAME``, a native network that ends in its teacher's
+            classifier (`luce.models.simkd`); ``binary:NAME``, any of these with binary weights
+            (`luce.models.binary`).
         classes: Number of classes, at least 1.
-        input_shape: Of one example, ``(channels, height, width)`` for images; text models ignore it.
-        options: Handed to the builder, for example ``hidden=(256, 256)`` for ``mlp``, ``widths`` for ``cnn``,
-            ``pretrained=True`` for timm, ``weights="DEFAULT"`` for torchvision, fields of the config such as
-            ``num_hidden_layers=2`` for ``hf:``, or ``pretrained=False``.
+        input_shape: Shape of one example, ``(channels, height, width)`` for images; text models ignore it.
+        options: Options of the builder, for example ``hidden=(256, 256)`` for ``mlp``, ``widths`` for
+            ``cnn``, ``pretrained=True`` for timm, ``weights="DEFAULT"`` for torchvision, and for ``hf:``
+            fields of the config such as ``num_hidden_layers=2``, or ``pretrained=False``.
 
     Returns:
-        The model. What a Hugging Face model returns is an object, not a tensor:
-        :func:`~luce.models.logits_of` reads either.
+        The model. A Hugging Face model returns an object, not a tensor: :func:`~luce.models.logits_of` reads
+        the logits of either.
 
     Raises:
-        UserError: If the name or an option is unknown, a shape does not fit, or the result is no module.
-        MissingExtra: If the library behind a door is not installed.
+        UserError: If the name or an option is unknown, a shape does not fit, or the result is not a module.
+        MissingExtra: If the library of the source is not installed.
 
     Example:
         >>> from torch import zeros
@@ -144,11 +144,11 @@ def build(name: str, *, classes: int, input_shape: Sequence[int] = (3, 32, 32), 
     if type(classes) is not int or classes < 1:
         raise UserError(f"expected `classes` as a positive integer, got {classes!r}")
     shape = positive_integers("input_shape", input_shape)
-    door, colon, rest = name.partition(":")
+    source, colon, rest = name.partition(":")
     if colon:
-        if door not in DOORS:
-            raise unknown_name("source of models", door, DOORS)
-        model = DOORS[door](rest, options, classes=classes, input_shape=shape)
+        if source not in LOADERS:
+            raise unknown_name("source of models", source, LOADERS)
+        model = LOADERS[source](rest, options, classes=classes, input_shape=shape)
     else:
         if name not in NETWORKS:
             raise unknown_name("model", name, NETWORKS)

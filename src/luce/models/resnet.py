@@ -26,14 +26,14 @@ class ResidualBlock(nn.Module):
 
 
 def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """The shortcut: the identity where the shapes allow it, else a 1x1 convolution."""
+    """Return the shortcut: the identity if the shapes match, else a 1x1 convolution."""
     if inputs == outputs and stride == 1:
         return nn.Identity()
     return conv_bn(inputs, outputs, 1, stride=stride, relu=False)
 
 
 def basic_block(inputs: int, outputs: int, stride: int) -> ResidualBlock:
-    """Two 3x3 convolutions."""
+    """Build a block of two 3x3 convolutions."""
     residual = nn.Sequential(
         conv_bn(inputs, outputs, 3, stride=stride),
         conv_bn(outputs, outputs, 3, relu=False),
@@ -42,7 +42,7 @@ def basic_block(inputs: int, outputs: int, stride: int) -> ResidualBlock:
 
 
 def bottleneck(inputs: int, outputs: int, stride: int) -> ResidualBlock:
-    """A 3x3 convolution at a quarter of the width, between two 1x1 convolutions."""
+    """Build a block of a 3x3 convolution at a quarter of the width between two 1x1 convolutions."""
     middle = outputs // 4
     residual = nn.Sequential(
         conv_bn(inputs, middle, 1),
@@ -55,7 +55,7 @@ def bottleneck(inputs: int, outputs: int, stride: int) -> ResidualBlock:
 def resnet(
     depth: int, widths: tuple[int, int, int, int], /, *, classes: int, input_shape: tuple[int, ...]
 ) -> Network:
-    """Three stages of basic blocks; ``depth`` is 6n + 2, ``widths`` those of the stem and the stages."""
+    """Build three stages of basic blocks; ``depth`` is 6n + 2, ``widths`` are those of stem and stages."""
     blocks = (depth - 2) // 6
     return Network(
         stem=conv_bn(image_channels(input_shape), widths[0], 3),
@@ -66,7 +66,7 @@ def resnet(
 
 
 def resnet50(*, classes: int, input_shape: tuple[int, ...]) -> Network:
-    """ResNet-50 with a 3x3 stem of stride 1 in place of ImageNet's 7x7 and its pooling."""
+    """Build ResNet-50 with a 3x3 stem of stride 1 in place of ImageNet's 7x7 stem and pooling."""
     widths = (64, 256, 512, 1024, 2048)
     return Network(
         stem=conv_bn(image_channels(input_shape), widths[0], 3),

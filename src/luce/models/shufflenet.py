@@ -20,15 +20,15 @@ GROUPS = 3
 class GroupedUnit(nn.Module):
     """ShuffleNet's unit: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1.
 
-    At stride 2 the pooled input is set beside the branch, which supplies the missing channels; at stride 1
-    it is added.
+    At stride 2 the branch and the pooled input are concatenated, and the branch supplies the missing
+    channels; at stride 1 they are added.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         new = outputs - inputs if stride == 2 else outputs
         middle = new // 4
-        # The stem has too few channels for groups in the layer behind it (section 3.2 of the paper).
+        # The stem has too few channels for groups in the next layer (section 3.2 of the paper).
         groups = 1 if inputs == STEM else GROUPS
         self.branch = nn.Sequential(
             conv_bn(inputs, middle, 1, groups=groups),
@@ -47,7 +47,7 @@ class GroupedUnit(nn.Module):
 
 
 def branch(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """1x1, depthwise 3x3, 1x1, as in all of ShuffleNet V2."""
+    """Build a branch of ShuffleNet V2: 1x1, depthwise 3x3, 1x1."""
     return nn.Sequential(
         conv_bn(inputs, outputs, 1),
         conv_bn(outputs, outputs, 3, stride=stride, groups=outputs, relu=False),
@@ -70,7 +70,7 @@ class SplitUnit(nn.Module):
 
 
 class DownUnit(nn.Module):
-    """ShuffleNet V2's unit at stride 2: two branches see all channels and give half of the output each."""
+    """ShuffleNet V2's unit at stride 2: two branches read all channels and each gives half of the output."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def unit_v2(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 def shufflenetv1(*, classes: int, input_shape: tuple[int, ...]) -> Network:
-    """ShuffleNet with three groups, at full width."""
+    """Build ShuffleNet with three groups, at full width."""
     widths = (STEM, 240, 480, 960)
     return Network(
         stem=conv_bn(image_channels(input_shape), STEM, 1),
@@ -103,7 +103,7 @@ def shufflenetv1(*, classes: int, input_shape: tuple[int, ...]) -> Network:
 
 
 def shufflenetv2(*, classes: int, input_shape: tuple[int, ...]) -> Network:
-    """ShuffleNet V2 at full width."""
+    """Build ShuffleNet V2 at full width."""
     widths = (STEM, 116, 232, 464)
     return Network(
         stem=conv_bn(image_channels(input_shape), STEM, 1),

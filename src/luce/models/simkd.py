@@ -1,4 +1,4 @@
-"""SimKD's student: a network's map, projected to the teacher's, before the teacher's classifier."""
+"""SimKD's student: a network whose projected feature map feeds the teacher's classifier."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from .network import Network, conv_bn
 
 
 def simkd(student: Network, teacher: Network, *, input_shape: tuple[int, ...], factor: int = 2) -> Network:
-    """A network that ends as another one does; for `luce.SimKDLoss`.
+    """Build a student with the pooling and classifier of its teacher, for `luce.SimKDLoss`.
 
-    Its ``neck`` is that of the student followed by a `Projector`; ``pool`` and ``head`` have the teacher's
-    form. It is built, counted, evaluated and exported as what it is: larger than the student alone.
+    The ``neck`` is that of the student followed by a `Projector`; ``pool`` and ``head`` have the teacher's
+    architecture. Parameter counts, evaluation and export include the projector and the teacher's classifier.
 
     Args:
-        student: Its stem, stages and neck become those of the result.
-        teacher: Only its form is wanted.
-        input_shape: Of one example.
-        factor: By which the projector is narrower than the teacher's map.
+        student: Network that provides stem, stages and neck.
+        teacher: Network that provides the architecture of pooling and head; its weights are not used.
+        input_shape: Shape of one example.
+        factor: Ratio of the teacher's channels to the hidden channels of the projector.
 
     Raises:
-        UserError: If one of the two has no map before its pooling, or ``factor`` is no positive divisor of
-            the teacher's channels.
+        UserError: If a network has no map before its pooling, or ``factor`` does not divide the teacher's
+            channels.
     """
-    ours, theirs = (_map_shape(network, input_shape) for network in (student, teacher))
-    if len(ours) != 3 or len(theirs) != 3:
+    own, target = (_map_shape(network, input_shape) for network in (student, teacher))
+    if len(own) != 3 or len(target) != 3:
         raise UserError(
             "expected networks with maps before their pooling for SimKD, got features of shape "
-            f"{tuple(ours)} of the student and {tuple(theirs)} of the teacher"
+            f"{tuple(own)} of the student and {tuple(target)} of the teacher"
         )
-    if type(factor) is not int or factor < 1 or theirs[0] % factor:
-        raise UserError(f"expected `factor` to divide the teacher's {theirs[0]} channels, got {factor!r}")
-    projector = Projector(ours[0], theirs[0], (theirs[1], theirs[2]), factor)
+    if type(factor) is not int or factor < 1 or target[0] % factor:
+        raise UserError(f"expected `factor` to divide the teacher's {target[0]} channels, got {factor!r}")
+    projector = Projector(own[0], target[0], (target[1], target[2]), factor)
     return Network(
         stem=student.stem,
         stages=student.stages,
@@ -48,7 +48,7 @@ def simkd(student: Network, teacher: Network, *, input_shape: tuple[int, ...], f
 class Projector(nn.Module):
     """1x1, 3x3 and 1x1 convolutions to the teacher's channels, each with batch normalisation and a ReLU.
 
-    A map that is larger than the teacher's is brought to its size first, by average pooling.
+    Average pooling first reduces a map that is larger than the teacher's.
     """
 
     def __init__(self, inputs: int, outputs: int, size: tuple[int, int], factor: int) -> None:
@@ -69,7 +69,7 @@ class Projector(nn.Module):
 
 @torch.no_grad()
 def _map_shape(network: Network, input_shape: tuple[int, ...]) -> torch.Size:
-    """Of what is pooled, for one row."""
+    """Return the shape of the map before pooling, for one row."""
     network.eval()
     shape: torch.Size = network.neck(network.stages(network.stem(torch.zeros(1, *input_shape)))).shape[1:]
     network.train()

@@ -12,10 +12,10 @@ from .network import Network, conv_bn, image_channels, positive_integers
 
 
 def mlp(*, classes: int, input_shape: tuple[int, ...], hidden: Sequence[int] = (128,)) -> Network:
-    """Fully connected layers with ReLU over the flattened input, a stage each.
+    """Build fully connected layers with ReLU over the flattened input, one stage each.
 
     Args:
-        hidden: Widths of the hidden layers; without any, the network is a linear classifier.
+        hidden: Widths of the hidden layers; an empty list gives a linear classifier.
     """
     widths = (math.prod(input_shape), *positive_integers("hidden", hidden, may_be_empty=True))
     return Network(
@@ -28,10 +28,10 @@ def mlp(*, classes: int, input_shape: tuple[int, ...], hidden: Sequence[int] = (
 
 
 def cnn(*, classes: int, input_shape: tuple[int, ...], widths: Sequence[int] = (32, 64)) -> Network:
-    """3x3 convolutions, each at half the resolution of the one before while there is one to halve.
+    """Build 3x3 convolutions, each at half the resolution of the previous one down to one pixel.
 
     Args:
-        widths: Channels of the convolutions: the first is the stem, every other a stage.
+        widths: Channels of the convolutions; the first is the stem, the others are stages.
     """
     channels = image_channels(input_shape)
     widths = positive_integers("widths", widths)
@@ -45,9 +45,9 @@ def cnn(*, classes: int, input_shape: tuple[int, ...], widths: Sequence[int] = (
 
 
 def conv_stride(*, classes: int, input_shape: tuple[int, ...]) -> Network:
-    """Two 3x3 convolutions of stride 2 and a linear layer over the whole map: 9,122 parameters on 28x28.
+    """Build two 3x3 convolutions of stride 2 and a linear layer over the whole map.
 
-    The least that still sees shapes: a student for quick studies and small hardware.
+    A minimal convolutional student for quick studies and small hardware: 9,122 parameters on 28x28.
     """
     channels = image_channels(input_shape)
     positions = math.prod(math.ceil(side / 4) for side in input_shape[1:])

@@ -1,4 +1,4 @@
-"""A network's forward pass with other tensors in place of its own."""
+"""A forward pass of a network with other parameters and buffers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.func import functional_call
 
 
 def forward_with(network: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """What a network answers with other parameters and buffers, wherever in it they stand; it keeps its own.
+    """Run a network with other parameters and buffers; its own stay unchanged.
 
-    `torch.func.functional_call` alone leaves the other tensors behind in a module that has two names.
+    `torch.func.functional_call` alone leaves the replacements in a module that is registered under two names.
 
     Args:
         network: From inputs to logits.
-        tensors: By the names of ``named_parameters`` and ``named_buffers``, of which each has but one.
+        tensors: Replacements by the names in ``named_parameters`` and ``named_buffers``.
         inputs: A batch.
     Example:
         >>> import torch
@@ -23,6 +23,7 @@ def forward_with(network: nn.Module, tensors: Mapping[str, Tensor], inputs: Tens
         >>> forward_with(nn.Sequential(layer, layer), {"0.weight": torch.tensor([[2.0]])}, torch.ones(1, 1))
         tensor([[4.]])
     """
+    # Each tensor has one name there; its replacement must go to every place that shares it.
     names = {id(own): name for name, own in (*network.named_parameters(), *network.named_buffers())}
     everywhere = {
         place: tensors[names[id(own)]]

@@ -1,4 +1,4 @@
-"""What lets a text classifier of Hugging Face read token ids alone."""
+"""Attention masks for text classifiers of Hugging Face that are called with token ids only."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def mask_padding(model: Model) -> Model:
-    """Let a network of Hugging Face look past the padding in its input, token ids ``(N, T)``.
+    """Make a network of Hugging Face ignore the padding in its input, token ids ``(N, T)``.
 
-    Called without an attention mask, it is given ``ids != pad_token_id`` of its config, so that logits do not
-    depend on how far a text is padded. It stays the same object, with the same names of weights and modules;
-    a mask that the caller gives is left alone. `luce.models.build` does this for ``hf:``.
+    A hook adds the attention mask ``ids != pad_token_id`` to calls without one, so that logits do not depend
+    on the length of the padding. The object, its weights and its module names stay the same, and a mask that
+    the caller gives takes precedence. `luce.models.build` does this for ``hf:``.
 
     Args:
-        model: From ``input_ids`` and an ``attention_mask``, with a ``config``.
+        model: A network with a ``config`` that accepts ``input_ids`` and ``attention_mask``.
 
     Raises:
-        UserError: If the network's config names no padding token; and when it runs on anything but token ids.
+        UserError: If the config has no padding token; in a forward pass, if the input is not token ids.
 
     Example:
         >>> import torch
@@ -38,8 +38,8 @@ def mask_padding(model: Model) -> Model:
     padding = getattr(_text_config(model), "pad_token_id", None)
     if padding is None:
         raise UserError(
-            f"expected a network that knows its padding token, the config of {type(model).__name__} names "
-            "none; give it `pad_token_id`, that of its tokenizer"
+            f"expected a padding token in the config of {type(model).__name__}, got none; set `pad_token_id` "
+            "to that of the tokenizer"
         )
     model.register_forward_pre_hook(partial(_give_mask, padding), with_kwargs=True)
     return model
@@ -58,7 +58,7 @@ def _give_mask(
 
 
 def attends_to_padding(model: nn.Module) -> bool:
-    """Whether a network of Hugging Face reads token ids and has not been through `mask_padding`."""
+    """Whether a network of Hugging Face reads token ids and lacks the hook of `mask_padding`."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     return (
         getattr(model, "main_input_name", None) == "input_ids"
@@ -68,32 +68,32 @@ def attends_to_padding(model: nn.Module) -> bool:
 
 
 def check_tokens(model: nn.Module, *, size: int, padding: int) -> None:
-    """Check that a network reads a tokenizer's ids as they are meant, as far as it tells.
+    """Check a network's config against a tokenizer; networks without a ``config`` pass.
 
     Args:
-        model: One with a ``config``, as Hugging Face's have; any other may pass.
-        size: Number of tokens.
-        padding: Id of the token that fills up short texts.
+        model: The network.
+        size: Size of the tokenizer's vocabulary.
+        padding: Id of the tokenizer's padding token.
 
     Raises:
-        UserError: If it has fewer tokens, or takes another one for padding.
+        UserError: If the network has fewer tokens, or another padding token.
     """
-    config, remedy = _text_config(model), "choose the tokenizer that the network was trained with"
+    config, remedy = _text_config(model), "use the tokenizer that the network was trained with"
     if config is None:
         return
-    if getattr(config, "vocab_size", size) < size:  # characters are hashed, not counted
+    if getattr(config, "vocab_size", size) < size:  # absent in models that hash characters
         raise UserError(
-            f"expected a network of at least the {size} tokens of the tokenizer, got one of "
+            f"expected a network with at least the {size} tokens of the tokenizer, got "
             f"{config.vocab_size}; {remedy}"
         )
     if config.pad_token_id != padding:
         raise UserError(
-            f"expected a network that takes token {padding} for padding, as the tokenizer does, got one that "
-            f"takes {config.pad_token_id}; {remedy}"
+            f"expected a network with padding token {padding}, as in the tokenizer, got "
+            f"{config.pad_token_id}; {remedy}"
         )
 
 
 def _text_config(model: nn.Module) -> Any:
-    """What Hugging Face's networks are made from, the part on text; None of other networks."""
+    """Return the text part of a Hugging Face config; None for other networks."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else None

@@ -1,4 +1,4 @@
-"""VGG as it converts to a spiking network: average pooling before the activation, no bias, no normalisation.
+"""VGG for spiking networks: average pooling before the activation, no bias, no normalisation.
 
 References:
     Lu and Sengupta, Exploring the Connection Between Binary and Spiking Neural Networks, Frontiers in
@@ -26,15 +26,15 @@ def vgg_pool(
     hidden: Sequence[int] = (),
     dropout: float = 0.1,
 ) -> Network:
-    """Blocks of 3x3 convolutions, of which the last is halved by average pooling before its ReLU.
+    """Build blocks of 3x3 convolutions; average pooling halves the output of each block before its last ReLU.
 
     The paper's VGG-15 has ``blocks=[2, 2, 3, 3, 3]`` and ``hidden=[4096]``.
 
     Args:
-        widths: Channels of each block; the first block is the stem, every other a stage.
-        blocks: Convolutions in each block; one in each unless given.
+        widths: Channels of each block; the first block is the stem, the others are stages.
+        blocks: Number of convolutions in each block; None for one.
         hidden: Widths of the linear layers between the map and the head.
-        dropout: After every ReLU but those behind a pooling, and before the linear layers.
+        dropout: Dropout rate after every ReLU except those after a pooling, and before the linear layers.
     """
     widths = positive_integers("widths", widths)
     depths = positive_integers("blocks", [1] * len(widths) if blocks is None else blocks)
@@ -53,7 +53,7 @@ def vgg_pool(
             layers.append(nn.Conv2d(outputs if index else inputs, outputs, 3, padding=1, bias=False))
             if index < depth - 1:
                 layers += [nn.ReLU(), nn.Dropout(dropout)]
-        if min(sides) > 1:  # while there is something to halve
+        if min(sides) > 1:  # a side of one pixel cannot be halved
             layers.append(nn.AvgPool2d(2))
             sides = [side // 2 for side in sides]
         parts.append(nn.Sequential(*layers, nn.ReLU()))

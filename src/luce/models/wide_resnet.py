@@ -18,7 +18,7 @@ def bn_relu(channels: int) -> nn.Sequential:
 class PreActivationBlock(nn.Module):
     """Normalisation and ReLU before each of two 3x3 convolutions; nothing after the sum.
 
-    Where the width changes the shortcut starts behind the first activation, else it is the input itself.
+    If the width changes, the shortcut starts after the first activation; otherwise it is the input.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -39,7 +39,7 @@ class PreActivationBlock(nn.Module):
 
 
 def wide_resnet(depth: int, factor: int, /, *, classes: int, input_shape: tuple[int, ...]) -> Network:
-    """Three stages of widths 16, 32 and 64 times ``factor``; ``depth`` is 6n + 4."""
+    """Build three stages of widths 16, 32 and 64 times ``factor``; ``depth`` is 6n + 4."""
     widths = (16, 16 * factor, 32 * factor, 64 * factor)
     blocks = (depth - 4) // 6
     return Network(
