@@ -13,30 +13,33 @@ from ..training.settings import TrainingOptions
 
 
 def refuse_options(options: Mapping[str, Any], kind: str, settled: Sequence[str]) -> None:
-    """Refuse further options of data or a model that are settled elsewhere."""
+    """Refuse `options` of data or a model that have a field or a source of their own.
+
+    Raises:
+        UserError: On such an option.
+    """
     for name in settled:
         if name in options:
-            raise UserError(
-                f"expected no `{name}` among the `options` of the {kind}: it is settled elsewhere"
-            )
+            raise UserError(f"expected no `{name}` in the `options` of the {kind}: it is set elsewhere")
 
 
 @dataclass
 class DataOptions:
-    """Which data, and which part of it.
+    """Data of a run.
 
     Attributes:
-        name: Such as ``sklearn:digits``, ``fashion-mnist``, ``torchvision:CIFAR100``, ``imagefolder:PATH``,
-            ``hf:NAME``, ``python:module.attr``.
+        name: Data source, such as ``sklearn:digits``, ``fashion-mnist``, ``torchvision:CIFAR100``,
+            ``imagefolder:PATH``, ``hf:NAME``, ``python:module.attr``.
         root: Folder of data that is not installed.
         options: Further options of the data source.
-        validation: Share of the training rows kept apart to choose epochs by.
-        split_seed: Of the validation split and of the choice of labels; compared runs share it.
-        labels_per_class: Keep only so many labels; the other rows stay as unlabelled ones. None keeps all.
-        augment: none, flip, crop_flip or strong.
-        strong_augment: Likewise, applied to a second view of each training batch, on top of augment drawn
-            anew; the loss is then the sum over both views. none for one view alone.
-        workers: Processes that read; 0 for data in memory.
+        validation: Share of the training rows that is held out to choose the best epoch.
+        split_seed: Seed of the validation split and of the choice of labels; compared runs share it.
+        labels_per_class: Number of labels to keep per class; the other rows become unlabelled. None keeps
+            all labels.
+        augment: Augmentation of training batches: none, flip, crop_flip or strong.
+        strong_augment: Augmentation of a second view of each training batch, applied on top of a new draw of
+            augment; the loss is then the sum over both views. none for a single view.
+        workers: Processes that read data; 0 for data in memory.
     """
 
     name: str = "sklearn:digits"
@@ -60,11 +63,12 @@ class ModelOptions:
     """A network.
 
     Attributes:
-        name: Such as ``resnet20``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, ``python:module.attr``.
+        name: Architecture, such as ``resnet20``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``,
+            ``python:module.attr``.
         options: Further options of the model.
-        checkpoint: Weights to start from: a run folder of Luce, a safetensors file or a .pt file of tensors.
-        mean: Per channel, of the inputs it was made for; None takes the data's.
-        std: As mean.
+        checkpoint: Initial weights: a run folder of Luce, a safetensors file or a .pt file of tensors.
+        mean: Mean of each input channel that the network subtracts; None for that of the data.
+        std: Standard deviation that it divides by, likewise.
     """
 
     name: str = "mlp"
@@ -79,24 +83,26 @@ class ModelOptions:
 
 @dataclass
 class TeacherOptions(ModelOptions):
-    """The network to learn from, or the address of one.
+    """The teacher: a network, or the address of a server.
 
     Attributes:
-        cache_outputs: Ask it once about every row instead of once per epoch; only without augmentation.
-        url: Of a server that answers as a black box, such as ``luce serve``; instead of a network.
-        answers: What a black box tells: probs, topk or label. None for all that a network knows, or for
-            whatever the server tells.
-        top_k: How many classes topk tells.
-        budget: Rows that a black box may be asked about; None for any number.
-        floor: Probabilities below it count as it; None for half of the last decimal, or 1e-12.
-        cache: File of the server's answers, which other runs may share.
-        concurrency: Requests to the server at one time.
-        batch_size: Most rows in one.
-        timeout: Seconds until one must be answered.
-        retries: How often one that is not is repeated.
+        cache_outputs: Query the teacher once per row and keep its answers, instead of once per epoch; only
+            without augmentation.
+        url: Address of a server that answers as a black box, such as ``luce serve``; instead of a network.
+        answers: Form of a black box's answers: probs, topk or label. None for the logits of a network, or
+            for the form that the server offers.
+        top_k: Number of classes in an answer of form topk.
+        budget: Largest number of queries to a black box, in rows; None for no limit.
+        floor: Smaller probabilities count as it; None for half of the last decimal of rounded answers, else
+            1e-12.
+        cache: File that stores the server's answers; runs may share it.
+        concurrency: Number of simultaneous requests to the server.
+        batch_size: Largest number of rows in one request.
+        timeout: Seconds after which a request fails.
+        retries: Number of repetitions of a failed request.
         token_env: Environment variable that holds the server's token.
-        token_file: Or a file with it.
-        test: Ask the server about the test rows too, for figures that compare with it.
+        token_file: File that holds the server's token.
+        test: Query the server about the test rows too, to compare the student with it.
     """
 
     cache_outputs: bool = False
@@ -115,7 +121,7 @@ class TeacherOptions(ModelOptions):
     test: bool = False
 
     def check(self) -> None:
-        """Refuse options that do not go together.
+        """Check that the options fit together.
 
         Raises:
             UserError: If they do not.
@@ -131,28 +137,23 @@ class TeacherOptions(ModelOptions):
         if self.floor is not None and not 0 < self.floor < 1:
             raise UserError(f"expected `teacher.floor` in (0, 1), got {self.floor}")
 
-    @property
-    def black_box(self) -> bool:
-        """Whether it only answers."""
-        return self.url is not None or self.answers is not None
-
 
 @dataclass
 class Recipe:
     """One run.
 
     Attributes:
-        method: What reports call it.
-        data: Which data.
+        method: Name of the method in reports.
+        data: Data and its augmentation.
         student: The network to train.
-        teacher: The network to learn from; none for a plain training.
-        loss: The terms of the loss by name. Each has a ``loss``, such as PLDLoss, a ``weight`` (1 unless
-            given), perhaps a ``warmup`` (epochs over which the weight grows), perhaps ``standardize: true``
-            (it sees each row's logits in units of their spread), and that loss's own options. One on features
-            names the modules that they come from: ``student``, such as ``pool`` or ``[stages.0, stages.1]``,
-            and ``teacher``, which is the same unless given. One entry may have a ``method`` instead, with its
-            options: it changes how the others are trained.
-        training: How to train.
+        teacher: The network to learn from; none for training without a teacher.
+        loss: The terms of the loss by name. Each has a ``loss``, such as PLDLoss, the options of that loss,
+            and optionally a ``weight`` (1 by default), a ``warmup`` (epochs over which the weight grows from
+            0) and ``standardize: true`` (divide each row's logits by their standard deviation). A loss on
+            features names modules: ``student``, such as ``pool`` or ``[stages.0, stages.1]``, and
+            ``teacher``, by default the same. One entry may have a ``method`` in place of ``loss``, such as
+            MetaDistil, and its options; it changes how the other terms are trained.
+        training: Options of the training loop.
     """
 
     method: str = "PLD"
@@ -172,18 +173,19 @@ class ComparisonRecipe:
     """One comparison: every method in every setting with every seed.
 
     Attributes:
-        title: Of the report.
-        question: That the comparison answers, in a sentence.
+        title: Title of the report.
+        question: The question that the comparison answers, in one sentence.
         baseline: The method that the others are compared with.
-        seeds: One run each; methods are paired by them.
-        data: Which data.
+        seeds: Seeds of the runs of each method; methods are paired by seed.
+        data: Data and its augmentation.
         student: The network to train.
         teacher: The network to learn from.
-        teacher_training: How to train the teacher first, on all labels; None if its checkpoint or its
-            options bring weights already.
-        training: How to train the students.
-        settings: By name, what differs from the above; ``description`` is a noun phrase for the report.
-        methods: By name, the terms of the loss.
+        teacher_training: Options of the teacher's own training on all labels; None for a teacher that has
+            weights.
+        training: Options of the students' training.
+        settings: Changes to the fields above by name of the setting; ``description`` is a noun phrase for the
+            report.
+        methods: Terms of the loss by name of the method; see Recipe.
     """
 
     title: str = "Comparison"
@@ -208,25 +210,25 @@ class ComparisonRecipe:
         for name in (*self.settings, *self.methods):
             if not name or name.startswith(".") or "/" in name or "\\" in name or name == "teacher":
                 raise UserError(
-                    "expected names of settings and methods that can name a folder beside that of the "
-                    f"teacher, got `{name}`"
+                    "expected names of settings and methods that can name a folder other than `teacher`, "
+                    f"got `{name}`"
                 )
         if self.teacher.url is not None and self.teacher_training is not None:
-            raise UserError("expected no `teacher_training` beside `teacher.url`, whose teacher is trained")
+            raise UserError("expected no `teacher_training` with `teacher.url`, whose teacher is trained")
         for name, changes in self.settings.items():
             for key in ("loss", "method"):
                 if key in changes:
                     raise UserError(f"expected no `{key}` in setting `{name}`: all settings share `methods`")
 
     def recipe(self, setting: str, method: str, seed: int) -> Recipe:
-        """The recipe of one run."""
+        """Return the recipe of one run."""
         base = {name: asdict(getattr(self, name)) for name in ("data", "student", "teacher", "training")}
         changes = {key: value for key, value in self.settings[setting].items() if key != "description"}
         content = merge(base, changes, {"training": {"seed": seed}, "method": method})
         return parse(Recipe, {**content, "loss": self.methods[method]})
 
     def teacher_recipe(self) -> Recipe:
-        """The recipe of the teacher, which learns from all labels by cross-entropy."""
+        """Return the recipe that trains the teacher on all labels with cross-entropy."""
         assert self.teacher_training is not None
         return Recipe(
             method="teacher",

@@ -1,4 +1,4 @@
-"""Distillation in one call, for networks and data of one's own."""
+"""Distillation in one call, for PyTorch modules and datasets."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def distill(
     show_progress: bool = True,
     **options: Any,
 ) -> Fit:
-    """Train a student on what a teacher says.
+    """Train a student with the logits of a teacher.
 
     Args:
         student: From inputs to logits ``(N, C)``; trained in place and left with the last epoch's weights.
-        teacher: From the same inputs to logits ``(N, C)``; put into evaluation mode and otherwise untouched.
-            Or any `luce.signals.Teacher`, such as a `luce.remote.RemoteTeacher`.
+        teacher: From the same inputs to logits ``(N, C)``; set to evaluation mode and otherwise unchanged. Or
+            any `luce.signals.Teacher`, such as a `luce.remote.RemoteTeacher`.
         train_data: Items are ``(input, label)``, or dicts with ``input`` and ``target``. A label of -1 marks
-            a row without one.
-        val_data: Likewise, to choose the best epoch by.
-        loss: Called as ``loss(student_logits, teacher_logits, target)``; PLD unless given. The parameters of
-            a module are trained too. Or a method, such as `luce.methods.FeatureMethod`.
-        folder: For metrics and checkpoints; a second call with the same folder and options goes on where the
-            first stopped. None keeps everything in memory.
-        show_progress: Show a bar.
+            an unlabelled row.
+        val_data: Likewise; chooses the best epoch.
+        loss: Called as ``loss(student_logits, teacher_logits, target)``; `luce.PLDLoss` unless given. The
+            parameters of a module are trained too. Or a method, such as `luce.methods.FeatureMethod`.
+        folder: For metrics and checkpoints; a second call with the same folder and options resumes from the
+            last checkpoint. None keeps everything in memory.
+        show_progress: Whether to show a progress bar.
         options: Fields of `luce.training.TrainingOptions`, such as ``epochs`` and ``lr``.
     Returns:
-        A record per epoch in ``lines``, and the best epoch with its weights.
+        One record per epoch in ``history``, and the best epoch with its weights.
     Raises:
         UserError: On an unknown option, data that cannot be read, or a folder of another training.
     Example:

@@ -1,4 +1,4 @@
-"""What a figure depends on beside its recipe."""
+"""Software and hardware of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..source import commit
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, threads and time, as values for JSON."""
+    """Return versions, commit, machine, threads, device and time, as values for JSON."""
     import torch
 
     return {
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """Return the name of the processor, or its architecture where the system has no name."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""A finished student for use elsewhere: as ONNX, or packed with one bit per binary weight."""
+"""Export of a student: as ONNX, or packed with one bit per binary weight."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Description = dict[str, Any]
 FORMAT, VERSION = "luce-packed", "1"
 SIGNS, SCALE = ".signs", ".scale"
 AGREES = 1e-3
-"""By which share of the largest logit two engines may differ, whose sums run in other orders."""
+"""Largest difference of two engines' logits, relative to the largest logit: they sum in different orders."""
 
 
 # Packed -----------------------------------------------------------------------------------------------------
 
 
 def write_packed(path: Path, student: models.Classifier, description: Description) -> None:
-    """One bit per binary weight and a scale for each filter; everything else as it is.
+    """Write one bit per binary weight and one scale per filter, and all other tensors unchanged.
 
-    A layer's bits stand under ``NAME.weight.signs`` as bytes, the first weight in the lowest bit, 1 for +1;
-    its scales under ``NAME.weight.scale``. The metadata says how to build the network.
+    The bits of a layer are ``NAME.weight.signs``, as bytes with the first weight in the lowest bit, 1 for +1;
+    its scales are ``NAME.weight.scale``. The metadata describes the network.
 
     Args:
         path: Ends in ``.safetensors``.
@@ -55,14 +55,14 @@ def write_packed(path: Path, student: models.Classifier, description: Descriptio
 
 
 def read_packed(path: Path, *, trusted: bool = False) -> tuple[models.Classifier, Description]:
-    """The network that `write_packed` wrote, with ordinary layers: its answers are the very same.
+    """Read the network that `write_packed` wrote, with ordinary layers and bit-identical logits.
 
     Args:
         path: Of the file.
-        trusted: Whether its network may come from elsewhere than Luce, such as ``python:`` or ``timm:``:
-            then the file says which code runs, and with which options.
+        trusted: Whether to build networks from outside Luce, such as ``python:`` or ``timm:``; the file then
+            decides which code runs.
     Raises:
-        UserError: If the file cannot be read, is another one or a damaged one, or must be trusted and is not.
+        UserError: If the file cannot be read, has another format, is damaged, or needs `trusted`.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -86,7 +86,7 @@ def read_packed(path: Path, *, trusted: bool = False) -> tuple[models.Classifier
         return _filled(description, tensors), description
     except UserError:
         raise
-    except Exception as error:  # whatever stands in a file that something else wrote
+    except Exception as error:  # a file of other software may raise anything
         raise UserError(f"{path} is damaged ({type(error).__name__}: {one_line(error)})") from error
 
 
@@ -112,7 +112,7 @@ def _filled(description: Description, tensors: dict[str, Tensor]) -> models.Clas
 
 
 def pack(signs: Tensor) -> Tensor:
-    """Signs as bits, eight to a byte, the first in the lowest bit; the last byte is filled up with zeros.
+    """Return signs as bits, eight to a byte, the first in the lowest bit; zeros fill the last byte.
 
     >>> pack(torch.tensor([1.0, -1.0, 1.0]))
     tensor([5], dtype=torch.uint8)
@@ -122,10 +122,10 @@ def pack(signs: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """What `pack` packed.
+    """Return the signs that `pack` packed.
 
     Raises:
-        ValueError: If these are not the bytes of a tensor of that shape.
+        ValueError: If the bytes do not fit the shape.
 
     >>> unpack(torch.tensor([5], dtype=torch.uint8), torch.Size([3]))
     tensor([ 1., -1.,  1.])
@@ -140,7 +140,7 @@ def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
 
 
 def write_onnx(path: Path, student: models.Classifier, description: Description) -> float:
-    """From raw inputs, any number of rows, to logits; normalisation included, binary weights as they act.
+    """Write a network from raw inputs, in any number of rows, to logits; normalisation is part of it.
 
     Args:
         path: Ends in ``.onnx``.
@@ -156,13 +156,13 @@ def write_onnx(path: Path, student: models.Classifier, description: Description)
         import_optional(module, "export")
     network = baked(student).cpu().eval()
     rows = example(network, description, rows=2)
-    found: list[float] = []
+    differences: list[float] = []
 
     def fill(aside: Path) -> None:
-        target = aside.with_suffix(".onnx")  # onnxruntime and torch look at the ending
+        target = aside.with_suffix(".onnx")  # onnxruntime and torch require the ending
         try:
             program.save(str(target), external_data=False)
-            found.append(_difference(target, network, description))
+            differences.append(_difference(target, network, description))
             target.replace(aside)
         finally:
             target.unlink(missing_ok=True)
@@ -181,14 +181,14 @@ def write_onnx(path: Path, student: models.Classifier, description: Description)
         files.write(path, fill)
     except UserError:
         raise
-    except Exception as error:  # an exporter fails in many ways, at whatever a network does
+    except Exception as error:  # an exporter raises anything at what it does not know
         raise UserError(f"`{description['model']}` cannot be exported as ONNX: {one_line(error)}") from error
-    return found[0] if found else 0.0
+    return differences[0] if differences else 0.0  # only the main process writes
 
 
 @torch.no_grad()
 def _difference(path: Path, network: nn.Module, description: Description) -> float:
-    """The largest difference of onnxruntime's logits on batches of one and of several rows."""
+    """Return the largest difference between the logits of onnxruntime and PyTorch, on one and five rows."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -200,14 +200,14 @@ def _difference(path: Path, network: nn.Module, description: Description) -> flo
         off = (torch.from_numpy(answer) - expected).abs().max().item()
         if not off <= AGREES * max(1.0, expected.abs().max().item()):
             raise UserError(
-                f"expected the same logits of onnxruntime as of PyTorch, got some that are {off:g} off"
+                f"expected the same logits from onnxruntime and PyTorch, got a difference of {off:g}"
             )
         largest = max(largest, off)
     return largest
 
 
 def example(network: nn.Module, description: Description, *, rows: int) -> Tensor:
-    """Made-up rows such as a network reads: token ids for one of texts, else numbers."""
+    """Return random rows of a network's inputs: token ids for a network of texts, else numbers in [0, 1)."""
     shape = (rows, *description["input_shape"])
     random = torch.Generator().manual_seed(rows)
     for module in network.modules():
@@ -219,7 +219,7 @@ def example(network: nn.Module, description: Description, *, rows: int) -> Tenso
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of itself."""
+    """Silence the exporter's logs and warnings."""
     import logging
 
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]

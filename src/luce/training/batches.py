@@ -1,4 +1,4 @@
-"""The training rows as a method is shown them before training."""
+"""Batches of rows outside the training loop."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from ..data import Examples
 from .progress import Bar
 
 EVALUATION_BATCH = 256
+"""Rows per batch where nothing is trained."""
 
 
-def in_order(examples: Examples, size: int = EVALUATION_BATCH) -> Iterable[dict[str, Tensor]]:
-    return data.loader(examples.plain, batch_size=size, seed=None)
+def in_order(examples: Examples, batch_size: int = EVALUATION_BATCH) -> Iterable[dict[str, Tensor]]:
+    """Return batches of all rows in order and without augmentation."""
+    return data.loader(examples.plain, batch_size=batch_size, seed=None)
 
 
 class TrainingBatches:
-    """Implements `luce.methods.TrainingRows`.
+    """The training rows for a method that prepares itself; implements `luce.methods.TrainingRows`.
 
     Args:
         examples: The rows.
-        device: Where batches go.
-        seed: Of the order, where one is drawn.
-        augment: As in training.
-        workers: Processes that read.
-        progress: Bars to add the passes to.
-        at_most: End after so many batches, to try whether it works.
+        device: Of the batches.
+        seed: Of the order of shuffled passes.
+        augment: Applied to shuffled passes.
+        workers: Processes that read data.
+        progress: Display that each pass adds a bar to.
+        at_most: Number of batches after which every pass ends, for a dry run.
     """
 
     def __init__(

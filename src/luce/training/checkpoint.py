@@ -1,4 +1,4 @@
-"""What is kept to resume from, and what is kept for good."""
+"""Checkpoints to resume from, and exported weights."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ State = dict[str, Any]
 
 
 def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> None:
-    """Write a checkpoint after an epoch and drop the one before; an interruption leaves one of them whole.
+    """Write a checkpoint and remove the previous one; an interruption leaves one of the two complete.
 
     Args:
         folder: Of the run.
-        accelerator: Knows the model, the optimizer and the random states of all processes.
-        epoch: The epoch that has just ended.
-        extra: What the accelerator does not know; tensors and plain values only.
+        accelerator: Saves model, optimizer and the random states of all processes.
+        epoch: The last finished epoch.
+        extra: The rest of the state; tensors and plain values only.
+    Raises:
+        UserError: If the files cannot be written.
     """
     aside, final = folder / ".checkpoint.part", folder / f"checkpoint-{epoch}"
     if accelerator.is_main_process:
@@ -54,27 +56,30 @@ def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> No
 
 
 def restore(folder: Path, accelerator: Accelerator) -> State | None:
-    """Load the latest checkpoint into what the accelerator has prepared; None if there is none.
+    """Load the latest checkpoint into the accelerator.
 
+    Returns:
+        The `extra` of `save`; None without a checkpoint.
     Raises:
         UserError: If the checkpoint cannot be read or belongs to another network.
     """
-    found = _checkpoints(folder)
-    if not found:
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
         return None
+    latest = checkpoints[-1]
     try:
-        accelerator.load_state(str(found[-1]))
-        # The accelerator passes over random states that it cannot read.
-        load(str(found[-1] / f"random_states_{accelerator.process_index}.pkl"))
-        return torch.load(found[-1] / "luce.pt", weights_only=True)
-    except Exception as error:  # damaged files fail in many ways, and all have the same remedy
+        accelerator.load_state(str(latest))
+        # The accelerator ignores random states that it cannot read: the run would then differ.
+        load(str(latest / f"random_states_{accelerator.process_index}.pkl"))
+        return torch.load(latest / "luce.pt", weights_only=True)
+    except Exception as error:  # damaged files raise anything, and all have the same remedy
         raise UserError(
-            f"cannot resume from {found[-1]} ({files.reason(error)}); delete it to start again"
+            f"cannot resume from {latest} ({files.reason(error)}); delete it to start again"
         ) from error
 
 
 def clear(folder: Path) -> None:
-    """Remove the checkpoints of a finished run: its weights are kept as the exported student."""
+    """Remove the checkpoints of a finished run, whose weights are exported."""
     if processes().is_main_process:
         for path in _checkpoints(folder):
             shutil.rmtree(path)
@@ -85,15 +90,19 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def export(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write the student's weights alone, as safetensors under the plain names of its network."""
+    """Write the weights of a student as safetensors, under the names of its network.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     files.write(path, lambda aside: save_file(plain, aside))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a safetensors file or a PyTorch file; never executes what a file holds.
+    """Return tensors by name from a safetensors or PyTorch file, without executing code from it.
 
-    Wrappings of other tools are taken off: a ``state_dict`` or ``model`` entry, and ``module.`` prefixes.
+    Wrappings of other tools are removed: a ``state_dict`` or ``model`` entry, and ``module.`` prefixes.
 
     Raises:
         UserError: If the file cannot be read or holds anything but tensors by name.
@@ -104,7 +113,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
         raise UserError(f"cannot read the checkpoint {path} ({files.reason(error)})") from error
-    except Exception as error:  # the unpickler's refusals have no class of their own
+    except Exception as error:  # the unpickler raises anything
         raise UserError(
             f"{path} is damaged, or holds more than tensors, which Luce does not load; "
             "save its state_dict as safetensors"
@@ -120,7 +129,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a checkpoint into a plain network, every name and shape agreeing.
+    """Load weights into a plain network; all names and shapes must agree.
 
     Raises:
         UserError: If the file cannot be read or its tensors are not those of the network.
@@ -135,7 +144,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def build(
     name: str, options: Mapping[str, Any], *, classes: int, input_shape: Sequence[int], weights: Path
 ) -> nn.Module:
-    """A network whose weights are all in a file, whatever it starts with.
+    """Build a network and load all its weights from a file.
 
     Raises:
         UserError: As `luce.models.build` and `load_weights` do.
@@ -146,12 +155,12 @@ def build(
 
 
 def empty(name: str, options: Mapping[str, Any], *, classes: int, input_shape: Sequence[int]) -> nn.Module:
-    """A network whose weights will all be replaced.
+    """Build a network whose weights will all be replaced, without loading pretrained ones.
 
     Raises:
         UserError: As `luce.models.build` does.
     """
-    if name.removeprefix("binary:").startswith("hf:"):  # or it looks for the checkpoint it once came from
+    if name.removeprefix("binary:").startswith("hf:"):  # it would load the checkpoint that it came from
         options = {**options, "pretrained": False}
     return models.build(name, classes=classes, input_shape=input_shape, **options)
 
@@ -164,7 +173,7 @@ def describe(
     mean: list[float],
     std: list[float],
 ) -> dict[str, Any]:
-    """What it takes to build the network of an exported student again."""
+    """Return the description from which `load_student` builds the network again."""
     return {
         "model": name,
         "options": dict(options),
@@ -176,7 +185,7 @@ def describe(
 
 
 def load_student(folder: Path) -> tuple[models.Classifier, dict[str, Any]]:
-    """The exported student of a run folder, with its description.
+    """Load the exported student of a run folder and its description.
 
     Raises:
         UserError: If the folder holds no exported student.

@@ -1,4 +1,4 @@
-"""Figures of a classifier, and of how far it follows its teacher."""
+"""Figures of a classifier, and of its agreement with its teacher."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ..signals import Teacher
 BINS = 15
 """Of the calibration error, as in Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599."""
 KENDALL_ROWS = 256
-"""Kendall's tau compares all pairs of classes and converges fast over rows: the first ones are enough."""
+"""Rows for Kendall's tau, which compares all pairs of classes: more rows cost much and change little."""
 END = 0.1
-"""Share of the classes at either end of the teacher's order, as is reported of RKKD (arXiv 2409.17823)."""
+"""Share of the classes at either end of the teacher's order, as in RKKD (arXiv 2409.17823)."""
 
 
 @torch.no_grad()
 def collect(
     student: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, teacher: Teacher | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Student logits, teacher logits and targets of all rows, in order, as float32 on the CPU."""
+    """Return student logits, teacher logits and targets of all rows, in order, as float32 on the CPU."""
     student.eval()
     rows: list[tuple[Tensor, ...]] = []
     for batch in loader:
         with accelerator.autocast():
-            answers = [student(batch["input"])]
+            outputs = [student(batch["input"])]
             if teacher is not None:
-                answers.append(teacher.signal(batch).logits)
-        gathered = accelerator.gather_for_metrics((*answers, batch["target"]))
+                outputs.append(teacher.signal(batch).logits)
+        gathered = accelerator.gather_for_metrics((*outputs, batch["target"]))
         rows.append(tuple(part.cpu() for part in gathered))
     *logits, target = (torch.cat(column) for column in zip(*rows, strict=True))
     return logits[0].float(), logits[1].float() if teacher is not None else None, target
 
 
 def brief(student_logits: Tensor, target: Tensor) -> dict[str, float]:
-    """What is followed from epoch to epoch."""
+    """Return the validation figures of an epoch: accuracy, and cross-entropy in nats."""
     return {
         "accuracy": (student_logits.argmax(-1) == target).float().mean().item(),
         "loss": F.cross_entropy(student_logits, target).item(),
@@ -48,7 +48,7 @@ def brief(student_logits: Tensor, target: Tensor) -> dict[str, float]:
 
 
 def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> dict[str, Any]:
-    """What is reported at the end.
+    """Return all figures for a report.
 
     Args:
         student_logits: ``(N, C)``.
@@ -60,8 +60,8 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
         student in nats, mean ``kendall_tau`` of the rows' class orders, ``topk_overlap``, the shared
         fraction of both networks' first ``topk`` classes; and, of the tenth of the classes that the teacher
         ranks first in each row (``top``) and last (``bottom``), rounded and at least two, ``kendall_tau_top``
-        and ``kendall_tau_bottom`` among them, and ``kl_gradient_top`` and ``kl_gradient_bottom``, the part
-        of the KL divergence's gradient that falls to them, ``|q - p|`` summed over the rows.
+        and ``kendall_tau_bottom`` within them, and ``kl_gradient_top`` and ``kl_gradient_bottom``, their
+        share of the KL divergence's gradient, ``|q - p|`` summed over the rows.
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -78,7 +78,7 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
     }
     if teacher_logits is not None:
         topk = max(1, min(5, classes // 2))
-        chosen = [
+        first = [
             F.one_hot(logits.topk(topk).indices, classes).sum(1)
             for logits in (student_logits, teacher_logits)
         ]
@@ -86,7 +86,7 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
         result["kl"] = kd_loss(student_logits, teacher_logits).item()
         result["kendall_tau"] = _kendall_tau(student_logits, teacher_logits)
         result["topk"] = topk
-        result["topk_overlap"] = ((chosen[0] * chosen[1]).sum(-1) / topk).mean().item()
+        result["topk_overlap"] = ((first[0] * first[1]).sum(-1) / topk).mean().item()
         size = min(max(2, round(END * classes)), classes)
         order = teacher_logits.argsort(dim=-1, descending=True, stable=True)
         slope = (student_logits.double().softmax(-1) - teacher_logits.double().softmax(-1)).abs()
@@ -99,7 +99,7 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
 
 
 def _kendall_tau(student_logits: Tensor, teacher_logits: Tensor) -> float:
-    """Mean tau-b of the first rows; a row whose classes all tie has no order and does not count."""
+    """Return the mean tau-b of the first rows, without rows whose classes all tie and have no order."""
     from torchmetrics.functional.regression import kendall_rank_corrcoef
 
     columns = student_logits[:KENDALL_ROWS].T, teacher_logits[:KENDALL_ROWS].T
@@ -108,12 +108,12 @@ def _kendall_tau(student_logits: Tensor, teacher_logits: Tensor) -> float:
 
 def _reliability(probabilities: Tensor, target: Tensor) -> list[dict[str, float]]:
     confidence, choice = probabilities.max(-1)
-    right = (choice == target).float()
+    correct = (choice == target).float()
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     return [
         {
             "confidence": confidence[inside].mean().item(),
-            "accuracy": right[inside].mean().item(),
+            "accuracy": correct[inside].mean().item(),
             "count": int(inside.sum()),
         }
         for inside in (bins == b for b in range(BINS))

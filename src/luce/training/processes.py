@@ -1,4 +1,4 @@
-"""The processes that train together."""
+"""Processes of a distributed training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from accelerate import PartialState
 
 
 def processes(cpu: bool = False) -> PartialState:
-    """This process among those that were launched together; alone unless a launcher says otherwise.
+    """Return this process's place among those that were launched together; a single one without a launcher.
 
-    Without a GPU, Accelerate looks for other processes only if it is told to stay on the CPU, and whoever
-    asks first decides: so everybody asks here.
+    All code must call this instead of `PartialState`: without a GPU, Accelerate looks for other processes
+    only with ``cpu=True``, and the first call in a process decides.
     """
     launched = "LOCAL_RANK" in os.environ
     return PartialState(cpu=cpu or (launched and not torch.accelerator.is_available()))
@@ -22,6 +22,6 @@ def processes(cpu: bool = False) -> PartialState:
 
 @atexit.register
 def _part() -> None:
-    """Leave the group before Python ends: the threads of one that is left behind may abort the process."""
+    """Destroy the process group before Python ends; its threads may otherwise abort the process."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Progress bars of long work."""
+"""Progress bars."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rich.progress import (
 
 
 def progress_bars() -> Progress:
-    """Bars on the error stream, so that results can be piped; they vanish when their work is done.
+    """Return a display on the error stream, which leaves the output stream to results.
 
-    Where that stream is no terminal there are none, so that a log holds messages only.
+    Finished bars disappear. If the error stream is not a terminal, nothing is shown and logs stay clean.
     """
     console = Console(stderr=True)
     return Progress(
@@ -35,7 +35,7 @@ def progress_bars() -> Progress:
 
 
 class Bar:
-    """One bar for the length of a ``with`` block; nothing at all without a progress display."""
+    """One progress bar for a ``with`` block; shows nothing without a display."""
 
     def __init__(self, progress: Progress | None, name: str, total: int, completed: int = 0) -> None:
         self.progress = progress
@@ -56,6 +56,6 @@ class Bar:
             self.progress.advance(self.task)
 
     def note(self, text: str) -> None:
-        """Show a few words behind the bar."""
+        """Show a short text after the bar."""
         if self.progress is not None:
             self.progress.update(self.task, note=text)

@@ -11,28 +11,29 @@ from ..errors import UserError
 
 @dataclass
 class TrainingOptions:
-    """How to train.
+    """Options of the training loop.
 
     Attributes:
         epochs: Passes over the training rows.
-        batch_size: Rows per step and process.
-        seed: Of the initial weights, the order of the rows and the augmentation.
+        batch_size: Rows per batch and process.
+        seed: Seed of the initial weights, the order of the rows and the augmentation.
         optimizer: sgd (with Nesterov momentum) or adamw.
         lr: Peak learning rate.
-        momentum: Of sgd.
-        weight_decay: Of either optimizer.
-        schedule: cosine, step or constant.
+        momentum: Momentum of sgd.
+        weight_decay: Weight decay of either optimizer.
+        schedule: Course of the learning rate after the warm-up: cosine, step or constant.
         warmup_epochs: Epochs over which the learning rate rises from 0; may be a fraction.
-        milestones: Epochs after which the step schedule multiplies the learning rate.
-        gamma: By how much.
+        milestones: Epochs after which the step schedule multiplies the learning rate by gamma.
+        gamma: Factor of the step schedule.
         clip_norm: Largest norm of the gradient; None for no limit.
         accumulate: Batches per optimizer step.
-        precision: no, bf16 or fp16.
-        ema: Decay of an average of the weights, which is then evaluated and exported; None for none.
-        patience: Stop after so many epochs without a better validation accuracy; None never stops early.
-        checkpoint_every: Epochs between checkpoints to resume from.
+        precision: Mixed precision: no, bf16 or fp16.
+        ema: Decay of an exponential moving average of the weights, which is then evaluated and exported; None
+            for no average.
+        patience: Stop after this many epochs without a better validation accuracy; None never stops early.
+        checkpoint_every: Epochs between checkpoints.
         trackers: tensorboard, wandb.
-        cpu: Stay on the CPU even where there is a GPU.
+        cpu: Use the CPU even if there is a GPU.
     """
 
     epochs: int = 30
