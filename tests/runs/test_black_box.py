@@ -337,7 +337,7 @@ def test_one_server_for_a_comparison(url: str, network: Counting, make_recipe: M
     table = markdown_table(runs.read_comparison(tmp_path / "out"))
     assert "PLD" in table
     assert "| teacher |" not in table
-    with pytest.raises(UserError, match=r"expected no `teacher_training` beside `teacher.url`"):
+    with pytest.raises(UserError, match=r"expected no `teacher_training` with `teacher.url`"):
         parse(ComparisonRecipe, {**content, "teacher_training": {"epochs": 1}})
 
 
