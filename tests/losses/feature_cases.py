@@ -10,6 +10,7 @@ from torch import Tensor
 
 import luce
 from luce.losses import FeatureLoss
+from luce.methods import train_by_sgd
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -43,7 +44,7 @@ class Case:
         loss.build(self.student, self.teacher)
         if loss.needs_preparation:
             _, teacher = self.batch(8, torch.float32)
-            loss.prepare(lambda batch_size, epochs=1, shuffle=False: [teacher] * epochs)
+            loss.prepare(lambda batch_size, epochs=1, shuffle=False: [teacher] * epochs, train_by_sgd)
         return loss
 
     def batch(self, rows: int = 3, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:

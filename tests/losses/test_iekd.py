@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from luce import IEKDLoss, exploration_loss, inheritance_loss
 from luce.losses import linear_cka
 from luce.losses.modules.iekd import AutoEncoder, coder
+from luce.methods import train_by_sgd
 
 laws = settings(max_examples=20, deadline=None, derandomize=True)
 both = pytest.mark.parametrize("function", [inheritance_loss, exploration_loss], ids=lambda f: f.__name__)
@@ -76,7 +77,7 @@ def structured(rows: int, shape: tuple[int, ...] = TEACHER, seed: int = 0) -> Te
 
 def prepared(seed: int = 0, **options: Any) -> IEKDLoss:
     loss = built(seed=seed, **{"epochs": 1, **options})
-    loss.prepare(TeacherFeatures(structured(32)))
+    loss.prepare(TeacherFeatures(structured(32)), train_by_sgd)
     return loss
 
 
@@ -337,8 +338,8 @@ def test_the_larger_map_is_pooled_to_the_smaller(student: Any, teacher: Any) -> 
 def test_the_auto_encoder_is_prepared_on_maps_of_the_size_it_will_see() -> None:
     maps = structured(20, (8, 4, 4))
     one, other = (built(((6, 2, 2), shape), epochs=2) for shape in ((8, 4, 4), (8, 2, 2)))
-    found = one.prepare(TeacherFeatures(maps))
-    expected = other.prepare(TeacherFeatures(F.adaptive_avg_pool2d(maps, 2)))
+    found = one.prepare(TeacherFeatures(maps), train_by_sgd)
+    expected = other.prepare(TeacherFeatures(F.adaptive_avg_pool2d(maps, 2)), train_by_sgd)
     assert found == expected
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -439,7 +440,7 @@ def test_preparing_teaches_the_auto_encoder_what_the_teacher_sees(reconstruction
     fresh = copy.deepcopy(loss.of_teacher)
     fresh.freeze(False)  # and so with the statistics of the maps it sees
     untrained = error(fresh, other)
-    found = loss.prepare(source)
+    found = loss.prepare(source, train_by_sgd)
     assert source.asked[0] == {"batch_size": 128, "epochs": 30, "shuffle": True}
     assert source.asked[1:] == [{"batch_size": 128, "epochs": 1, "shuffle": False}]
     assert found["relative_reconstruction"] == pytest.approx(error(loss.of_teacher, maps))
@@ -462,7 +463,7 @@ def test_preparing_is_descent_with_nesterov_momentum_and_weight_decay() -> None:
                 slope = slope + 5e-4 * parameter
                 v.mul_(0.9).add_(slope)
                 parameter -= 0.03 * (slope + 0.9 * v)
-    loss.prepare(source)
+    loss.prepare(source, train_by_sgd)
     assert_close(loss.of_teacher.state_dict(), network.state_dict())
 
 
@@ -471,7 +472,7 @@ def test_preparing_leaves_the_rest_and_the_generator_alone() -> None:
     before, state = copy.deepcopy(loss.state_dict()), torch.get_rng_state()
     maps = structured(32)
     with torch.no_grad():  # whoever calls it
-        loss.prepare(TeacherFeatures(maps.requires_grad_()))
+        loss.prepare(TeacherFeatures(maps.requires_grad_()), train_by_sgd)
     assert maps.grad is None
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in loss.state_dict().items():
@@ -488,11 +489,11 @@ def test_training_without_preparation_is_refused() -> None:
         loss(*batch())
     loss.eval()(*batch())
     with pytest.raises(RuntimeError, match=r"IEKDLoss\.build"):
-        IEKDLoss().prepare(TeacherFeatures(structured(4)))
+        IEKDLoss().prepare(TeacherFeatures(structured(4)), train_by_sgd)
     online = built(autoencoder="online")
     assert not online.needs_preparation
     assert loss.needs_preparation
-    assert online.prepare(TeacherFeatures(structured(4))) == {}
+    assert online.prepare(TeacherFeatures(structured(4)), train_by_sgd) == {}
     assert online(*batch())["loss"].requires_grad
 
 
@@ -516,12 +517,12 @@ def test_what_was_prepared_and_split_is_saved_and_restored() -> None:
 
 def test_a_preparation_that_fails_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"finite error of the prepared auto-encoder.*got nan; lower `lr`"):
-        built(epochs=1).prepare(TeacherFeatures(torch.full((4, *TEACHER), torch.nan)))
+        built(epochs=1).prepare(TeacherFeatures(torch.full((4, *TEACHER), torch.nan)), train_by_sgd)
 
 
 def test_a_teacher_that_is_silent_can_be_prepared() -> None:
     loss = built(epochs=1)
-    found = loss.prepare(TeacherFeatures(torch.zeros(4, *TEACHER)))
+    found = loss.prepare(TeacherFeatures(torch.zeros(4, *TEACHER)), train_by_sgd)
     assert found == {"reconstruction": 0.0, "relative_reconstruction": 0.0}
     (s,), _ = batch(rows=4)
     terms = loss([s.requires_grad_()], [torch.zeros(4, *TEACHER)])
@@ -542,7 +543,7 @@ def test_a_single_value_per_channel_cannot_be_normalised() -> None:
     assert loss(*batch(shapes, rows=2))["loss"].isfinite()
     assert loss.eval()(*batch(shapes, rows=1))["loss"].isfinite()
     with pytest.raises(ValueError, match=message):
-        built(shapes, epochs=1).prepare(TeacherFeatures(torch.rand(129, 8, 1, 1)))
+        built(shapes, epochs=1).prepare(TeacherFeatures(torch.rand(129, 8, 1, 1)), train_by_sgd)
     pooled = (6, 1, 1), (8, 4, 4)
     with pytest.raises(ValueError, match=message):
         built(pooled, autoencoder="online")(*batch(pooled, rows=1))

@@ -16,7 +16,7 @@ from luce import CRDLoss, CrossEntropyLoss, FitNetLoss, KDLoss, VIDLoss, Weighte
 from luce.data import Examples
 from luce.errors import UserError
 from luce.losses import FeatureLoss
-from luce.losses.modules.features import TeacherFeatures
+from luce.losses.modules.features import TeacherFeatures, Train
 from luce.methods import FeatureMethod, FeatureTerm
 from luce.models import Classifier
 from luce.signals import CachedTeacher, LiveTeacher
@@ -324,14 +324,14 @@ def test_preparation_reaches_the_losses_on_features_that_want_it() -> None:
     class Prepared(MSELoss):
         needs_preparation = True
 
-        def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
+        def prepare(self, teacher_features: TeacherFeatures, train: Train) -> dict[str, float]:
             self.heard = [
                 torch.cat(one) for one in zip(*teacher_features(batch_size=4, epochs=2), strict=True)
             ]
             return {"found": 2.0}
 
     class NotPrepared(MSELoss):
-        def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
+        def prepare(self, teacher_features: TeacherFeatures, train: Train) -> dict[str, float]:
             raise AssertionError("nobody asked")
 
     _, teacher = networks()

@@ -18,6 +18,7 @@ from .logits import LogitMethod, Loss
 from .mekd import MEKD
 from .metadistil import MetaDistil
 from .mutual import MutualLearning
+from .preparation import train_by_sgd
 from .views import TwoViewMethod, strong_view
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "TwoViewMethod",
     "WrappedMethod",
     "strong_view",
+    "train_by_sgd",
 ]

@@ -18,6 +18,7 @@ from ..signals import Signal, Teacher
 from ._processes import gather_rows
 from .base import Batch, Prepares, TrainingRows
 from .logits import LogitMethod, Loss
+from .preparation import train_by_sgd
 
 
 class FeatureTerm(NamedTuple):
@@ -159,7 +160,8 @@ class FeatureMethod(Prepares):
                         recorded = teacher.signal(batch).features
                         yield [recorded[path] for path in paths]
 
-            results |= {f"{name}.{key}": value for key, value in term.loss.prepare(features).items()}
+            prepared = term.loss.prepare(features, train_by_sgd)
+            results |= {f"{name}.{key}": value for key, value in prepared.items()}
         return results
 
     def set_epoch(self, epoch: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -24,6 +24,20 @@ class TeacherFeatures(Protocol):
         self, *, batch_size: int = 256, epochs: int = 1, shuffle: bool = False
     ) -> Iterator[list[Tensor]]:
         """Batch by batch a list of features, without gradient; as `luce.methods.TrainingRows.batches`."""
+
+
+class Train(Protocol):
+    """Trains a module before the student; a method passes it to `FeatureLoss.prepare`."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        batches: Iterable[Tensors],
+        error: Callable[[Tensors], Tensor],
+        *,
+        lr: float,
+    ) -> None:
+        """Minimise the error of the batches over the module's parameters, one step for each batch."""
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -115,7 +129,7 @@ class FeatureLoss(Prepared):
             self._shapes = None
             raise
 
-    def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
+    def prepare(self, teacher_features: TeacherFeatures, train: Train) -> dict[str, float]:
         """Learn what must be known of the teacher before training; most losses need nothing.
 
         Not called again when a training is resumed: `build` must freeze the parameters that are trained here
@@ -123,6 +137,7 @@ class FeatureLoss(Prepared):
 
         Args:
             teacher_features: Call it for as many passes over them as it takes.
+            train: Runs the optimization of a part that is trained before the student.
         Returns:
             What was found, by name, as far as a reader of the run would want to know it.
         """

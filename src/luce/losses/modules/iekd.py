@@ -14,7 +14,7 @@ from ...errors import UserError
 from .. import _features
 from ..functional.embeddings import linear_cka
 from ..functional.iekd import FORMS, Form, exploration_loss, inheritance_loss
-from .features import FeatureLoss, Shapes, TeacherFeatures, Tensors, channels, through
+from .features import FeatureLoss, Shapes, TeacherFeatures, Tensors, Train, channels, through
 
 __all__ = ["IEKDLoss"]
 
@@ -36,10 +36,10 @@ class IEKDLoss(FeatureLoss):
     stand beside it. The authors take the last map before the pooling.
 
     A *prepared* auto-encoder is trained on the teacher's maps before the student: `prepare`, which the
-    training loop calls, runs SGD (Nesterov momentum 0.9, weight decay 5e-4, batches of 128, a constant
-    learning rate) and freezes it, in evaluation mode. An *online* one learns beside the student: its
-    reconstruction error is a term of the loss, of weight 1, which is all that moves it. That is for a teacher
-    that changes, and our reconstruction.
+    training loop calls, has it trained with batches of 128 by SGD (Nesterov momentum 0.9, weight decay 5e-4,
+    a constant learning rate; `luce.methods.train_by_sgd`) and freezes it, in evaluation mode. An *online* one
+    learns beside the student: its reconstruction error is a term of the loss, of weight 1, which is all that
+    moves it. That is for a teacher that changes, and our reconstruction.
 
     The weights: in the authors' configuration both are 1; in their ablation, which we know from digests
     only, both are best at 50. Which normalisation either belongs to could not be verified. With the mean over
@@ -85,10 +85,11 @@ class IEKDLoss(FeatureLoss):
         RuntimeError: In training mode before `build` or `prepare`.
 
     Example:
+        >>> from luce.methods import train_by_sgd
         >>> loss = IEKDLoss(inheritance_weight=50, exploration_weight=50, epochs=2)
         >>> loss.build([(16, 4, 4)], [(32, 8, 8)])
         >>> batches = [[torch.rand(16, 32, 8, 8)] for _ in range(4)]
-        >>> sorted(loss.prepare(lambda batch_size, epochs=1, shuffle=False: batches * epochs))
+        >>> sorted(loss.prepare(lambda batch_size, epochs=1, shuffle=False: batches * epochs, train_by_sgd))
         ['reconstruction', 'relative_reconstruction']
         >>> terms = loss([torch.rand(2, 16, 4, 4)], [torch.rand(2, 32, 8, 8)])
         >>> list(terms)
@@ -145,11 +146,12 @@ class IEKDLoss(FeatureLoss):
     def needs_preparation(self) -> bool:
         return self.autoencoder == "prepared"
 
-    def prepare(self, teacher_features: TeacherFeatures) -> dict[str, float]:
+    def prepare(self, teacher_features: TeacherFeatures, train: Train) -> dict[str, float]:
         """Train the auto-encoder on the teacher's maps, and freeze it; an online one needs none of that.
 
         Args:
             teacher_features: Of the training rows, lists of one map.
+            train: Runs the steps; `luce.methods.train_by_sgd` does what the authors do.
         Returns:
             Of all rows, after training: ``reconstruction``, the mean error per entry, and
             ``relative_reconstruction``, which of zeros would be 1.
@@ -160,21 +162,17 @@ class IEKDLoss(FeatureLoss):
             return {}
         self._check_built()
         self.of_teacher.freeze(False)
-        optimizer = torch.optim.SGD(
-            self.of_teacher.parameters(), lr=self.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-        )
-        for features in teacher_features(batch_size=PREPARATION_BATCH, epochs=self.epochs, shuffle=True):
-            teacher = self._pooled(features)
-            _check_normalisable(teacher)
-            with torch.enable_grad():
-                error = self._errors(self.of_teacher(teacher), teacher).mean()
-                optimizer.zero_grad()
-                error.backward()
-            optimizer.step()
+        batches = teacher_features(batch_size=PREPARATION_BATCH, epochs=self.epochs, shuffle=True)
+        train(self.of_teacher, batches, self._reconstruction_error, lr=self.lr)
         self.of_teacher.freeze(True)
         found = self._quality(teacher_features)
         self.prepared = torch.ones((), dtype=torch.bool)
         return found
+
+    def _reconstruction_error(self, features: Tensors) -> Tensor:
+        teacher = self._pooled(features)
+        _check_normalisable(teacher)
+        return self._errors(self.of_teacher(teacher), teacher).mean()
 
     @torch.no_grad()
     def _quality(self, teacher_features: TeacherFeatures) -> dict[str, float]:
