@@ -1,4 +1,4 @@
-# make demo, make test: each sets up its own environment first. Nothing else needs to be typed before.
+# Every target sets up the environment that it needs; nothing has to be run before.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 # Tests that run side by side; each uses one thread.
 WORKERS ?= 2
 
-.PHONY: setup native sanitize demo demo-short test test-slow test-all check format vision-test bench-fashion bench gpu-check clean
+.PHONY: setup native sanitize demo demo-short test test-slow test-all check format docs docs-serve dist vision-test \
+  bench-fashion bench gpu-check clean
 
 setup: $(VENV)/.ready
 
-# PyTorch comes first and the build is not isolated from it: its headers are what the native kernels are built with.
+# PyTorch comes first and the build is not isolated from it, because the native kernels are compiled with its headers.
 $(VENV)/.ready: pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/* csrc/kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch hatchling editables cmake ninja
@@ -34,13 +35,15 @@ sanitize: setup
 demo: setup
 	$(BIN)/luce compare recipes/demo.yaml --out runs/demo
 
-# The same in a quarter of a minute, for continuous integration.
+# A shorter demo for continuous integration: two seeds and few epochs, a quarter of a minute.
 demo-short: setup
 	$(BIN)/luce compare recipes/demo.yaml --out runs/demo-short --seeds '[0, 1]' --training.epochs 5 --teacher_training.epochs 5
 
+# At most five minutes on two cores: every formula, dtype, mask, gradient, resume and fault.
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
+# Ahead-of-time compilation, large arrays, process launches, every command of the documentation.
 test-slow: setup
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
@@ -56,7 +59,23 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# timm and torchvision stay out of the environment: beside a CPU build of torch they break other packages.
+# The site, built strictly into build/site; docs-serve shows it on port 8000 and follows changes.
+export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve --watch src/luce
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --no-build-isolation -c constraints.txt -e '.[docs]'
+	touch $@
+
+# An sdist, and from it a wheel that contains the native kernels.
+dist: setup
+	$(BIN)/python -m build --no-isolation
+
+# timm and torchvision stay out of the environment, because torchvision breaks other packages beside a CPU build of torch.
 vision-test: setup
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv-vision -c constraints.txt torchvision timm
 	PYTHONPATH=.venv-vision $(BIN)/python -m pytest -p tests.vision_cure tests/models

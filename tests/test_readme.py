@@ -1,81 +1,64 @@
-"""What the README and the docs tell a user to type works, and what they point to is there."""
+"""What the README tells a user to type works."""
 
 from __future__ import annotations
 
 import re
-import shlex
-import shutil
-import subprocess
-import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 
-from luce.cli import main
+from luce.cli import COMMANDS
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Less of everything: what is tried is the way through, not the figures at its end.
-SHORTER = {
-    "train": ["--training.epochs", "2"],
-    "distill": ["--training.epochs", "2"],
-    "check": ["--examples", "3"],
-    "compare": ["--training.epochs", "1", "--teacher_training.epochs", "1", "--seeds", "[0]"],
-}
+from . import pages
+
+README = pages.read("README.md")
+SYSTEMS = README[README.index("## Eleven papers") : README.index("## Results")]
 
 
-def commands() -> list[list[str]]:
-    """The README's lines that begin with ``luce``, without their comments."""
-    lines = re.findall(r"^    luce (.+)$", README, flags=re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines]
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= 8192
 
 
-def test_the_readme_shows_every_command() -> None:
-    from luce.cli import COMMANDS
-
-    assert {words[0] for words in commands()} == set(COMMANDS)
-
-
-def check_serves(words: list[str]) -> None:
-    """A command that would not end: it says where it can be reached, and can be."""
-    run = subprocess.Popen([sys.executable, "-m", "luce", *words], stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    try:
-        lines = [run.stdout.readline() for _ in range(3)]
-        url = lines[1].removeprefix("url: ").strip()
-        with urllib.request.urlopen(f"{url}/healthz", timeout=60) as answer:
-            assert answer.status == 200
-    finally:
-        run.kill()
-        run.communicate()
-
-
-def test_readme_commands_work_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_commands_of_the_readme_work_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    pages.prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for words in commands():
-        if words[0] == "serve":
-            check_serves(words)
-            continue
-        status = main([*words, *SHORTER.get(words[0], [])])
-        assert status == 0, (words, capsys.readouterr().err)
+    shown = pages.commands(README.replace(SYSTEMS, ""))
+    assert [name for name, *_ in shown] == ["train", "distill", "compare", "report", "check"]
+    for command in [*shown, ["info"]]:
+        pages.run(command)
     assert (tmp_path / "runs/demo/report.html").exists()
+    for page in ("docs/runs.md", "docs/compare.md"):
+        for _, code in pages.blocks(pages.read(page), "python"):
+            exec(code, {})
 
-    code = re.search(
-        r"```python\n(.*?)```", (ROOT / "docs/runs.md").read_text(encoding="utf-8"), flags=re.DOTALL
+
+def test_every_system_has_a_paper_and_a_command() -> None:
+    rows = re.findall(
+        r"^\| [^|]+ \| \[(\d{4}\.\d{5})\]\(https://arxiv.org/abs/(\d{4}\.\d{5})\) \|", SYSTEMS, re.M
     )
-    assert code is not None
-    exec(code[1], {})
+    assert len(rows) == 11
+    assert all(name == link for name, link in rows)
+    assert len(pages.commands(SYSTEMS)) + len(re.findall(r"`make bench CASES=softmax`", SYSTEMS)) == 11
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-)
-def test_relative_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
-    assert not missing
+@pytest.mark.slow
+def test_the_command_of_every_system_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages.prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    pages.run(["train", "recipes/digits-teacher.yaml"])
+    for command in pages.commands(SYSTEMS):
+        pages.run(command)
+
+
+@pytest.mark.slow
+def test_the_page_of_commands_shows_all_and_they_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages.prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shown = pages.commands(pages.read("docs/commands.md"))
+    assert {name for name, *_ in shown} == set(COMMANDS)
+    for command in shown:
+        pages.run(command)

@@ -46,8 +46,7 @@ class TrainingRows(Protocol):
 
     Attributes:
         trial: Whether this is a dry run: there is one batch only, and a method should do no more than it
-        needs
-            to find out whether everything fits.
+            needs to find out whether everything fits.
     """
 
     @property
