@@ -73,10 +73,12 @@ def pages() -> dict[str, str]:
     texts = {}
     for family, members in families.items():
         doc = family_doc(members[0])
-        index.append(f"\n## [{title(family)}]({family}.md)\n\n{doc}\n\n| loss | function | |\n|---|---|---|")
+        head = "| loss | function | source | |\n|---|---|---|---|"
+        index.append(f"\n## [{title(family)}]({family}.md)\n\n{doc}\n\n{head}")
         index += [
             f"| [`{e.title}`]({family}.md#{e.title.lower()}) "
-            f"| {f'`{e.function.__name__}`' if e.function else ''} | {summary(e.explained)} |"
+            f"| {f'`{e.function.__name__}`' if e.function else ''} | {source(e.explained)} "
+            f"| {summary(e.explained)} |"
             for e in members
         ]
         texts[f"{family}.md"] = f"# {title(family)}\n\n{doc}\n\n" + "\n".join(map(section, members))
@@ -94,6 +96,15 @@ def family_doc(entry: Entry) -> str:
 
 def summary(thing: Any) -> str:
     return inline((inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")).replace("|", "\\|")
+
+
+def source(thing: Any) -> str:
+    """The papers that a docstring refers to: their numbers at arXiv, else where and when they appeared."""
+    references = (inspect.getdoc(thing) or "").partition("References:")[2]
+    if papers := dict.fromkeys(re.findall(r"\b\d{4}\.\d{4,5}\b", references)):
+        return ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+    venue = re.search(r"\b[A-Z]{3,} \d{4}\b", references)
+    return venue[0] if venue else ""
 
 
 def section(entry: Entry) -> str:
@@ -126,7 +137,7 @@ def signature(thing: Any) -> str:
     if options:
         names += ["*", *options]
     text = f"{thing.__name__}(" + ", ".join(names) + ")"
-    return "\n\n```python\n" + "\n".join(textwrap.wrap(text, 100, subsequent_indent="    ")) + "\n```"
+    return "\n\n```python\n" + "\n".join(textwrap.wrap(text, 84, subsequent_indent="    ")) + "\n```"
 
 
 def verification(entry: Entry) -> Iterator[str]:

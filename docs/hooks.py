@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import posixpath
 import re
 import sys
@@ -29,7 +30,8 @@ MOUNTED = [
     "examples/*.py",
 ]
 """Files outside docs/ that the site shows under the paths they have in the repository."""
-FAMILIES, TABLES = generate_losses.pages()
+FAMILIES = {f"losses/{name}": content for name, content in generate_losses.pages().items()}
+TABLES = FAMILIES.pop("losses/index.md").removeprefix("# Losses\n")
 
 
 def on_config(config: Any) -> Any:
@@ -105,6 +107,7 @@ class Docstrings(Extension):
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
         md.preprocessors.register(Blocks(md), "luce-blocks", 27)  # after fenced code, before raw HTML
         md.inlinePatterns.register(Formula(r":math:`([^`]+)`", md), "luce-math", 195)  # before code
+        md.inlinePatterns.register(Formula(r"\$([^$]+)\$", md), "luce-dollar", 185)  # after code
         md.inlinePatterns.register(Role(r":(?:func|class|meth|mod|attr):`~?([^`]+)`", md), "luce-role", 195)
 
 
@@ -126,6 +129,9 @@ class Blocks(Preprocessor):
                 else:
                     line = ""
                 result += ["", self.md.htmlStash.store(mathml(" ".join(formula), "block")), "", line]
+            elif not fenced and line == "$$":
+                formula = itertools.takewhile(lambda line: line != "$$", rest)
+                result += ["", self.md.htmlStash.store(mathml(" ".join(formula), "block")), ""]
             elif not fenced and line.startswith(">>> "):
                 result += ["```pycon", line]
                 for line in rest:

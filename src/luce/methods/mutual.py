@@ -51,8 +51,7 @@ class MutualLearning(StepsAfter, OptimizesManually, CoTrains, WrappedMethod[Meth
         clip_norm: Largest norm of the peer's gradient; None for no limit.
     Raises:
         UserError: If the losses use no teacher or need a trained one, or the method has two views or
-        optimizes
-            manually.
+            optimizes manually.
     Example:
         >>> from luce import CrossEntropyLoss, KDLoss, WeightedSum
         >>> from luce.methods import LogitMethod
