@@ -1,7 +1,8 @@
-"""Calling the command line, and small recipes for it."""
+"""Run commands in this process, and small recipes for them."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from torch.utils.data import TensorDataset
 
 from luce import data
 from luce.cli import main
-from luce.config import merge
+from luce.config import merge, parse
+from luce.recipes import Recipe
+from luce.runs import run
 
 TEACHER: dict[str, Any] = {
     "method": "teacher",
@@ -39,7 +42,7 @@ def rows(count: int = 40, classes: int = 3) -> TensorDataset:
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, beside which a module `toy` can be named."""
+    """An empty working directory, and a module `toy` with networks and data."""
     toy = ModuleType("toy")
     toy.nan = lambda: NanTeacher()  # type: ignore[attr-defined]
     toy.five = lambda: nn.Linear(4, 5)  # type: ignore[attr-defined]
@@ -57,7 +60,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def write(place: Path) -> Callable[..., str]:
-    """Write a recipe and give its path."""
+    """Write a recipe and return its path."""
 
     def write(name: str = "recipe.yaml", base: dict[str, Any] = TEACHER, **changes: Any) -> str:
         (place / name).write_text(yaml.safe_dump(merge(base, changes)))
@@ -75,7 +78,7 @@ class Answer:
 
 @pytest.fixture
 def luce(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """The command line; also what other libraries print is part of the answer."""
+    """Run a command; capture the output of other libraries too."""
 
     def luce(*words: str) -> Answer:
         capfd.readouterr()
@@ -87,7 +90,7 @@ def luce(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
 
 @pytest.fixture
 def refuses(luce: Callable[..., Answer]) -> Callable[..., str]:
-    """A command that fails as it should: the status is 2 and the reason one line."""
+    """Run a command that must fail with status 2 and one line of error; return the line."""
 
     def refuses(*words: str) -> str:
         answer = luce(*words)
@@ -101,8 +104,16 @@ def refuses(luce: Callable[..., Answer]) -> Callable[..., str]:
     return refuses
 
 
+@pytest.fixture(scope="session")
+def trained_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that all tests share."""
+    folder = tmp_path_factory.mktemp("trained") / "teacher"
+    with torch.random.fork_rng():
+        run(parse(Recipe, TEACHER), folder)
+    return folder
+
+
 @pytest.fixture
-def teacher(write: Callable[..., str], luce: Callable[..., Answer], place: Path) -> Path:
+def teacher(trained_teacher: Path, place: Path) -> Path:
     """A finished run at runs/teacher."""
-    assert luce("train", write("teacher.yaml")).status == 0
-    return place / "runs" / "teacher"
+    return Path(shutil.copytree(trained_teacher, place / "runs" / "teacher"))

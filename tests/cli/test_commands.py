@@ -1,4 +1,4 @@
-"""The commands when all is well."""
+"""The commands when they succeed, and the help."""
 
 from __future__ import annotations
 
@@ -98,8 +98,9 @@ def test_train_distill_evaluate_and_report(teacher: Path, write, luce, place: Pa
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_results_go_to_a_folder_named_like_the_recipe(teacher: Path) -> None:
-    assert (teacher / "result.json").exists()
+def test_results_go_to_a_folder_named_like_the_recipe(write, luce, place: Path) -> None:
+    assert luce("train", write("mine.yaml")).status == 0
+    assert (place / "runs/mine/result.json").exists()
 
 
 def test_evaluate_with_a_teacher_from_the_options(teacher: Path, luce) -> None:

@@ -1,4 +1,4 @@
-"""``luce diagnose`` and ``luce landscape`` as a user types them."""
+"""``luce diagnose`` and ``luce landscape``."""
 
 from __future__ import annotations
 
@@ -13,32 +13,9 @@ from luce import data, runs, suggest_temperature
 from luce.analysis import diagnose as of_tensors
 from luce.cli.landscape import read_loss
 from luce.errors import UserError
-from luce.recipes import DataOptions, ModelOptions, Recipe
-from luce.runs import run
-from luce.training import TrainingOptions, checkpoint
+from luce.training import checkpoint
 
 STUDENT = {"method": "PLD", "loss": {"task": {"loss": "PLDLoss"}}, "teacher": {"checkpoint": "runs/teacher"}}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run for all tests here, which only read it."""
-    recipe = Recipe(
-        method="teacher",
-        data=DataOptions(name="sklearn:iris", validation=0.2),
-        student=ModelOptions(name="mlp", options={"hidden": [8]}),
-        loss={"task": {"loss": "CrossEntropyLoss"}},
-        training=TrainingOptions(epochs=2, batch_size=32, lr=0.05),
-    )
-    folder = tmp_path_factory.mktemp("run")
-    run(recipe, folder)
-    return folder
-
-
-@pytest.fixture
-def teacher(trained: Path, place: Path) -> Path:
-    """The run at runs/teacher."""
-    return Path(shutil.copytree(trained, place / "runs" / "teacher"))
 
 
 def test_a_run_is_diagnosed_on_its_own_split(teacher: Path, luce, place: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the user can mend: exit status 2, one line, and nothing half-done left behind."""
+"""User errors: exit status 2, one line, and no partial result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPARISON: dict[str, Any] = {
 
 
 def nothing_half_done(folder: Path) -> bool:
-    """No result, and no file or folder that is only partly there."""
+    """Whether the folder holds no result and no temporary file."""
     names = [path.name for path in folder.rglob("*")] if folder.exists() else []
     return "result.json" not in names and not [name for name in names if name.endswith(".part")]
 
@@ -290,7 +290,7 @@ def test_folders_with_other_contents(command: str, write, refuses, luce, place: 
 def test_a_disk_that_is_full(
     after: int, write, refuses, luce, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever of the files it hits that a run renames into place."""
+    """At each of the files that a run renames into place."""
     replace, calls = os.replace, []
 
     def full(source: Any, target: Any) -> None:

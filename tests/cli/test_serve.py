@@ -1,4 +1,4 @@
-"""``luce serve`` as a process, and runs that learn from it, killed on either side."""
+"""``luce serve`` as a process, and runs that query it, with either process killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKEN = "correct-horse"
 
 @contextmanager
 def served(*words: str, token: str | None = TOKEN) -> Iterator[tuple[str, str, subprocess.Popen[str]]]:
-    """Address and token of ``luce serve``, and its process."""
+    """Start ``luce serve``; yield its address, its token and the process."""
     environment = {**ENVIRONMENT, **({} if token is None else {"LUCE_TOKEN": token})}
     run = subprocess.Popen(
         [sys.executable, "-m", "luce", "serve", "runs/teacher", *words],
@@ -39,17 +39,17 @@ def served(*words: str, token: str | None = TOKEN) -> Iterator[tuple[str, str, s
     try:
         lines = [run.stdout.readline() for _ in range(3)]
         assert lines[2], lines
-        url, said = (line.partition(": ")[2].strip() for line in lines[1:])
-        yield url, said if token is None else token, run
+        url, shown = (line.partition(": ")[2].strip() for line in lines[1:])
+        yield url, shown if token is None else token, run
     finally:
         run.kill()
         run.communicate()
 
 
 def free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        return int(door.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def recipe(url: str, **changes: Any) -> dict[str, Any]:
@@ -71,13 +71,13 @@ def recipe(url: str, **changes: Any) -> dict[str, Any]:
 
 
 def paid(path: Path) -> int:
-    """Answers in a cache."""
+    """The number of cached answers."""
     if not path.exists():
         return 0
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as base:
         try:
             return int(base.execute("SELECT count(*) FROM answer").fetchone()[0])
-        except sqlite3.OperationalError:  # it is just being made
+        except sqlite3.OperationalError:  # another process is creating it
             return 0
 
 
@@ -109,7 +109,7 @@ def test_it_answers_and_ends_when_told(teacher: Path) -> None:
             ["runs/teacher", "--answers", "logits"],
             "expected `--answers` as one of probs, topk, label, got 'logits'",
         ),
-        (["runs/teacher", "--answers", "topk"], "expected `top_k` in 1 .. 3"),
+        (["runs/teacher", "--answers", "topk"], "expected `--top_k` in 1 .. 3"),
         (["runs/teacher", "--decimals", "0"], "expected `--decimals` in 1 .. 8"),
         (["runs/teacher", "--max_batch", "0"], "expected `--max_batch`"),
         (["runs/teacher", "--port", "99999"], "expected `--port` in 0 .. 65535"),
@@ -120,7 +120,7 @@ def test_it_answers_and_ends_when_told(teacher: Path) -> None:
         (["runs/teacher", "--host", "203.0.113.1", "--token", "x"], "cannot listen on 203.0.113.1 port 0"),
         (["runs/teacher", "--token", ""], "expected a token of printable ASCII characters"),
         (["runs/teacher", "--token", "two words"], "expected a token of printable ASCII characters"),
-        (["runs/teacher", "--tok", "x"], "unknown option `--tok`; did you mean `--token`"),
+        (["runs/teacher", "--tok", "x"], "unknown option `--tok`; did you mean `--top_k` or `--token`"),
     ],
 )
 def test_what_is_refused(
@@ -131,10 +131,10 @@ def test_what_is_refused(
 
 
 def test_a_port_that_is_taken(teacher: Path, refuses: Any) -> None:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        door.listen()
-        assert "choose another" in refuses("serve", "runs/teacher", "--port", str(door.getsockname()[1]))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        assert "choose another" in refuses("serve", "runs/teacher", "--port", str(listener.getsockname()[1]))
 
 
 def test_help(luce: Any) -> None:
@@ -151,7 +151,7 @@ def test_killed_on_either_side_nothing_is_paid_for_twice(
     port, cache = free_port(), place / "runs" / "answers.sqlite"
     words = ("distill", write("student.yaml", base=recipe(f"http://127.0.0.1:{port}")), "--out", "out")
 
-    # A server that takes its time, and a run that is killed between answers.
+    # Kill the run between two answers.
     with served("--port", str(port)):
         run = subprocess.Popen(
             [sys.executable, "-m", "luce", *words],
@@ -159,25 +159,25 @@ def test_killed_on_either_side_nothing_is_paid_for_twice(
             stderr=subprocess.PIPE,
         )
         deadline = time.monotonic() + 60
-        while not (some := paid(cache)):
+        while not (answered := paid(cache)):
             assert run.poll() is None, run.communicate()
             assert time.monotonic() < deadline
         run.kill()
         run.communicate()
-    some = paid(cache)
-    assert 0 < some <= 90
+    answered = paid(cache)
+    assert 0 < answered <= 90
 
-    # No server: a clear message, and what was paid for is still there.
+    # Without a server the run names the reason, and the paid answers stay in the cache.
     monkeypatch.setattr("luce.remote.transport.FIRST_WAIT", 0.001)
     reason = refuses(*words)
     assert f"http://127.0.0.1:{port}/v1/info: no connection" in reason
-    assert paid(cache) == some
+    assert paid(cache) == answered
     assert not (place / "out" / "result.json").exists()
 
     with served("--port", str(port)):
         answer = luce(*words)
     assert answer.status == 0, answer.err
-    assert f"({some} are cached)" in answer.err
+    assert f"({answered} are cached)" in answer.err
     found = json.loads((place / "out" / "result.json").read_text())["teacher"]
     assert found["queries"] == paid(cache)
     assert found["queries"] <= 90

@@ -1,4 +1,4 @@
-"""Text classifiers of Hugging Face, from a recipe to figures, as a user types it."""
+"""Hugging Face text classifiers, from a recipe to metrics."""
 
 from __future__ import annotations
 

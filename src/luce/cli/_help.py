@@ -26,9 +26,10 @@ def help_text(options: type[Any], command: str) -> str:
     hints, texts = field_types(options), field_texts(options)
     arguments = "".join(f" {_argument(name, hints[name])}" for name in layout.positional)
     recipe = " [--RECIPE.FIELD VALUE ...]" if layout.recipe is not None else ""
+    given = " [--OPTION VALUE ...]" if layout.options else ""
     fields = {field.name: field for field in dataclasses.fields(options)}
     blocks = [
-        f"usage: luce {command}{arguments} [--OPTION VALUE ...]{recipe}",
+        f"usage: luce {command}{arguments}{given}{recipe}",
         _description(options),
         _section("arguments", [(_argument(name, hints[name]), texts[name]) for name in layout.positional]),
         _section(
