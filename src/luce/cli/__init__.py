@@ -98,8 +98,6 @@ def _run(name: str, argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
     command: Any = importlib.import_module(f"luce.cli.{name}")
-    if name == "bench":
-        return command.main(argv) or 0
     if "-h" in argv or "--help" in argv:
         from ._help import help_text
 
