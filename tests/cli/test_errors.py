@@ -326,8 +326,8 @@ def test_folders_without_a_run(command: str, refuses, place: Path) -> None:
     (place / "empty").mkdir()
     for folder in ("nowhere", "empty"):
         assert folder in refuses(command, folder)
-    assert "expected" in refuses(command)
-    assert "expected" in refuses(command, "--seeds")
+    assert "expected FOLDER" in refuses(command)
+    assert "unknown option `--seeds`" in refuses(command, "--seeds")
 
 
 def test_a_run_without_its_student(teacher: Path, refuses) -> None:

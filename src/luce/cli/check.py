@@ -81,6 +81,8 @@ def main(options: Options, _: str) -> int:
     from ..conformance import Loss, check, load_loss, report
     from ..files import make_folder, write_text
 
+    if options.json is not None:
+        make_folder(options.json.parent)  # refuse a folder that cannot be written to before any work
     loss = Loss.of(load_loss(options.loss), options.adapter, options=options.options, claims=options.claims)
     settings = {name: getattr(options, name) for name in ("laws", "without", "examples", "seed")}
     verdicts = check(
@@ -92,7 +94,6 @@ def main(options: Options, _: str) -> int:
     print(f"{loss}, called as {loss.adapter.text}; claims {', '.join(loss.claims) or 'nothing'}\n")
     Console().print(report.terminal(verdicts))
     if options.json is not None:
-        make_folder(options.json.parent)
         settings |= {"against": options.against, "dtype": options.dtype}
         write_text(options.json, report.as_json(loss, verdicts, **settings))
     return int(any(verdict.state == "broken" for verdict in verdicts))
