@@ -47,6 +47,8 @@ OPS: tuple[Mutant, ...] = (
         FUSED,
         "return asked is None or asked()",
         "return False",
+        "return keeps_graph is None or keeps_graph()",
+        "return False",
     ),
     mutant(
         "ops/second derivative has no graph",
@@ -90,6 +92,8 @@ OPS: tuple[Mutant, ...] = (
         PLD,
         "alpha = (teacher / teacher_temperature).softmax(-1)",
         "alpha = (teacher * teacher_temperature).softmax(-1)",
+        "alpha = (teacher / options.teacher_temperature).softmax(-1)",
+        "alpha = (teacher * options.teacher_temperature).softmax(-1)",
     ),
     mutant(
         "ops/prefixes instead of suffixes",
