@@ -187,6 +187,8 @@ TRAINING: tuple[Mutant, ...] = (
         METRICS,
         "((chosen[0] * chosen[1]).sum(-1) / topk).mean()",
         "((chosen[0] * chosen[1]).sum(-1) / classes).mean()",
+        "((first[0] * first[1]).sum(-1) / topk).mean()",
+        "((first[0] * first[1]).sum(-1) / classes).mean()",
     ),
     mutant(
         "metrics/bins are rounded",
