@@ -326,7 +326,7 @@ def test_a_constant_confidence_only_scales() -> None:
 
 @pytest.mark.parametrize("shapes", [((4,), (4, 1)), ((4, 1), (4,)), ((4,), ())], ids=str)
 def test_weights_and_odds_have_the_same_shape(shapes: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(ValueError, match="as many weights as odds"):
+    with pytest.raises(ValueError, match="as many weights as log-odds"):
         information_loss(*map(torch.zeros, shapes))
 
 

@@ -488,7 +488,7 @@ def test_students_that_cannot_be_differentiated() -> None:
 def test_compiled_students_would_tell_nothing_in_forward_mode(part: slice) -> None:
     student, teacher = networks()
     hidden = torch.compile(student[part], backend="aot_eager")
-    with pytest.raises(UserError, match=r"as on the way back .* is a part of it compiled"):
+    with pytest.raises(UserError, match=r"as in backward mode .* is a part of it compiled"):
         built(nn.Sequential(hidden, *student[part.stop or len(student) :]), teacher)
 
 

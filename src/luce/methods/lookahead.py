@@ -1,20 +1,20 @@
-r"""What steps of the student do to its loss on other rows, and how that depends on the teacher.
+r"""The effect of a student's steps on its loss on other rows, and the derivative of that towards the teacher.
 
 A *pilot* takes steps of plain gradient descent with the teacher's logits :math:`z^T_k` of *K* batches,
 
 .. math:: \theta_k = \theta_{k-1} - \lambda \nabla_\theta \ell_k\big(z^S_k(\theta_{k-1}), z^T_k\big),
 
-and is then asked about a quiz: :math:`L_Q(\theta_K)`. The derivative of that towards the teacher's logits
-follows the steps backwards. With :math:`a_K = \nabla L_Q(\theta_K)`, and :math:`u_k = J_k a_k` for how the
-student's logits of batch *k* change as :math:`\theta_{k-1}` moves along :math:`a_k`,
+and is then evaluated on a quiz: :math:`L_Q(\theta_K)`. The derivative of that towards the teacher's logits
+follows the steps backwards. With :math:`a_K = \nabla L_Q(\theta_K)`, and with :math:`u_k = J_k a_k` for the
+change of the student's logits of batch *k* as :math:`\theta_{k-1}` moves along :math:`a_k`,
 
 .. math:: \frac{\partial L_Q}{\partial z^T_k} = -\lambda \frac{\partial}{\partial z^T_k}
     \Big\langle \frac{\partial \ell_k}{\partial z^S_k}, u_k \Big\rangle, \quad
     a_{k-1} = a_k - \lambda \nabla_\theta \big\langle \nabla_\theta \ell_k, a_k \big\rangle .
 
-Nobody needs :math:`a_0`: of the first batch it takes one product :math:`J a` in forward mode, and only the
-loss on logits is differentiated twice. With a single pilot step that is all; of further batches the student
-is differentiated twice as well.
+:math:`a_0` is not needed: the first batch takes one product :math:`J a` in forward mode, and only the loss on
+logits is differentiated twice. With a single pilot step that is all; on further batches the student is
+differentiated twice as well.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ LogitsLoss = Callable[[Tensor, Tensor, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a network stands, so that a forward pass can be made from there again, with the same draws.
+    """Parameters, buffers and random state of a network, to repeat a forward pass with the same draws.
 
     Attributes:
-        parameters: Those that are trained, by name.
+        parameters: The trained ones, by name.
         buffers: By name.
         random: State of the generator on the CPU, and on the network's GPU if it is on one.
     """
@@ -57,7 +57,7 @@ class Place:
 
     @classmethod
     def of(cls, network: nn.Module) -> Place:
-        """Where it stands now; the parameters are its own."""
+        """Return the current state; the parameters are not copied."""
         named = network.named_parameters()
         parameters: dict[str, Tensor] = {name: value for name, value in named if value.requires_grad}
         buffers = dict(network.named_buffers())
@@ -72,14 +72,14 @@ class Place:
         return self.values[0].device
 
     def forward(self, network: nn.Module, inputs: Tensor) -> tuple[Tensor, Place]:
-        """Logits, and where that leaves the network, whose own parameters and buffers are not touched."""
+        """Return the logits and the state after the pass; the network itself stays unchanged."""
         _set_random_state(self.random, self.device)
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         logits = forward_with(network, {**self.parameters, **buffers}, inputs)
         return logits, Place(self.parameters, buffers, _random_state(self.device))
 
     def moved(self, gradient: Sequence[Tensor], step_size: float) -> Place:
-        """After a step of gradient descent, which the graph of what follows does not remember."""
+        """Return the state after a step of gradient descent; the graph does not extend through the step."""
         parameters = {
             name: (value.detach() - step_size * slope).requires_grad_()
             for (name, value), slope in zip(self.parameters.items(), gradient, strict=True)
@@ -97,15 +97,14 @@ def look_ahead(
 ) -> tuple[Tensor, list[Tensor]]:
     """Take pilot steps and differentiate the quiz loss after them towards the teacher's logits.
 
-    Nothing of the student changes, nor do the random states: its own steps will draw what the pilot drew.
-    That goes for PyTorch's generators: a student that draws from Python's or NumPy's is differentiated
-    wrongly.
-    No graph is kept: there is only one at a time, beside that of the teacher's logits if they have one.
+    The student and the random states stay unchanged, so the student's own steps draw what the pilot drew.
+    That holds for PyTorch's generators: the derivative is wrong for a student that draws from Python's or
+    NumPy's. Only one graph exists at a time, besides that of the teacher's logits if they have one.
 
     Args:
-        student: In the mode in which it is trained; in the quiz all but batch normalisation are in
-            evaluation mode, so that no dropout blurs it.
-        loss: Whose steps are taken.
+        student: In training mode; on the quiz all modules except batch normalisation are in evaluation mode,
+            so that dropout adds no noise.
+        loss: Of the pilot's steps.
         batches: One for each step.
         teacher_logits: Of each of them.
         quiz: Labelled batches; their mean cross-entropies are averaged.
@@ -113,15 +112,15 @@ def look_ahead(
     Returns:
         The quiz loss of the pilot, in nats, and its derivative towards the teacher's logits of each batch.
     Raises:
-        ValueError: By a loss that cannot pass a gradient on to the teacher.
+        ValueError: From a loss without a gradient towards the teacher's logits.
         NotImplementedError: If an operation of the student has no derivative in forward mode.
     """
     place = Place.of(student)
     device, steps = place.device, []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for batch, said in zip(batches, teacher_logits, strict=True):
+        for batch, answers in zip(batches, teacher_logits, strict=True):
             logits, after = place.forward(student, batch["input"])
-            slope, teacher = slope_on_logits(loss, logits, said, batch)
+            slope, teacher = slope_on_logits(loss, logits, answers, batch)
             gradient = _gradient(logits, place.values, slope.detach())
             steps.append((place, batch, slope, teacher))
             place = after.moved(mean_over_processes(gradient), step_size)
@@ -145,7 +144,7 @@ def look_ahead(
 def slope_on_logits(
     loss: LogitsLoss, student_logits: Tensor, teacher_logits: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """The derivative of a loss towards the student's logits, and the teacher's logits that it depends on."""
+    """Return the derivative of a loss towards the student's logits, and the teacher's logits in its graph."""
     student, teacher = (logits.detach().requires_grad_() for logits in (student_logits, teacher_logits))
     with teacher_gradient():
         value = loss(student, teacher, batch)
@@ -154,8 +153,8 @@ def slope_on_logits(
 
 
 def derivative_along(network: nn.Module, place: Place, direction: Sequence[Tensor], inputs: Tensor) -> Tensor:
-    """How the logits change as the parameters move in a direction, by forward-mode differentiation."""
-    with forward_ad.dual_level(), _twice_differentiable(), _Unfollowed():
+    """Return the derivative of the logits along a direction of the parameters, in forward mode."""
+    with forward_ad.dual_level(), _twice_differentiable(), _Constants():
         duals = {
             name: forward_ad.make_dual(value.detach(), change.detach())
             for (name, value), change in zip(place.parameters.items(), direction, strict=True)
@@ -168,14 +167,14 @@ def derivative_along(network: nn.Module, place: Place, direction: Sequence[Tenso
 def both_ways(
     network: nn.Module, place: Place, logits: Tensor, slope: Tensor, inputs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The squared norm of a gradient, by forward-mode differentiation along it and as it is."""
+    """Return the squared norm of a gradient twice: by forward mode along it, and from its entries."""
     gradient = _gradient(logits, place.values, slope)
     change = derivative_along(network, place, gradient, inputs)
     return (slope * change).sum(), torch.stack([g.square().sum() for g in gradient]).sum()
 
 
 def _quiz(student: nn.Module, place: Place, quiz: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
-    """The mean cross-entropy of the quiz batches, and its gradient; one graph at a time."""
+    """Return the mean cross-entropy of the quiz batches and its gradient; one graph at a time."""
     total, gradient = (
         torch.zeros((), device=place.device),
         [torch.zeros_like(value) for value in place.values],
@@ -191,9 +190,9 @@ def _quiz(student: nn.Module, place: Place, quiz: Sequence[Batch]) -> tuple[Tens
 
 @contextmanager
 def _without_dropout(network: nn.Module) -> Iterator[None]:
-    """Everything as in evaluation, but that batch normalisation goes on to use the batch's statistics.
+    """Set evaluation mode, except that batch normalisation uses the batch's statistics.
 
-    Those that it has gathered belong to other weights.
+    Its running statistics belong to other weights than the pilot's.
     """
     modes = {module: module.training for module in network.modules()}
     for module in modes:
@@ -205,8 +204,8 @@ def _without_dropout(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Unfollowed(TorchFunctionMode):
-    """What a network does under `torch.no_grad` is constant, for forward mode as for the way back."""
+class _Constants(TorchFunctionMode):
+    """Treat values computed under `torch.no_grad` as constant in forward mode, as backward mode does."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -216,18 +215,18 @@ class _Unfollowed(TorchFunctionMode):
 
 
 def _twice_differentiable() -> AbstractContextManager[None]:
-    """Fused attention has neither a derivative in forward mode nor a second one."""
+    """Exclude fused attention, which has no derivative in forward mode and no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def _gradient(
     value: Tensor, inputs: Sequence[Tensor], slope: Tensor | None = None, **options: bool
 ) -> list[Tensor]:
-    """As `torch.autograd.grad`; 0 where an input has no part in the value."""
+    """Return `torch.autograd.grad`, with 0 for an input that the value does not depend on."""
     if not value.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
-    found = torch.autograd.grad(value, inputs, slope, allow_unused=True, **options)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+    gradients = torch.autograd.grad(value, inputs, slope, allow_unused=True, **options)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

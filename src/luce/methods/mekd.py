@@ -1,13 +1,13 @@
-r"""Mapping-Emulation distillation: a student of a teacher that only answers, about images that were made.
+r"""Mapping-Emulation KD: distillation from a black box through generated images.
 
-First a generator :math:`G` learns to make images like those at hand, from latents :math:`z \sim N(0, I_C)`;
-then it stays as it is, and student :math:`S` and teacher :math:`T` are asked about :math:`x' = G(z)`:
+First a generator :math:`G` learns to make images like the training rows from latents :math:`z \sim N(0,
+I_C)`. Then it is frozen, and student :math:`S` and teacher :math:`T` are evaluated on :math:`x' = G(z)`:
 
 .. math:: L = w \cdot \frac{1}{m n} \sum_{i=1}^{m} \big\lVert G(\bar S(x'_i) / \tau) - G(\bar T(x'_i) / \tau)
     \big\rVert_1 + L_\text{logits}\big(S(x'), T(x')\big)
 
-with logits :math:`\bar S, \bar T` less their mean, for probabilities leave a constant open that
-:math:`G` would see, and the mean taken over the *m* images and their *n* values, from -1 to 1 each.
+with logits :math:`\bar S, \bar T` less their mean, since probabilities leave a constant undetermined that
+:math:`G` would see, and with the mean over the *m* images and their *n* values in [-1, 1].
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from .base import Batch, GeneratesInputs, Prepares, Samples, TrainingRows, Wrapp
 from .features import without_side_effects
 from .logits import LogitMethod
 
-AT_ONCE = 256
-"""Images that a network is shown at a time."""
+CHUNK = 256
+"""Images that the generator makes in one forward pass."""
 
 TRIAL = 8
-"""Images of a trial."""
+"""Images of a dry run."""
 
-SHOWN = 24
-"""Images that a report shows."""
+SAMPLES = 24
+"""Images in a report."""
 
 HARD_TAU = 5.0
-"""Temperature in front of the generator for hard answers, which have no spread of their own."""
+"""Temperature of the alignment for hard answers, which have no spread of their own."""
 
 SOURCES = ("generated", "noise", "real")
 
 
 class Plan(NamedTuple):
-    """How many images the teacher is to be asked about.
+    """Numbers of images to query.
 
     Attributes:
         information: While the generator learns.
@@ -61,47 +61,48 @@ class Plan(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
-    r"""Mapping-Emulation KD (MEKD): distillation from a black box, without sending it real images.
+    r"""Mapping-Emulation KD (MEKD): distillation from a black box that receives no real image.
 
-    Of the training rows the teacher is told nothing; their labels are not looked at, but for choosing the
-    best epoch on validation rows. Before training, a generator learns to make images like the rows
+    The training rows are never sent to the teacher. Their labels are not used, except for choosing the best
+    epoch on validation rows. Before training, a generator learns to make images like the rows
     (*deprivatisation*), by the usual non-saturating game with a discriminator, in nats,
 
     .. math:: L_D = -\log \sigma(D(x)) - \log(1 - \sigma(D(x'))), \qquad
         L_G = -(1 + \alpha y) \log \sigma(D(x')),
 
-    in which *y* is the teacher's highest probability of the image :math:`x'`: the *information* term prefers
-    images that the teacher is sure of. Then the teacher is asked about a pool of made images, once, and the
-    student learns from these answers: by the loss of the other terms of the recipe, such as KDLoss or PLDLoss
-    (PLD takes the order of the teacher's answer alone, as on rows without a label), and by the distance of
-    the images that the frozen generator makes of both networks' logits; see `luce.methods.mekd`. A step's
-    batch of rows sets only how many images of the pool it takes (two at least).
+    in which *y* is the teacher's highest probability for the image :math:`x'`: the *information* term prefers
+    images that the teacher is certain of. Then the teacher is queried once for a pool of generated images,
+    and the student learns from these answers, with the loss of the other terms of the recipe, such as KDLoss
+    or PLDLoss (PLD uses only the order of the teacher's answer, as on unlabelled rows), and with the distance
+    between the images that the frozen generator makes of both networks' logits; see `luce.methods.mekd`. Only
+    the size of a step's batch matters: it is the number of images from the pool (at least two).
 
-    What this does and does not do: nothing ties a latent to the class of its image, so the generator inverts
-    the teacher in distribution only; the alignment leaves open whatever logits the generator ignores, which
-    is why the terms on logits stay. Real images are not sent, but a generator can memorise them.
+    *Limits.* Nothing ties a latent to the class of its image, so the generator inverts the teacher in
+    distribution only. The alignment does not determine logits that the generator ignores, so the terms on
+    logits are needed. Real images are not sent, but a generator can memorise them.
 
-    The *budget*: `queries` is the number of images that the teacher is ever asked about, those of the
-    information term among them. A resumed training asks about none of them again. A hard answer (a class
-    alone) has *y* = 1, which says nothing, so none is spent on it there. The counts, the losses of the game,
-    and for the answers :math:`\tau`, the *ratio* of their spread to it (latents have 1), their mean
-    confidence and how many classes they name (the exponential of the entropy of the best classes: few where
-    the generator makes few kinds of images) go into ``prepared`` of a run's ``result.json``.
+    *Budget.* `queries` is the total number of images that the teacher receives, including those of the
+    information term. A resumed training queries none of them again. A hard answer (a class alone) has *y* =
+    1, which carries no information, so the information term spends no query on it. ``prepared`` in a run's
+    ``result.json`` holds the counts, the losses of the game, and of the answers :math:`\tau`, the *ratio* of
+    their spread to it (latents have 1), their mean confidence and the number of classes that they name (the
+    exponential of the entropy of the best classes: small where the generator makes few kinds of images).
 
     Args:
-        method: On logits; what the student learns from the teacher's answers.
-        queries: Images that the teacher is asked about in all. None makes new ones at every step, as the
-            authors do, and asks about all of them, without end.
+        method: Defines the loss on the teacher's answers.
+        queries: Total number of images to query. None makes new ones in every step, as the authors do, and
+            queries all of them, without a limit.
         information: Share of the queries, in [0, 1), for the information term, in the generator's last steps.
-            With ``queries=None`` every step of the generator asks, unless it is 0.
+            With ``queries=None`` every step of the generator queries, unless the share is 0.
         alpha: Weight of the information term.
         images: ``"generated"``; or for comparison ``"noise"``, uniform in the range of the data, or
             ``"real"``, training rows, both without alignment.
-        image: Weight *w* of the alignment; 0 for none. The authors' code has 1. Their formula sums over an
-            image's values, which is a weight of *n* here.
-        tau: Temperature in front of the generator. ``"auto"`` is the root mean square of the pool's centred
-            answers, so that they spread like latents, and 5 for hard answers, which a student then meets at
-            a gap of 5 times `gain`. The authors' code has 5.
+        image: Weight *w* of the alignment; None for 1 with generated images and 0 otherwise. The authors'
+        code
+            has 1. Their formula sums over an image's values, which is a weight of *n* here.
+        tau: Temperature of the logits that enter the generator. ``"auto"`` is the root mean square of the
+            pool's centred answers, so that they spread like latents, and 5 for hard answers, which a student
+            matches with a gap of 5 times `gain`. The authors' code has 5.
         gain: The latent of a hard answer is ``gain`` on its class and 0 elsewhere, less the mean.
             ``"auto"`` is the square root of the number of classes, the usual norm of a latent; 1 / `tau` is
             that of the authors' code.
@@ -112,7 +113,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         gan_width: Channels of the generator. The authors have 128.
     Raises:
         TypeError: On a method that is no `LogitMethod`.
-        ValueError: On a wrong value, or a loss that does not look at the teacher, or needs labels.
+        ValueError: On a wrong value, or a loss that does not use the teacher, or needs labels.
     Example:
         >>> import luce
         >>> from luce.signals import LiveTeacher
@@ -124,17 +125,17 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         >>> student, teacher = (luce.models.build("cnn", classes=10, input_shape=(1, 8, 8)) for _ in range(2))
         >>> method = MEKD(LogitMethod(luce.KDLoss()), queries=64, information=0.25, gan_epochs=4, gan_width=8)
         >>> method.build(student, LiveTeacher(teacher), rows, rows)
-        >>> found = method.prepare(LiveTeacher(teacher), Rows())
-        >>> found["queries"], found["information_queries"]
+        >>> results = method.prepare(LiveTeacher(teacher), Rows())
+        >>> results["queries"], results["information_queries"]
         (64.0, 16.0)
         >>> sorted(method.step(student, rows, None))
         ['image', 'logits', 'loss']
 
     References:
         Ma et al., Aligning Logits Generatively for Principled Black-Box Knowledge Distillation, CVPR 2024,
-        arXiv 2205.10490. The networks, the optimizer and the defaults are those of the authors' code where
-        nothing else is said. Our own: *y* (that code takes the index of the class), the pool, the budget,
-        centred logits, `tau` and `gain`.
+        arXiv 2205.10490. The networks, the optimizer and the defaults are those of the authors' code unless
+        stated otherwise. Ours are *y* (that code takes the index of the class), the pool, the budget, centred
+        logits, `tau` and `gain`.
     """
 
     needs_teacher = False  # it answers none of the rows
@@ -208,7 +209,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         checks.check_positive(gan_lr=self.gan_lr)
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
-        """Make the generator and room for the pool; nobody is asked yet."""
+        """Make the generator and the buffers of the pool; nothing is queried yet."""
         if teacher is None:
             raise UserError("expected a teacher for MEKD; add `teacher` to the recipe")
         if not teacher.answers_new_inputs:
@@ -232,8 +233,8 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
             classes = student(inputs).shape[-1]
         if self.images == "generated":
             self.generator = Generator(classes, self.shape, self.gan_width).requires_grad_(False).eval()
-        made_of = (classes,) if self.images == "generated" else self.shape
-        self.pool: Tensor = nn.Buffer(torch.zeros(self.plan.pool, *made_of))
+        latent_shape = (classes,) if self.images == "generated" else self.shape
+        self.pool: Tensor = nn.Buffer(torch.zeros(self.plan.pool, *latent_shape))
         self.answers: Tensor = nn.Buffer(torch.zeros(self.plan.pool, classes))
         self.temperature: Tensor = nn.Buffer(torch.ones(()))
         self.low: Tensor = nn.Buffer(torch.zeros(self.shape[0], 1, 1))
@@ -242,37 +243,37 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
 
     @property
     def plan(self) -> Plan:
-        """How many images the teacher will be asked about before training."""
+        """The numbers of images to query before training."""
         steps = self.gan_epochs * math.ceil(self.rows / self.gan_batch_size)
         most = steps * self.gan_batch_size
         if self.images != "generated" or not self.alpha or self.kind == "label":
-            most = 0  # there is nothing to be asked, or nothing that an answer would change
+            most = 0  # no generator, or an answer that would not change its loss
         if self.queries is None:
-            return Plan(most if self.information else 0, AT_ONCE)
+            return Plan(most if self.information else 0, CHUNK)
         information = min(most, round(self.information * self.queries), self.queries - 1)
         return Plan(information, self.queries - information)
 
     def prepare(self, teacher: Teacher, rows: TrainingRows) -> dict[str, float]:
-        """Train the generator, make the pool and ask about it; see the class for what is found."""
+        """Train the generator, make the pool and query it; see the class for the results."""
         plan = self.plan
         if rows.trial:
             plan = Plan(*(min(number, TRIAL) for number in plan))
-        self._find_range(rows)
-        found: dict[str, float] = {}
+        self._set_range(rows)
+        results: dict[str, float] = {}
         if self.images == "generated":
-            found = self._learn_to_make_images(teacher, rows, plan.information)
-        if self.images == "real":  # a trial sees the first rows alone
-            self.pool = _some(rows, plan.pool, plan.pool if rows.trial else self.rows)
+            results = self._train_generator(teacher, rows, plan.information)
+        if self.images == "real":  # a dry run has the first rows only
+            self.pool = _random_rows(rows, plan.pool, plan.pool if rows.trial else self.rows)
         else:
-            self.pool = self._new(plan.pool)
+            self.pool = self._draw(plan.pool)
         parts = self.pool.split(teacher.preferred_batch)
         self.answers = torch.cat([self._ask(teacher, self._images(part)) for part in parts])
-        spread = self._find_tau()
-        found |= self.method.prepare_loss(self.answers, _no_labels(self.answers))
+        spread = self._set_temperature()
+        results |= self.method.prepare_loss(self.answers, _no_labels(self.answers))
         best = self.answers.argmax(-1).bincount() / len(self.answers)
         if self.queries is not None:
-            found["queries"] = float(sum(plan))
-        return found | {
+            results["queries"] = float(sum(plan))
+        return results | {
             "information_queries": float(plan.information),
             "tau": self.temperature.item(),
             "ratio": spread,
@@ -281,13 +282,13 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         }
 
     def _check_budget(self, teacher: Teacher) -> None:
-        """Refuse a plan that the whole budget is too small for; what was paid for before may come free."""
+        """Refuse a plan beyond the whole budget; earlier queries may be cached, so they do not count."""
         if teacher.budget is None:
             return
         if self.queries is None:
             raise BudgetError(
-                "expected a number of `queries` for a teacher with a budget, got none, which asks about new "
-                "images at every step"
+                "expected a number of `queries` for a teacher with a budget, got none, which queries new "
+                "images in every step"
             )
         if self.queries > teacher.budget:
             raise BudgetError(
@@ -295,18 +296,18 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
                 "lower them, or raise `teacher.budget`"
             )
 
-    def _find_range(self, rows: TrainingRows) -> None:
-        """Of each channel, from the darkest to the brightest value, which the generator calls -1 and 1."""
+    def _set_range(self, rows: TrainingRows) -> None:
+        """Store each channel's minimum and span, which the generator maps to -1 and 1."""
         ends = [batch["input"].transpose(0, 1).flatten(1).aminmax(dim=1) for batch in rows.batches()]
         low = torch.stack([end.min for end in ends]).amin(0)
         span = torch.stack([end.max for end in ends]).amax(0) - low
         if not torch.isfinite(span).all():
-            raise UserError("expected training images of finite numbers for MEKD, got some that are none")
+            raise UserError("expected training images of finite numbers for MEKD, got NaN or infinity")
         self.low = low.view_as(self.low).to(self.low)
         self.span = torch.where(span > 0, span, 1.0).view_as(self.span).to(self.span)
 
-    def _learn_to_make_images(self, teacher: Teacher, rows: TrainingRows, questions: int) -> dict[str, float]:
-        """Play the game of generator and discriminator; the mean losses of its last epoch, in nats."""
+    def _train_generator(self, teacher: Teacher, rows: TrainingRows, queries: int) -> dict[str, float]:
+        """Train generator and discriminator; return the mean losses of the last epoch, in nats."""
         generator, discriminator = self.generator, Discriminator(self.shape).to(self.low)
         optimizers = [
             torch.optim.Adam(network.parameters(), lr=self.gan_lr, betas=(0.5, 0.999))
@@ -314,7 +315,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         ]
         per_epoch = math.ceil(self.rows / self.gan_batch_size)
         steps = 1 if rows.trial else self.gan_epochs * per_epoch
-        asks_from = steps - math.ceil(questions / self.gan_batch_size)
+        first_query = steps - math.ceil(queries / self.gan_batch_size)
         losses: deque[Tensor] = deque(maxlen=per_epoch)
         generator.requires_grad_(True).train()
         batches = rows.batches(self.gan_batch_size, epochs=self.gan_epochs, shuffle=True)
@@ -322,51 +323,56 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
             real = 2 * (batch["input"] - self.low) / self.span - 1
             made = generator(generator.draw(self.gan_batch_size))
             confidence = made.new_zeros(len(made))
-            if number >= asks_from and questions:
-                now = min(questions, len(made))
-                confidence[:now] = _confidence(self._ask(teacher, self._in_range(made[:now].detach())))
-                questions -= now
+            if number >= first_query and queries:
+                count = min(queries, len(made))
+                images = self._in_range(made[:count].detach())
+                confidence[:count] = _confidence(self._ask(teacher, images))
+                queries -= count
             discriminator.requires_grad_(False)
-            odds = discriminator(made)
-            loss = fooling_loss(odds) + self.alpha * information_loss(odds, confidence)
-            _descend(optimizers[0], loss)
+            log_odds = discriminator(made)
+            loss = fooling_loss(log_odds) + self.alpha * information_loss(log_odds, confidence)
+            _minimise(optimizers[0], loss)
             discriminator.requires_grad_(True)
-            telling = fooling_loss(discriminator(real)) + fooling_loss(-discriminator(made.detach()))
-            _descend(optimizers[1], telling)
-            losses.append(torch.stack([loss, telling]).detach())
+            real_loss, fake_loss = (
+                fooling_loss(discriminator(real)),
+                fooling_loss(-discriminator(made.detach())),
+            )
+            discriminator_loss = real_loss + fake_loss
+            _minimise(optimizers[1], discriminator_loss)
+            losses.append(torch.stack([loss, discriminator_loss]).detach())
         generator.requires_grad_(False).eval().zero_grad()
-        generator_loss, discriminator_loss = torch.stack([*losses]).mean(0).tolist()
-        if not math.isfinite(generator_loss + discriminator_loss):
-            raise UserError("the generator's training came to no number; lower `gan_lr`")
-        return {"generator_loss": generator_loss, "discriminator_loss": discriminator_loss}
+        means = torch.stack([*losses]).mean(0).tolist()
+        if not math.isfinite(sum(means)):
+            raise UserError("the losses of the generator's training are not finite; lower `gan_lr`")
+        return dict(zip(("generator_loss", "discriminator_loss"), means, strict=True))
 
-    def _new(self, number: int) -> Tensor:
-        """What so many images are made of: latents, or pixels that are noise already."""
+    def _draw(self, number: int) -> Tensor:
+        """Draw the latents of this number of images, or noise images themselves."""
         if self.images == "generated":
             return self.generator.draw(number)
         return self.low + self.span * torch.rand(number, *self.shape).to(self.low)
 
     @torch.no_grad()
-    def _images(self, made_of: Tensor) -> Tensor:
-        """In the range of the data."""
+    def _images(self, latents: Tensor) -> Tensor:
+        """Generate images in the range of the data; noise and real images are returned unchanged."""
         if self.images != "generated":
-            return made_of
-        return self._in_range(torch.cat([self.generator(part) for part in made_of.split(AT_ONCE)]))
+            return latents
+        return self._in_range(torch.cat([self.generator(part) for part in latents.split(CHUNK)]))
 
     def _in_range(self, made: Tensor) -> Tensor:
         return self.low + self.span * (made + 1) / 2
 
     def _ask(self, teacher: Teacher, images: Tensor) -> Tensor:
-        """What the teacher says, of all processes to the first one alone."""
+        """Query the teacher, in the first process only, and return its logits in all."""
         index = torch.full((len(images),), UNLABELLED, device=images.device)
         batch = {"input": images, "target": index, "index": index}
         answers = as_first(lambda: teacher.signal(batch).logits)
         if not torch.isfinite(answers).all():
-            raise UserError("expected answers of finite numbers from the teacher, got some that are none")
+            raise UserError("expected answers of finite numbers from the teacher, got NaN or infinity")
         return answers.to(self.low)
 
-    def _find_tau(self) -> float:
-        """Settle the temperature in front of the generator; the spread of the answers in its units."""
+    def _set_temperature(self) -> float:
+        """Set the temperature of the alignment and return the spread of the answers in its units."""
         if self.tau != "auto":
             self.temperature.fill_(self.tau)
         elif self.kind == "label":
@@ -377,7 +383,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         return self.teacher_latents(self.answers).square().mean().sqrt().item()
 
     def teacher_latents(self, answers: Tensor) -> Tensor:
-        """Latents of the images that stand for the teacher's answers, ``(N, C)``."""
+        """Return the latents that represent the teacher's answers, ``(N, C)``."""
         if self.kind != "label":
             return _centred(answers) / self.temperature
         classes = answers.shape[-1]
@@ -385,37 +391,39 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         return _centred(gain * F.one_hot(answers.argmax(-1), classes).to(answers))
 
     def alignment(self, student_logits: Tensor, teacher_latents: Tensor) -> Tensor:
-        """Mean absolute difference of the images made of both, from 0 to 2."""
+        """Return the mean absolute difference of the images generated from both, in [0, 2]."""
         with torch.autocast(student_logits.device.type, enabled=False):
-            ours = self.generator(_centred(student_logits.to(self.temperature)) / self.temperature)
+            student_images = self.generator(_centred(student_logits.to(self.temperature)) / self.temperature)
             with torch.no_grad():
-                theirs = self.generator(teacher_latents)
-            return (ours - theirs).abs().mean()
+                teacher_images = self.generator(teacher_latents)
+            return (student_images - teacher_images).abs().mean()
 
     def train(self, mode: bool = True) -> MEKD:
-        """As for any module; but the generator stays in evaluation mode."""
+        """Set the mode as for any module, except that the generator stays in evaluation mode."""
         super().train(mode)
         if hasattr(self, "generator"):
             self.generator.eval()
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.order = self.order[:0]  # an epoch begins anew, whether the training was interrupted or not
+        self.order = self.order[
+            :0
+        ]  # a checkpoint does not hold the order: a resumed epoch must draw the same
         self.method.set_epoch(epoch)
 
     def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
-        """The terms on the logits, and ``"image"`` for the alignment; of the batch only its size counts."""
+        """Return the terms on the logits, and ``"image"`` for the alignment; see the class for the batch."""
         number = max(2, len(batch["target"]))
         with torch.autocast(self.low.device.type, enabled=False):
             if self.queries is None:
-                images = self._images(self._new(number))
+                images = self._images(self._draw(number))
                 answers = self.teacher.signal({**batch, "input": images}).logits.to(self.low)
             else:
                 rows = self._next(number).to(self.low.device)
                 images, answers = self._images(self.pool[rows]), self.answers[rows]
         logits = student(images)
-        said = DenseSignal(answers, kind=self.kind)
-        terms = self.method.terms(logits, {"target": _no_labels(answers)}, said)
+        signal = DenseSignal(answers, kind=self.kind)
+        terms = self.method.terms(logits, {"target": _no_labels(answers)}, signal)
         loss = terms.pop("loss")
         terms = terms or {"logits": loss}
         if self.image_weight:
@@ -424,7 +432,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         return {**terms, "loss": loss}
 
     def _next(self, number: int) -> Tensor:
-        """Rows of the pool in random order, all of them before any comes again, within an epoch."""
+        """Draw rows of the pool in random order, each once before any is repeated within an epoch."""
         while len(self.order) < number:
             self.order = torch.cat([self.order, torch.randperm(len(self.pool))])
         rows, self.order = self.order[:number], self.order[number:]
@@ -432,35 +440,36 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
 
     @property
     def samples(self) -> Samples:
-        images = (self._images(self.pool[:SHOWN]) - self.low) / self.span
-        return Samples(images.cpu(), self.answers[:SHOWN].cpu())
+        images = (self._images(self.pool[:SAMPLES]) - self.low) / self.span
+        return Samples(images.cpu(), self.answers[:SAMPLES].cpu())
 
 
-def fooling_loss(odds: Tensor) -> Tensor:
-    """Mean of :math:`-\\log \\sigma`, in nats, of log-odds ``(N,)`` that an image is real."""
-    return F.softplus(-odds).mean()
+def fooling_loss(log_odds: Tensor) -> Tensor:
+    """Return the mean of :math:`-\\log \\sigma`, in nats, for log-odds ``(N,)`` of a real image."""
+    return F.softplus(-log_odds).mean()
 
 
-def information_loss(odds: Tensor, confidence: Tensor) -> Tensor:
-    """`fooling_loss` with each image weighing as the teacher is sure of it.
+def information_loss(log_odds: Tensor, confidence: Tensor) -> Tensor:
+    """Return `fooling_loss` with each image weighted by the teacher's confidence.
 
     Args:
-        odds: Log-odds that an image is real, ``(N,)``.
+        log_odds: That an image is real, ``(N,)``.
         confidence: The teacher's highest probability, ``(N,)``, in [0, 1].
     Raises:
-        ValueError: If the shapes differ: weights beside a column of odds would weigh every pair of rows.
+        ValueError: If the shapes differ: broadcasting would weight every pair of rows.
     Example:
         >>> round(information_loss(torch.zeros(2), torch.tensor([1.0, 0.5])).item(), 6)
         0.51986
     """
-    if odds.shape != confidence.shape:
+    if log_odds.shape != confidence.shape:
         raise ValueError(
-            f"expected as many weights as odds, of shape {tuple(odds.shape)}, got {tuple(confidence.shape)}"
+            f"expected as many weights as log-odds, of shape {tuple(log_odds.shape)}, "
+            f"got {tuple(confidence.shape)}"
         )
-    return (confidence * F.softplus(-odds)).mean()
+    return (confidence * F.softplus(-log_odds)).mean()
 
 
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def _minimise(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -478,19 +487,19 @@ def _no_labels(answers: Tensor) -> Tensor:
     return torch.full(answers.shape[:1], UNLABELLED, device=answers.device)
 
 
-def _some(rows: TrainingRows, number: int, among: int) -> Tensor:
-    """Images of so many rows, drawn at random, in their order."""
+def _random_rows(rows: TrainingRows, number: int, among: int) -> Tensor:
+    """Return the images of this number of random rows, in their order."""
     chosen = torch.randperm(among)[:number].sort().values
-    images, at = [], 0
+    images, start = [], 0
     for batch in rows.batches():
-        end = at + len(batch["input"])
-        images.append(batch["input"][chosen[(chosen >= at) & (chosen < end)] - at])
-        at = end
+        end = start + len(batch["input"])
+        images.append(batch["input"][chosen[(chosen >= start) & (chosen < end)] - start])
+        start = end
     return torch.cat(images)
 
 
 def _needing_labels(method: LogitMethod) -> list[str]:
-    """Names of the losses that learn nothing from a row without a label."""
+    """Return the names of the losses to which a row without a label contributes nothing."""
     if not isinstance(method.loss, WeightedSum):
         return [] if method.uses_unlabelled else [type(method.loss).__name__]
     return [

@@ -22,61 +22,63 @@ from .logits import LogitMethod
 from .lookahead import Place, both_ways, look_ahead, slope_on_logits
 
 LOOK_EVERY = 16
-"""Rounds between comparisons of the taught teacher with what it was; at first they are closer."""
+"""Rounds between comparisons of the trained teacher with the original one; the first ones come sooner."""
 MEMORY = 0.9
-"""What such a comparison still counts at the next."""
+"""Weight of all earlier comparisons at the next one."""
 SLOWER = 0.1
-"""By how much the teacher learns more slowly after it had to be restored."""
+"""Factor on the teacher's learning rate after each time that it was restored."""
 
 
 @dataclass(eq=False, repr=False)
 class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMethod]):
-    r"""Another method's steps, by a copy of the teacher that is trained to teach.
+    r"""Another method's steps, taught by a copy of the teacher that is trained to teach.
 
-    Before each step the teacher sees what its lesson would do. A *pilot* of the student takes the step, and
-    is asked about a quiz: rows held out of the training set. The gradient of its cross-entropy there,
+    Before each step of the student the teacher sees the effect of that step. A *pilot* of the student takes
+    the step and is evaluated on a quiz: rows held out of the training set. The gradient of its cross-entropy
+    there,
 
     .. math:: \nabla_{\theta_T} L_Q\big(\theta_S - \lambda \nabla_{\theta_S} \ell(\theta_S, \theta_T)\big),
 
-    moves the teacher; then the student takes its real step with the better teacher. The gradient is exact
-    and costs no second derivative of either network, but one derivative of the student in forward mode; see
-    `luce.methods.lookahead`. Any loss on logits will do whose slope changes with the teacher's logits.
+    updates the teacher; then the student takes its real step with the updated teacher. The gradient is exact
+    and needs no second derivative of either network, but one derivative of the student in forward mode; see
+    `luce.methods.lookahead`. It works with every loss on logits whose slope changes with the teacher's
+    logits.
 
-    As in the authors' code the pilot is plain gradient descent, whatever optimizer trains the student, and
-    the teacher stays in evaluation mode, its statistics of batch normalisation untouched. In the quiz there
-    is no dropout, as in their code for text, and batch normalisation goes by the batch, as in their code for
-    images; a round's quiz is a small batch, not all rows held out.
+    As in the authors' code, the pilot is plain gradient descent, whatever optimizer trains the student, and
+    the teacher stays in evaluation mode, so its running statistics of batch normalisation do not change. On
+    the quiz there is no dropout, as in their code for text, and batch normalisation uses the batch's
+    statistics, as in their code for images; a round's quiz is a small batch, not all held-out rows.
 
-    *The guard.* At too high a learning rate the teacher forgets what it knew. On quiz rows, in rounds 1, 2,
-    4, 8 and then every 16th, it is compared with the teacher that it was. Where its accuracy has fallen by
-    more than `max_drop`, beyond two standard errors, it is given back its first weights, and from then on
-    learns at a tenth of its rate. A row of a small quiz that is asked again counts again, so there the guard
-    is quick to act. It is ours. A run's metrics tell of ``quiz_loss``, of
-    ``teacher_gradient``, its norm, of ``teacher_drift``, the KL divergence of the taught teacher from what it
-    was in nats on the quiz rows last compared, and of ``teacher_restored``, how often that has happened.
+    *The guard*, which is ours. At too high a learning rate the teacher forgets. In rounds 1, 2, 4, 8 and then
+    every 16th it is compared with the original teacher on quiz rows. Where its accuracy has fallen by more
+    than `max_drop`, beyond two standard errors, its first weights are restored, and it learns at a tenth of
+    its rate from then on. A row of a small quiz that is used again counts again, so there the guard acts
+    early. A run's metrics contain ``quiz_loss``; ``teacher_gradient``, the norm of its gradient;
+    ``teacher_drift``, the KL divergence of the trained teacher from the original one, in nats, on the quiz
+    rows of the last comparison; and ``teacher_restored``, the number of times that it was restored.
 
     Args:
-        method: Whose steps are taken, on logits and with a teacher.
+        method: Defines the steps; on logits and with a teacher.
         quiz: Share of the labelled training rows that is held out. The authors take 0.1.
-        quiz_batches: Batches of them that a round asks about.
-        rows: Share of a batch, in (0, 1], that the pilot steps on and the teacher learns from, and likewise
-            of a quiz batch. A step costs four to five times one of plain KD; at 0.5, which is our offer and
-            no part of the paper, two and a half to three. The student's own step takes the whole batch.
+        quiz_batches: Batches of held-out rows in each round.
+        rows: Share of a batch, in (0, 1], that the pilot and the teacher use, and likewise of a quiz batch. A
+            step costs four to five times one of plain KD, and two and a half to three at 0.5, an option that
+            is no part of the paper. The student's own step uses the whole batch.
         batches_per_round: Steps of pilot and student between two steps of the teacher. More than one take
             second derivatives of the student.
         pilot_rate: The pilot's learning rate, in units of the student's at the time. The authors' code has 1
             and they suggest 0.4 for images. A step of AdamW is far longer than its learning rate times a
-            gradient: beside it a pilot goes as far at a rate well above 1.
+            gradient: a pilot needs a rate well above 1 to go as far.
         teacher_optimizer: ``"sgd"`` with momentum 0.9, or ``"adamw"``.
-        teacher_lr: The teacher's learning rate; the student's schedule applies to it too. The authors looked
-            for it between 1e-4 and 3e-4 for images (SGD) and take 1e-5 for text (AdamW).
-        teacher_weight_decay: Of either.
-        teacher_from_epoch: The first epoch, from 1, in which the teacher learns. Before, a step costs no more
-            than without this method. The authors start at 150 of 240 for images, at once for text.
+        teacher_lr: The teacher's learning rate; the student's schedule applies to it too. The authors
+            searched between 1e-4 and 3e-4 for images (SGD) and use 1e-5 for text (AdamW).
+        teacher_weight_decay: Of the teacher's optimizer.
+        teacher_from_epoch: The first epoch, from 1, in which the teacher learns. Before it, a step costs no
+            more than without this method. The authors start at 150 of 240 for images, at once for text.
         clip_norm: Largest norm of the teacher's gradient; None for no limit.
-        max_drop: How much accuracy on quiz rows the teacher may lose, from 0; 1 for no guard.
+        max_drop: Accuracy on quiz rows that the teacher may lose, at least 0; 1 for no guard.
     Raises:
-        ValueError: On a wrong value, or a method that does not look at a teacher.
+        ValueError: On a wrong value, or a method that does not use a teacher.
         TypeError: On a method that is no `LogitMethod`.
     Example:
         >>> import luce
@@ -95,8 +97,8 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
 
     References:
         Zhou, Xu and McAuley, BERT Learns to Teach: Knowledge Distillation with Meta Learning, ACL 2022, arXiv
-        2106.04570. We know the authors' code, from which the defaults are, and the abstract; users of the
-        code report that they could not reach the paper's figures.
+        2106.04570. The defaults are those of the authors' code. Of the paper we know the abstract only; users
+        of the code report that they could not reach the paper's figures.
     """
 
     needs_teacher = False  # the trained copy answers instead
@@ -149,7 +151,7 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
             checks.check_positive(clip_norm=self.clip_norm)
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:
-        """Copy the teacher, and look ahead once, to hear now of what cannot be differentiated."""
+        """Copy the teacher, and look ahead once, to refuse now what cannot be differentiated."""
         if teacher is None or teacher.network is None:
             description = "none; add `teacher` to the recipe" if teacher is None else teacher.description
             raise UserError(f"expected a teacher that can be trained for MetaDistil, got {description}")
@@ -163,30 +165,30 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
             else torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
         )
         with without_side_effects(student, sample["input"].device), torch.enable_grad():
-            self._rehearse(student, sample)
+            self._try(student, sample)
 
-    def _rehearse(self, student: nn.Module, sample: Batch) -> None:
-        said, change = self.teacher(sample["input"]), None
+    def _try(self, student: nn.Module, sample: Batch) -> None:
+        teacher_logits, change = self.teacher(sample["input"]), None
         place = Place.of(student)
         if not place.parameters:
             raise UserError("expected a student with parameters to train, got none")
         logits, _ = place.forward(student, sample["input"])
-        # A loss that is yet to be prepared cannot be asked; with the student's part any other will do.
+        # A loss that is not prepared yet cannot be called; for the student's part any other will do.
         loss = _plain_kd if self.method.needs_preparation else self._loss
         try:
-            slope, of_teacher = slope_on_logits(loss, logits, said, sample)
-        except (ValueError, RuntimeError) as error:  # of the loss, which says what it expected
+            slope, of_teacher = slope_on_logits(loss, logits, teacher_logits, sample)
+        except (ValueError, RuntimeError) as error:  # of the loss, whose message says what it expected
             raise UserError(str(error)) from error
         if slope.requires_grad:
             (change,) = torch.autograd.grad(slope.sum(), of_teacher, allow_unused=True)
         if change is None:
             raise UserError(
                 "expected a loss that changes smoothly with the teacher's logits for MetaDistil, got one "
-                "that sees them as a ranking or does not see them; take one such as KDLoss or PLDLoss"
+                "that uses only their order or ignores them; use for example KDLoss or PLDLoss"
             )
         steps = min(self.batches_per_round, 2)
         try:
-            look_ahead(student, loss, [sample] * steps, [said] * steps, [sample], 0.0)
+            look_ahead(student, loss, [sample] * steps, [teacher_logits] * steps, [sample], 0.0)
             forward, back = both_ways(student, place, logits, slope.detach(), sample["input"])
         except (NotImplementedError, RuntimeError) as error:
             raise UserError(
@@ -195,7 +197,7 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
             ) from error
         if not torch.isclose(forward, back, rtol=0.05):
             raise UserError(
-                "expected a student with the same derivative in forward mode as on the way back for "
+                "expected a student with the same derivative in forward mode as in backward mode for "
                 f"MetaDistil, got {forward.item():.3g} and {back.item():.3g}; is a part of it compiled?"
             )
 
@@ -212,24 +214,24 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
         self.method.set_epoch(epoch)
 
     def train(self, mode: bool = True) -> MetaDistil:
-        """As for any module; but the teacher stays in evaluation mode."""
+        """Set the mode as for any module, except that the teacher stays in evaluation mode."""
         super().train(mode)
         if hasattr(self, "teacher"):
             self.teacher.eval()
         return self
 
     def before_round(
-        self, student: nn.Module, batches: Sequence[Batch], quiz: Sequence[Batch], learning_rate: float
+        self, student: nn.Module, batches: Sequence[Batch], held_out: Sequence[Batch], learning_rate: float
     ) -> dict[str, Tensor]:
-        """Let the teacher take a step; the student's own steps on these batches are still to come."""
+        """Take the teacher's step, before the student's steps on these batches."""
         if self.epoch < self.teacher_from_epoch:
-            self.optimizer.step()  # without gradients, for a schedule that waits for it
+            self.optimizer.step()  # without gradients: a schedule must not step before its optimizer
             return {}
-        batches, quiz = ([self._part(batch) for batch in each] for each in (batches, quiz))
-        said = [self.teacher(batch["input"]) for batch in batches]
+        batches, quiz = ([self._part(batch) for batch in each] for each in (batches, held_out))
+        answers = [self.teacher(batch["input"]) for batch in batches]
         step_size = self.pilot_rate * learning_rate
-        quiz_loss, cotangents = look_ahead(student, self._loss, batches, said, quiz, step_size)
-        norm = self._teach(said, cotangents)
+        quiz_loss, cotangents = look_ahead(student, self._loss, batches, answers, quiz, step_size)
+        norm = self._teach(answers, cotangents)
         self._guard(quiz)
         return {
             "quiz_loss": quiz_loss,
@@ -239,24 +241,24 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
         }
 
     def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
-        """The inner method's terms, with the taught teacher's signal."""
+        """Return the wrapped method's terms, with the trained teacher's signal."""
         with torch.no_grad():
-            said = DenseSignal(self.teacher(batch["input"]))
-        return self.method.step(student, batch, said)
+            trained = DenseSignal(self.teacher(batch["input"]))
+        return self.method.step(student, batch, trained)
 
     def _part(self, batch: Batch) -> Batch:
-        """Its first rows, for batches come in random order; two at least, for batch normalisation."""
+        """Return the first rows of a batch, whose order is random; at least two, for batch normalisation."""
         rows = max(2, math.ceil(self.rows * len(batch["target"])))
         return {name: value[:rows] for name, value in batch.items()}
 
     def _loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
         return self.method.terms(student_logits, batch, DenseSignal(teacher_logits))["loss"]
 
-    def _teach(self, said: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
-        """A step of the teacher; the norm of its gradient."""
+    def _teach(self, answers: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
+        """Take a step of the teacher and return the norm of its gradient."""
         parameters = list(self.teacher.parameters())
-        found = torch.autograd.grad(said, parameters, cotangents, allow_unused=True)
-        used = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+        gradients = torch.autograd.grad(answers, parameters, cotangents, allow_unused=True)
+        used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         for (parameter, _), mean in zip(used, mean_over_processes([g for _, g in used]), strict=True):
             parameter.grad = mean
         norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm or math.inf)
@@ -267,17 +269,17 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
         self.optimizer.zero_grad()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        torch.clear_autocast_cache()  # it may hold the weights as they were
+        torch.clear_autocast_cache()  # it may hold casts of the previous weights
         return norm
 
     def _guard(self, quiz: Sequence[Batch]) -> None:
-        """Compare the teacher with what it was, every now and then, and restore it where it has forgotten."""
+        """Compare the teacher with the original in some rounds, and restore it where it has forgotten."""
         self.record["rounds"] += 1
         if self.record["rounds"] not in (1, 2, 4, 8) and self.record["rounds"] % LOOK_EVERY:
             return
-        now = self._compare(quiz)
-        self.record["drift"] = now.pop("drift") / now["rows"]
-        for name, count in now.items():
+        counts = self._compare(quiz)
+        self.record["drift"] = counts.pop("drift") / counts["rows"]
+        for name, count in counts.items():
             self.record[name] = MEMORY * self.record[name] + count
         rows, lost, gained = (self.record[name] for name in ("rows", "lost", "gained"))
         noise = 2 * math.sqrt(lost + gained)
@@ -292,14 +294,14 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
 
     @torch.no_grad()
     def _compare(self, quiz: Sequence[Batch]) -> dict[str, float]:
-        """Rows, those that only the original teacher or only this one has right, and the summed KL."""
+        """Count the rows, and those that only the original or only this teacher gets right; sum the KL."""
         counts = torch.zeros(4)
         for batch in quiz:
-            then, now = self.original.signal(batch).logits, self.teacher(batch["input"])
-            was_right, is_right = (logits.argmax(-1) == batch["target"] for logits in (then, now))
-            found = [len(then), (was_right & ~is_right).sum(), (is_right & ~was_right).sum()]
-            drift = kd_loss(now, then, temperature=1.0, reduction="sum")
-            counts += torch.tensor([float(value) for value in (*found, drift)])
+            before, now = self.original.signal(batch).logits, self.teacher(batch["input"])
+            was_right, is_right = (logits.argmax(-1) == batch["target"] for logits in (before, now))
+            values = [len(before), (was_right & ~is_right).sum(), (is_right & ~was_right).sum()]
+            drift = kd_loss(now, before, temperature=1.0, reduction="sum")
+            counts += torch.tensor([float(value) for value in (*values, drift)])
         (counts,) = mean_over_processes([counts.to(drift.device)])
         return dict(zip(("rows", "lost", "gained", "drift"), counts.tolist(), strict=True))
 
