@@ -1,10 +1,10 @@
-"""A small student of magika, a black box that says of a file's bytes of which kind it is, and how surely.
+"""A small student of magika, a black box that names the type of a file from its bytes, with a score.
 
     pip install magika 'luce'
     python examples/magika_student.py [FOLDER ...]
 
-Nothing is labelled: the student learns from what magika answers about the files of the folders (Python's own
-unless given), and is tested by how often it agrees with magika about files that it has not seen.
+Nothing is labelled: the student learns from magika's answers about the files of the folders (Python's standard
+library unless given). The test is its agreement with magika on held-out files.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from luce.signals.blackbox import FLOOR
 from luce.signals.teachers import Batch
 
 LENGTH, PADDING = 1024, 256
-"""Of each file so many bytes are seen; a shorter one is filled up with what is no byte."""
+"""Bytes read from each file, and the id, outside the range of a byte, that fills up shorter files."""
 PER_SUFFIX = 200
+"""Most files of each suffix."""
 
 
 class MagikaTeacher(BlackBox):
-    """Tells the best class of each row and its score: ``topk`` with one class."""
+    """Answers with the best class of each row and its score: ``topk`` with one class."""
 
     answers, top_k, budget, floor, queries = "topk", 1, None, FLOOR, 0
 
@@ -43,9 +44,9 @@ class MagikaTeacher(BlackBox):
 
     def query(self, inputs: Tensor) -> Tensor:
         self.check_budget(len(inputs))
-        found = [self.magika.identify_bytes(bytes(row[row != PADDING].tolist())) for row in inputs]
-        self.queries += len(found)
-        return torch.tensor([[self.names.index(str(one.dl.label)), one.score] for one in found])
+        results = [self.magika.identify_bytes(bytes(row[row != PADDING].tolist())) for row in inputs]
+        self.queries += len(results)
+        return torch.tensor([[self.names.index(str(one.dl.label)), one.score] for one in results])
 
     def price(self, batches: Iterable[Batch]) -> int:
         return sum(len(batch["input"]) for batch in batches)
@@ -56,7 +57,7 @@ class MagikaTeacher(BlackBox):
         return other
 
     def to(self, device: torch.device) -> None:
-        """It stays where it is."""
+        """Do nothing: magika runs on the CPU."""
 
 
 class Bytes(nn.Module):
@@ -71,16 +72,16 @@ class Bytes(nn.Module):
         self.head = nn.Linear(2 * width, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        seen = self.body(self.embed(inputs).transpose(1, 2))
-        return self.head(torch.cat([seen.mean(-1), seen.amax(-1)], dim=1))
+        features = self.body(self.embed(inputs).transpose(1, 2))
+        return self.head(torch.cat([features.mean(-1), features.amax(-1)], dim=1))
 
 
 def read(folders: Iterable[Path]) -> Tensor:
-    """The beginnings of files, in a random order, of each suffix a few."""
+    """Read the beginnings of files in a random order, at most `PER_SUFFIX` of each suffix, each content once."""
     paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     random.Random(0).shuffle(paths)
     of_suffix: dict[str, int] = {}
-    rows: dict[bytes, None] = {}  # each content once
+    rows: dict[bytes, None] = {}
     for path in paths:
         of_suffix[path.suffix] = of_suffix.get(path.suffix, 0) + 1
         if of_suffix[path.suffix] <= PER_SUFFIX:
@@ -90,17 +91,17 @@ def read(folders: Iterable[Path]) -> Tensor:
 
 
 def main() -> None:
-    folders = [Path(word) for word in sys.argv[1:]] or [Path(sysconfig.get_path("stdlib"))]
+    folders = [Path(name) for name in sys.argv[1:]] or [Path(sysconfig.get_path("stdlib"))]
     rows, teacher = read(folders), MagikaTeacher()
     held_out = len(rows) // 5
     answers = CachedTeacher.of(
         teacher,
-        ({"input": rows[some], "index": some} for some in torch.arange(len(rows)).split(256)),
+        ({"input": rows[index], "index": index} for index in torch.arange(len(rows)).split(256)),
         rows=len(rows),
     )
     test, train = rows[:held_out], rows[held_out:]
     choice = answers.logits.argmax(-1)
-    print(f"magika answered about {teacher.queries} files: {len(choice.unique())} kinds")
+    print(f"magika classified {teacher.queries} files: {len(choice.unique())} types")
 
     torch.manual_seed(0)
     student = Bytes(teacher.classes)
@@ -120,9 +121,9 @@ def main() -> None:
     most = (choice[:held_out] == choice[held_out:].mode().values).float().mean().item()
     size = sum(parameter.numel() for parameter in student.parameters())
     print(
-        f"the student of {size:,} parameters agrees with it about {agreement:.1%} of {held_out} other files;"
+        f"the student of {size:,} parameters agrees with it on {agreement:.1%} of {held_out} held-out files;"
     )
-    print(f"always saying the most frequent kind would about {most:.1%}")
+    print(f"always answering the most frequent type agrees on {most:.1%}")
 
 
 if __name__ == "__main__":
