@@ -3,8 +3,8 @@
     pip install magika 'luce'
     python examples/magika_student.py [FOLDER ...]
 
-Nothing is labelled: the student learns from magika's answers about the files of the folders (Python's standard
-library unless given). The test is its agreement with magika on held-out files.
+Nothing is labelled: the student learns from magika's answers about the files of the folders (Python's
+standard library unless given). The test is its agreement with magika on held-out files.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Bytes(nn.Module):
 
 
 def read(folders: Iterable[Path]) -> Tensor:
-    """Read the beginnings of files in a random order, at most `PER_SUFFIX` of each suffix, each content once."""
+    """Read the beginnings of files, at most `PER_SUFFIX` of each suffix, each content once."""
     paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     random.Random(0).shuffle(paths)
     of_suffix: dict[str, int] = {}
