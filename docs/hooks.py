@@ -92,7 +92,7 @@ def api_pages() -> dict[str, str]:
             shown |= {
                 name for name in names[0] if name.isupper()
             }  # constants that rooms import from each other
-            options = "      show_root_heading: false\n      heading_level: 1\n      members:\n"
+            options = "      show_root_heading: false\n      heading_level: 2\n      members:\n"
             content = f"# luce.{room}\n\n::: luce.{room}\n    options:\n{options}{members}"
             pages[f"api/{room}.md"] = content
             summary = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
