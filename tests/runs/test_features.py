@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import operator
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -407,89 +403,3 @@ def test_distilling_in_one_call() -> None:
     fitted = distill(student, guide, data, loss=method, epochs=3, lr=0.01, show_progress=False)
     assert fitted.history[0]["train"].keys() == {"logits", "pairs", "loss"}
     assert fitted.history[-1]["train"]["pairs"] < fitted.history[0]["train"]["pairs"]
-
-
-# Two processes ----------------------------------------------------------------------------------------------
-
-TOGETHER = '''
-"""One training, by however many processes: each writes what its method has learnt."""
-import os, sys
-from collections import OrderedDict
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-from luce import CRDLoss, CrossEntropyLoss, FitNetLoss, IEKDLoss, VIDLoss
-from luce.data import Examples
-from luce.methods import FeatureMethod
-from luce.models import Classifier
-from luce.signals import LiveTeacher
-from luce.training import TrainingOptions, fit
-
-def network(seed, width):
-    torch.manual_seed(seed)
-    convolution, rest = nn.Conv2d(1, width, 3), nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    norm = nn.BatchNorm2d(width) if "norm" in sys.argv[3] else nn.Identity()
-    first, head = nn.Sequential(convolution, norm, nn.Tanh()), nn.Linear(4 * width, 4)
-    parts = {"map": first, "pool": rest, "head": head}
-    return Classifier(nn.Sequential(OrderedDict(parts)))
-
-out, batch_size, terms = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-torch.manual_seed(0)
-data = TensorDataset(torch.rand(64, 1, 6, 6), torch.arange(64) % 4)
-known = {
-    "vid": (1.0, VIDLoss(), ["map"], ["map"]),
-    "hint": (1.0, FitNetLoss(), ["map"], ["map"]),
-    "crd": (0.8, CRDLoss(width=8, negatives=6), ["pool"], ["pool"]),
-    "iekd": (1.0, IEKDLoss(split="random", epochs=1), ["map"], ["map"]),
-}
-names = terms.split(",")
-loss = CrossEntropyLoss() if "task" in names else None
-method = FeatureMethod(loss, {name: known[name] for name in names if name in known})
-student = network(1, 3)
-torch.manual_seed(int(os.environ.get("RANK", 0)))  # processes that have drawn differently so far
-fit(student, method, Examples(data, range(64)), teacher=LiveTeacher(network(2, 5)),
-    options=TrainingOptions(epochs=2, batch_size=batch_size, lr=0.01, optimizer="sgd", cpu=True))
-learnt = {"method": method.state_dict(), "student": student.state_dict()}
-torch.save(learnt, f"{out}-{os.environ.get('RANK', 0)}.pt")
-'''
-
-
-def together(folder: Path, processes: int, batch_size: int, terms: str) -> list[dict[str, Any]]:
-    (folder / "together.py").write_text(TOGETHER)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), "together.py"]
-    name = f"{processes}-{terms}"
-    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
-    done = subprocess.run(
-        [*command, name, str(batch_size), terms],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-@pytest.mark.parametrize("terms", ["task,vid", "vid"])  # of features alone nothing teaches the head
-def test_two_processes_learn_what_one_would(terms: str, tmp_path: Path) -> None:
-    """Half of each batch each: a mean over rows is the mean of the two means."""
-    first, second = together(tmp_path, 2, 8, terms)
-    (alone,) = together(tmp_path, 1, 16, terms)
-    for part in ("method", "student"):
-        assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
-        torch.testing.assert_close(first[part], alone[part], rtol=1e-5, atol=1e-6)
-
-
-def test_two_processes_keep_one_memory(tmp_path: Path) -> None:
-    first, second = together(tmp_path, 2, 8, "task,crd,hint,iekd,norm")
-    assert first["method"].keys() == second["method"].keys()
-    learnt = {"crd.student_bank", "hint.regressors.0.1.running_mean", "iekd.of_teacher.decoder.1.weight"}
-    assert {f"losses.{name}" for name in learnt} <= first["method"].keys()
-    for part in ("method", "student"):
-        for name, value in first[part].items():
-            same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
-            assert same(value, second[part][name]), name
-    lengths = first["method"]["losses.crd.student_bank"].norm(dim=1)
-    torch.testing.assert_close(lengths, torch.ones(64))  # every row was in a batch of one of the two

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from luce.config import parse
 from luce.errors import UserError
@@ -177,29 +174,3 @@ def test_a_comparison_tells_of_a_teacher_that_is_remembered(toy: object, tmp_pat
     }
     with pytest.raises(UserError, match=r"method `meta`: .*set `teacher.cache_outputs: false`"):
         compare(parse(ComparisonRecipe, content), tmp_path / "comparison")
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    """The student is wrapped there: it makes the pilot's pass again, and the wrapper notices no pilot."""
-    recipe = {
-        "method": "MetaDistil",
-        "data": {"validation": 0.2},
-        "student": {"name": "mlp", "options": {"hidden": [64]}},
-        "teacher": {"name": "mlp", "checkpoint": "teacher"},
-        "loss": {"meta": {"method": "MetaDistil", "teacher_lr": 0.01}, **KD},
-        "training": {"epochs": 8, "batch_size": 32, "lr": 0.01, "cpu": True},
-    }
-    teacher = {
-        "loss": {"task": {"loss": "CrossEntropyLoss"}},
-        "training": {"epochs": 3, "lr": 0.01, "cpu": True},
-    }
-    run(parse(Recipe, teacher), tmp_path / "teacher")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "luce", "distill", "recipe.yaml", "--out", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["train"]["teacher_gradient"] > 0
-    assert result["co_trained"]["teacher"]["test"]["accuracy"] > 0.8
-    assert result["last"]["test"]["accuracy"] > 0.8

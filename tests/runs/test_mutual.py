@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -341,24 +338,3 @@ def test_a_comparison_whose_teacher_it_does_not_ask(toy: ModuleType, tmp_path: P
     with pytest.raises(UserError, match=r"^method `bad`: .*`stages\.7`"):
         compare(parse(ComparisonRecipe, bad), tmp_path / "other")
     assert not (tmp_path / "other").exists()
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    recipe = {
-        "method": "DML",
-        "data": {"validation": 0.2},
-        "student": {"name": "mlp", "options": {"hidden": [16]}},
-        "loss": DML,
-        "training": {"epochs": 3, "batch_size": 32, "lr": 0.01, "cpu": True},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "luce", "train", "recipe.yaml", "--out", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    first, *_, last = (line["train"] for line in lines_of(tmp_path / "run"))
-    for term in ("task", "peer.task"):
-        assert last[term] < first[term]
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["last"]["test"]["accuracy"] > 0.7
-    assert result["co_trained"]["peer"]["test"]["accuracy"] > 0.7

@@ -1,0 +1,74 @@
+"""Trainings that `test_two_processes.py` runs in one launch of two processes, one after the other.
+
+The launch takes most of the time: imports of two interpreters and their meeting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from luce import CRDLoss, CrossEntropyLoss, FitNetLoss, IEKDLoss, VIDLoss
+from luce.cli import main
+from luce.data import Examples
+from luce.methods import FeatureMethod
+from luce.models import Classifier
+from luce.signals import LiveTeacher
+from luce.training import TrainingOptions, fit
+
+FEATURES = ("task,vid", "vid", "task,crd,hint,iekd,norm")
+"""Terms of the trainings on features; ``norm`` adds batch normalisation to both networks."""
+
+
+def network(seed: int, width: int, terms: str) -> Classifier:
+    torch.manual_seed(seed)
+    convolution, rest = nn.Conv2d(1, width, 3), nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    norm = nn.BatchNorm2d(width) if "norm" in terms else nn.Identity()
+    first, head = nn.Sequential(convolution, norm, nn.Tanh()), nn.Linear(4 * width, 4)
+    parts = {"map": first, "pool": rest, "head": head}
+    return Classifier(nn.Sequential(OrderedDict(parts)))
+
+
+def train_on_features(terms: str, batch_size: int, rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Train with these terms and return what method and student have learned."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.rand(64, 1, 6, 6), torch.arange(64) % 4)
+    losses = {
+        "vid": (1.0, VIDLoss(), ["map"], ["map"]),
+        "hint": (1.0, FitNetLoss(), ["map"], ["map"]),
+        "crd": (0.8, CRDLoss(width=8, negatives=6), ["pool"], ["pool"]),
+        "iekd": (1.0, IEKDLoss(split="random", epochs=1), ["map"], ["map"]),
+    }
+    names = terms.split(",")
+    method = FeatureMethod(
+        CrossEntropyLoss() if "task" in names else None,
+        {name: losses[name] for name in names if name in losses},
+    )
+    student, teacher = network(1, 3, terms), LiveTeacher(network(2, 5, terms))
+    torch.manual_seed(rank)  # the processes have drawn different numbers so far
+    options = TrainingOptions(epochs=2, batch_size=batch_size, lr=0.01, optimizer="sgd", cpu=True)
+    fit(student, method, Examples(data, range(64)), teacher=teacher, options=options)
+    return {"method": method.state_dict(), "student": student.state_dict()}
+
+
+def work(folder: Path) -> None:
+    """Run every recipe of a folder through the command line, and every training on features."""
+    os.chdir(folder)
+    rank = int(os.environ["RANK"])
+    for path in sorted(Path().glob("*.yaml")):
+        command = "distill" if "teacher:" in path.read_text(encoding="utf-8") else "train"
+        status = main([command, path.name, "--out", path.stem])
+        Path(f"{path.stem}-{rank}.json").write_text(json.dumps(status), encoding="utf-8")
+    for number, terms in enumerate(FEATURES):
+        torch.save(train_on_features(terms, 8, rank), f"features-{number}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
