@@ -36,8 +36,7 @@ def build(destination: Path | None, *, sanitize: bool = False) -> None:
     torch = find_torch()
     if torch is None:
         raise CannotBuild(
-            "PyTorch was not installed when Luce was installed from source; install torch first, then Luce "
-            "with `pip install --no-build-isolation`"
+            "PyTorch was not there when Luce was installed from source; install torch first, then Luce again"
         )
     if not (torch / "include/torch/csrc/stable/c/shim.h").exists():
         raise CannotBuild("the native kernels need the headers of PyTorch 2.10 or newer; upgrade torch")
