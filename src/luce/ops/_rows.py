@@ -19,6 +19,19 @@ def as_matrix(block: Tensor) -> Tensor:
     return block if block.ndim == 2 else block.movedim(1, -1).reshape(-1, block.shape[1])
 
 
+def named_classes(labels: Tensor, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the labels, clamped to classes that exist, and where both networks exclude that class.
+
+    Args:
+        labels: ``(R,)``.
+        student: ``(R, C)``.
+        teacher: ``(R, C)``.
+    """
+    named = labels.clamp(0, student.shape[-1] - 1)
+    logits = torch.stack([student, teacher]).gather(-1, named.expand(2, -1)[..., None])
+    return named, (logits == -torch.inf).all(0)[:, 0]
+
+
 def weighted_rows(
     formula: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, weight: Tensor | None
 ) -> Tensor:

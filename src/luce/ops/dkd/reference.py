@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._rows import weighted_rows
+from .._rows import named_classes, weighted_rows
 from ..kd.reference import Pair, relative_entropy, softened
 
 
@@ -66,8 +66,7 @@ def dkd_rows(
 
     def formula(s: Tensor, t: Tensor) -> Tensor:
         labels = target.reshape(-1)
-        named = labels.clamp(0, s.shape[-1] - 1)
-        excluded = (torch.stack([s, t]).gather(-1, named.expand(2, -1)[..., None]) == -torch.inf).all(0)[:, 0]
+        named, excluded = named_classes(labels, s, t)
         parts = dkd(s, t, named, temperature)
         # A part of weight 0 may be infinite, and 0 times it NaN; a NaN of the row is in both parts.
         values = sum(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._rows import as_matrix, weighted_rows
+from .._rows import as_matrix, named_classes, weighted_rows
 from ..suffix_logsumexp.reference import suffix_logsumexp
 from .options import PldOptions
 
@@ -152,8 +152,7 @@ def pld_rows(
 
     def formula(s: Tensor, t: Tensor) -> Tensor:
         labels = target.reshape(-1) if target is not None else torch.full(s.shape[:1], -1, device=s.device)
-        named = labels.clamp(0, s.shape[-1] - 1)
-        excluded = (torch.stack([s, t]).gather(-1, named.expand(2, -1)[..., None]) == -torch.inf).all(0)[:, 0]
+        named, excluded = named_classes(labels, s, t)
         wrong = (labels < -1) | (labels >= s.shape[-1]) | ((labels >= 0) & excluded) | s.amax(-1).isinf()
         given = None if order is None else as_matrix(order).long()
         values = pld(s, t, torch.where(labels < 0, labels, named), options, given)

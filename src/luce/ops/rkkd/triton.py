@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fused import empty_results
-from ..triton.launch import check_rows, on_device, strides, wide_type
+from ..triton import launch
+from ..triton.launch import check_rows, strides, wide_type
 from ..triton.rows import narrowed
 
 WIDTH, PAIRS = 64, 256
@@ -170,7 +171,7 @@ def rkkd(
     height = min(width, PAIRS // width)
     tiles = triton.cdiv(student.shape[1], height)
     parts = values.new_empty((*values.shape, tiles))
-    with on_device(student):
+    with launch.on_device(student):
         _kernel[(parts.numel(),)](
             *(student, teacher, weight, parts, asked, student.shape[1]),
             student.shape[2] if student.ndim == 3 else 1,
