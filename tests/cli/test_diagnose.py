@@ -95,13 +95,11 @@ def test_a_network_by_name_is_diagnosed_on_all_training_rows(teacher: Path, luce
 
 
 def test_files_that_are_there_are_replaced(teacher: Path, luce, place: Path) -> None:
-    for temperature in ("1", "4"):
-        assert (
-            luce(
-                "diagnose", "runs/teacher", "sklearn:iris", "--out", "out", "--temperature", temperature
-            ).status
-            == 0
-        )
+    (place / "out").mkdir()
+    for name in ("diagnose.json", "diagnose.html"):
+        (place / "out" / name).write_text("old")
+    assert luce("diagnose", "runs/teacher", "sklearn:iris", "--out", "out", "--temperature", "4").status == 0
+    assert (place / "out/diagnose.html").read_text() != "old"
     assert json.loads((place / "out/diagnose.json").read_text())["temperature"] == 4
 
 

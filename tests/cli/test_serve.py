@@ -143,6 +143,7 @@ def test_help(luce: Any) -> None:
     assert "--max_request_bytes" in answer.out
 
 
+@pytest.mark.slow  # test_kill.py kills a run too, tests/remote tests the cache of paid answers
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_killed_on_either_side_nothing_is_paid_for_twice(
     teacher: Path, write: Any, luce: Any, refuses: Any, place: Path, monkeypatch: pytest.MonkeyPatch

@@ -265,6 +265,7 @@ def test_onnx_of_binary_weights(run: Path, luce, onnx: Any) -> None:
     assert {path.name for path in run.iterdir() if "onnx" in path.name} == {"student.onnx"}
 
 
+@pytest.mark.slow  # the network of binary weights takes the same path
 def test_onnx_of_another_network(onnx: Any, place: Path) -> None:
     from luce.models import Classifier, build
     from luce.runs.export import write_onnx

@@ -27,7 +27,13 @@ def test_a_broken_loss_is_caught_by_its_law(mutant: Mutant) -> None:
     assert found.state == "broken"
     assert found.evidence
     assert found.example
-    assert verdict(mutant, mutant.broken, seed=1).state == "broken"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_broken_loss_is_caught_with_other_seeds(mutant: Mutant, seed: int) -> None:
+    assert verdict(mutant, mutant.broken, seed=seed).state == "broken"
 
 
 @pytest.mark.parametrize("law", ["ignored_nan", "low_precision"])

@@ -1,4 +1,4 @@
-"""Every loss of the catalogue, with every backend, obeys the laws it should."""
+"""Every loss of the catalogue obeys the laws that it claims, and its backends agree."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from luce.conformance import ADAPTERS, GROUPS, LAWS, Loss, check
 
 from ..losses.catalogue import CASES, Case
 
-# With these a little probability goes to every class.
 SMOOTHED = ("label_smoothing", "epsilon")
+"""Options that give every class some probability."""
 SOME = ("vanishing_classes", "settled_choice", "log_tail", "temperature_scaled")
-"""Laws that hold of some losses only: the catalogue names them in `Loss.laws`."""
-
-# The weights of this one reach 2^39 at 40 classes, which is no number of float16.
+"""Laws that hold for some losses only: the catalogue names them in `Loss.laws`."""
 UNSCALED_WEIGHTS = {"normalize": False}
+"""Options whose weights reach 2**39 at 40 classes, beyond the range of float16."""
 
 
 def claims(case: Case) -> set[str]:
-    """What is promised of this loss, as laws."""
+    """The laws that this loss must obey beyond those for every loss."""
     loss, options = case.loss, case.options
     smoothed = any(name in options for name in SMOOTHED)
-    logarithmic = options.get("temperature") != math.inf  # in the limit a square, and a mean over classes
+    logarithmic = (
+        options.get("temperature") != math.inf
+    )  # the limit is a squared difference of logits, averaged over classes
     conditions = {
         "shift_invariant": loss.shift_invariant,
         "zero_at_equality": loss.zero_at_equality and not loss.couples_rows,
@@ -48,11 +49,24 @@ def subject(case: Case) -> Loss:
     return Loss(case.loss.function, adapter, case.options, claims(case), str(case))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.options.get("backend") != "reference"], ids=str
+)
 def test_luce_obeys_the_laws(case: Case) -> None:
+    """The references are left to the slow test: `test_backends_agree` compares them with the kernels."""
+    obeys_the_laws(case, examples=2 if case.options else 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_luce_obeys_the_laws_on_many_examples(case: Case) -> None:
+    obeys_the_laws(case, examples=25)
+
+
+def obeys_the_laws(case: Case, examples: int) -> None:
     without = ["low_precision"] if case.options == UNSCALED_WEIGHTS else []
-    without += ["gradient"] if case.loss.detached else []  # by design not the slope of the value
-    verdicts = check(subject(case), examples=6, without=without)
+    without += ["gradient"] if case.loss.detached else []  # its gradient is not that of its value, by design
+    verdicts = check(subject(case), examples=examples, without=without)
     assert not [verdict for verdict in verdicts if verdict.state == "broken"]
     held = {verdict.law for verdict in verdicts if verdict.state == "held"}
     unneeded = {"terms", "top_k_limit", "implementations", "unequal_classes", *without}
