@@ -43,7 +43,7 @@ from luce.runs import compare, run
 from luce.runs.dry_run import dry_run
 from luce.signals import LiveTeacher, Signal, Teacher
 from luce.training import TrainingError, TrainingOptions, fit
-from luce.training.engine import check_own_steps
+from luce.training.setup import check_own_steps
 
 Make = Callable[..., Recipe]
 Outcome = Callable[[Path], dict[str, Any]]

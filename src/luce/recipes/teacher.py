@@ -21,8 +21,8 @@ from ..signals import BlackBox, CachedTeacher, LiveTeacher, LocalBlackBox, Teach
 from ..signals.blackbox import FLOOR
 from ..training import metrics
 from ..training.batches import EVALUATION_BATCH, in_order
-from ..training.engine import new_accelerator
 from ..training.processes import processes
+from ..training.setup import new_accelerator
 from .build import LoadedTeacher, RunInputs, build_network, prepare_data
 from .schema import Recipe, TeacherOptions
 

@@ -16,8 +16,8 @@ from ..recipes.build import RunInputs, build_student, prepare_data
 from ..recipes.methods import build_method
 from ..recipes.schema import ComparisonRecipe, Recipe
 from ..recipes.teacher import load_teacher
-from ..training.engine import new_accelerator
 from ..training.progress import Bar
+from ..training.setup import new_accelerator
 from .dry_run import dry_run
 from .folder import claim_folder, folder_matches
 from .run import run

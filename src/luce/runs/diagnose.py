@@ -24,7 +24,7 @@ from ..recipes.teacher import load_teacher
 from ..reports.runs import Bin
 from ..training import metrics
 from ..training.batches import EVALUATION_BATCH
-from ..training.engine import new_accelerator
+from ..training.setup import new_accelerator
 
 SWEEP = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Temperatures at which the teacher is analysed too."""

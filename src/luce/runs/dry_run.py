@@ -16,8 +16,8 @@ from ..recipes.teacher import local_box
 from ..signals import CachedTeacher, Kind, LiveTeacher, LocalBlackBox, Signal, Teacher
 from ..signals.teachers import Batch
 from ..training.batches import TrainingBatches
-from ..training.engine import build, check_own_steps, divide
 from ..training.session import checked_step, refusals, signal_of
+from ..training.setup import build, check_own_steps, divide
 
 
 def dry_run(recipe: Recipe, inputs: RunInputs, student: Classifier) -> None:

@@ -16,7 +16,7 @@ from ..recipes.schema import Recipe
 from ..recipes.teacher import load_teacher
 from ..training import checkpoint, metrics
 from ..training.batches import EVALUATION_BATCH
-from ..training.engine import new_accelerator
+from ..training.setup import new_accelerator
 
 
 def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from ..recipes.methods import build_method
 from ..recipes.schema import Recipe
 from ..recipes.teacher import load_teacher, with_budget_account
 from ..training import checkpoint
-from ..training.engine import Fit, fit, new_accelerator
+from ..training.engine import Fit, fit
 from ..training.processes import processes
+from ..training.setup import new_accelerator
 from .environment import environment
 from .evaluate import test_figures
 from .folder import claim_folder, folder_matches
@@ -43,7 +44,7 @@ def run(
         recipe: To run.
         folder: Empty, or that of this very recipe.
         inputs: From `luce.recipes.prepare`, where several runs share them; loaded unless given.
-        accelerator: From `luce.training.engine.new_accelerator`, for this recipe and folder; made unless
+        accelerator: From `luce.training.setup.new_accelerator`, for this recipe and folder; made unless
             given.
         progress: Display that this run adds its bars to.
     Returns:

@@ -21,8 +21,8 @@ from ..recipes.build import prepare_data
 from ..spiking import read
 from ..spiking.experiment import Settings, SpikingResult, convert_and_simulate
 from ..training import checkpoint
-from ..training.engine import new_accelerator
 from ..training.progress import Bar
+from ..training.setup import new_accelerator
 
 BATCH = 250
 """Rows simulated together; their membranes and the records of all time steps must fit into memory."""
