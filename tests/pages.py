@@ -34,8 +34,10 @@ def read(page: str) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the arguments of each ``luce`` command in an indented block or in a cell of a table."""
-    lines = re.findall(r"^(?:    luce (?P<block>.+)|\|.*\| `luce (?P<cell>[^`]+)` \|)$", text, re.MULTILINE)
+    """Return the words of each ``luce`` command in an indented block, and with arguments in a cell."""
+    lines = re.findall(
+        r"^(?:    luce (?P<block>.+)|\|.*\| `luce (?P<cell>\S+ [^`]+)` \|)$", text, re.MULTILINE
+    )
     return [shlex.split(block or cell, comments=True) for block, cell in lines]
 
 
