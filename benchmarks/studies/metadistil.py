@@ -165,21 +165,21 @@ def main(threads: str = "1", pair: str | None = None, variant: str | None = None
     print(
         f"torch {torch.__version__}, {threads} thread(s), load {os.getloadavg()[0]:.1f}, medians of {ROUNDS}"
     )
-    for name, each in PAIRS.items():
-        time_of = seconds(each)
-        memory = {who: in_a_fresh_process(name, who, int(threads)) for who in VARIANTS}
-        for who in itertools.islice(VARIANTS, 1, None):
-            ratio = median(b / a for a, b in zip(time_of["KD"], time_of[who], strict=True))
+    for name, networks in PAIRS.items():
+        time_of = seconds(networks)
+        memory = {each: in_a_fresh_process(name, each, int(threads)) for each in VARIANTS}
+        for each in itertools.islice(VARIANTS, 1, None):
+            ratio = median(b / a for a, b in zip(time_of["KD"], time_of[each], strict=True))
             row: dict[str, Any] = {
                 "pair": name,
-                "rows": each.rows,
-                "who": who,
+                "rows": networks.rows,
+                "variant": each,
                 "KD, ms": round(1e3 * median(time_of["KD"]), 1),
-                "ms": round(1e3 * median(time_of[who]), 1),
+                "ms": round(1e3 * median(time_of[each]), 1),
                 "times": round(ratio, 2),
                 "KD, MB": round(memory["KD"] / 1e6),
-                "MB": round(memory[who] / 1e6),
-                "memory times": round(memory[who] / memory["KD"], 2),
+                "MB": round(memory[each] / 1e6),
+                "memory times": round(memory[each] / memory["KD"], 2),
             }
             print(json.dumps(row), flush=True)
 

@@ -46,8 +46,8 @@ def test_the_lean_baseline_is_pld(inputs: Inputs) -> None:
     student = inputs.student.detach().double().requires_grad_()
     value = luce.pld_loss(student, inputs.teacher.double(), inputs.target)
     value.backward()
-    found = gradient("lean float32 PLD", inputs)
-    torch.testing.assert_close(found, (value.detach().float(), student.grad.float()), rtol=1e-5, atol=1e-6)
+    result = gradient("lean float32 PLD", inputs)
+    torch.testing.assert_close(result, (value.detach().float(), student.grad.float()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["scipy", "numpy", "ONNX Runtime"])
@@ -56,8 +56,8 @@ def test_other_softmaxes_are_softmaxes(name: str, inputs: Inputs) -> None:
         pytest.importorskip("onnxruntime", reason="in the extra `bench`")
     with torch.no_grad():
         detached = replace(inputs, student=inputs.student.detach())
-        found = torch.from_numpy(baselines.find(name)(detached))
-    torch.testing.assert_close(found, inputs.student.detach().softmax(-1))
+        result = torch.from_numpy(baselines.find(name)(detached))
+    torch.testing.assert_close(result, inputs.student.detach().softmax(-1))
 
 
 def test_a_missing_package_is_not_installed(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,20 +82,20 @@ def test_what_this_luce_lacks_is_said() -> None:
 
 
 def test_algorithms_are_those_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    used = []
 
     def op(module: str, name: str):
         return {
             "ALGORITHMS": ("two_pass", "online"),
-            "softmax": lambda x, algorithm: asked.append(algorithm),
+            "softmax": lambda x, algorithm: used.append(algorithm),
         }[name]
 
     monkeypatch.setattr(baselines, "_op", op)
     case = Case("toy", (2, 3), "softmax two_pass", ("numpy", "softmax *", "numpy"))
-    found = baselines.names(case)
-    assert found == ["softmax two_pass", "numpy", "softmax online"]
+    result = baselines.names(case)
+    assert result == ["softmax two_pass", "numpy", "softmax online"]
     baselines.find("softmax online")(Inputs(torch.zeros(1)))
-    assert asked == ["online"]
+    assert used == ["online"]
 
 
 def test_without_the_op_its_algorithms_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:

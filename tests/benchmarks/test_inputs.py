@@ -35,38 +35,38 @@ def test_normal_logits_are_standard() -> None:
 
 @pytest.mark.parametrize("logits", ["image", "language"])
 def test_networks_agree_and_labels_are_mostly_right(logits: str) -> None:
-    found = inputs((2000, 100), logits)
-    top = found.teacher.argmax(-1)
-    assert (found.student.argmax(-1) == top).float().mean() > 0.7
-    assert not torch.equal(found.student, found.teacher)
+    drawn = inputs((2000, 100), logits)
+    top = drawn.teacher.argmax(-1)
+    assert (drawn.student.argmax(-1) == top).float().mean() > 0.7
+    assert not torch.equal(drawn.student, drawn.teacher)
     share = 0.9 if logits == "image" else 0.6
-    right = (found.target == top).float().mean()
+    right = (drawn.target == top).float().mean()
     assert share * 0.7 < right < 0.75
 
 
 def test_only_what_is_asked_for_is_made() -> None:
-    found = inputs((3, 5), inputs=("student",), backward=False)
-    assert [id(tensor) for tensor in found.tensors()] == [id(found.student)]
-    assert not found.student.requires_grad
+    drawn = inputs((3, 5), inputs=("student",), backward=False)
+    assert [id(tensor) for tensor in drawn.tensors()] == [id(drawn.student)]
+    assert not drawn.student.requires_grad
     assert len(inputs((3, 5), inputs=WITH_ORDER).tensors()) == 4
 
 
 def test_the_order_is_the_teachers_with_ties_by_index() -> None:
-    found = inputs((16, 1000), dtype="bfloat16", inputs=WITH_ORDER)
-    rows = found.teacher.tolist()
-    for row, order in zip(rows, found.order.tolist(), strict=True):
+    drawn = inputs((16, 1000), dtype="bfloat16", inputs=WITH_ORDER)
+    rows = drawn.teacher.tolist()
+    for row, order in zip(rows, drawn.order.tolist(), strict=True):
         assert order == sorted(range(1000), key=lambda c: (-row[c], c))
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_rows_of_a_pool_differ_and_come_again(dtype: str, size: int) -> None:
     case = Case("toy", (4, 8), "PLD", dtype=dtype)
-    found = pool(case)
-    assert len(found) == MOST
-    assert len({tuple(i.student.flatten().tolist()) for i in found}) == MOST
-    assert torch.equal(found[-1].teacher, pool(case)[-1].teacher)
-    assert found[0].student.dtype == getattr(torch, dtype)
-    assert case.array_bytes == found[0].student.nbytes == 4 * 8 * size
+    drawn = pool(case)
+    assert len(drawn) == MOST
+    assert len({tuple(i.student.flatten().tolist()) for i in drawn}) == MOST
+    assert torch.equal(drawn[-1].teacher, pool(case)[-1].teacher)
+    assert drawn[0].student.dtype == getattr(torch, dtype)
+    assert case.array_bytes == drawn[0].student.nbytes == 4 * 8 * size
 
 
 def test_a_pool_of_large_inputs_stays_small() -> None:

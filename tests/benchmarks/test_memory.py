@@ -7,13 +7,17 @@ import pytest
 from benchmarks import memory
 from benchmarks.cases import CASES
 
-pytestmark = pytest.mark.skipif(not memory.RESET.exists(), reason="only Linux keeps a peak that can be reset")
+pytestmark = [
+    pytest.mark.slow,  # each launches a process
+    pytest.mark.skipif(not memory.RESET.exists(), reason="only Linux keeps a peak that can be reset"),
+]
 
 
-@pytest.mark.slow
 def test_arrays_are_counted() -> None:
     case = CASES["softmax/auto/1x4194304/float32"]
-    arrays = memory.of(case, ("numpy", "torch.softmax"), threads=1)  # a peak does not count for who follows
+    arrays = memory.of(
+        case, ("numpy", "torch.softmax"), threads=1
+    )  # an earlier peak does not count for a later step
     assert arrays["numpy"] == pytest.approx(2, abs=0.03)  # x - max and exp of it; then that and the result
     assert arrays["torch.softmax"] == pytest.approx(1, abs=0.03)  # the result
 
@@ -29,7 +33,6 @@ def test_small_inputs_are_not_measured() -> None:
     assert memory.of(CASES["kd/kl/256x1000/float32"], ("KD",), threads=1) == {}
 
 
-@pytest.mark.slow
 def test_a_process_that_fails_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"process that measures memory failed: .*'nobody'"):
         memory.of(CASES["kd/kl/64x32000/float32"], ("nobody",), threads=1)

@@ -12,7 +12,7 @@ def cells(page: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_page_says_what_was_asked_and_what_came(figures) -> None:
+def test_the_page_shows_goals_and_values(figures) -> None:
     records = [figures(times=4.0), figures(times=1.5, threads=2)]
     page = report.markdown(records, "r.jsonl.gz")
     assert "6 goals: 5 met, 1 of them with the aim; 1 missed, 0 not measured." in page
@@ -54,8 +54,8 @@ def test_a_case_that_failed_keeps_its_row(figures) -> None:
 
 
 def test_pages_are_written_beside_the_results(figures, tmp_path: Path) -> None:
-    for found in (figures(run="one"), figures(run="two"), figures(run="two", threads=2)):
-        results.append(tmp_path / "r.jsonl.gz", found)
+    for added in (figures(run="one"), figures(run="two"), figures(run="two", threads=2)):
+        results.append(tmp_path / "r.jsonl.gz", added)
     report.write_pages(tmp_path / "r.jsonl.gz")
     assert {path.name for path in tmp_path.iterdir()} == {"r.jsonl.gz", "README.md", report.PLOT}
     page = (tmp_path / "README.md").read_text()

@@ -15,16 +15,18 @@ from luce.errors import UserError
 
 
 def test_a_ratio_is_the_median_of_ratios_within_rounds() -> None:
-    case = Case("toy/a/1x1/float32", (1, 1), "ours", ("theirs",), goals=(Goal(2, 4, "theirs"),))
+    case = Case("toy/a/1x1/float32", (1, 1), "candidate", ("baseline",), goals=(Goal(2, 4, "baseline"),))
     # The machine slows down by 10 in two of five rounds; each round alone says 3, 3, 3, 3 and 5.
-    seconds = {"ours": [1.0, 1.0, 1.0, 10.0, 10.0], "theirs": [3.0, 3.0, 5.0, 30.0, 30.0]}
-    found = results.record(case, Timing(1, seconds, {}), {})
+    seconds = {"candidate": [1.0, 1.0, 1.0, 10.0, 10.0], "baseline": [3.0, 3.0, 5.0, 30.0, 30.0]}
+    recorded = results.record(case, Timing(1, seconds, {}), {})
     # 80% of the way through the five sorted ratios lies 0.2 behind the fourth: 3 + 0.2 * (5 - 3).
-    assert found["ratios"]["theirs"] == pytest.approx({"median": 3, "p20": 3, "p80": 3.4, "of_medians": 5})
-    assert found["seconds"]["ours"]["median"] == 1
-    assert found["goals"][0]["value"] == 3
-    assert found["goals"][0]["verdict"] == "met"
-    assert found["rounds"] == 5
+    assert recorded["ratios"]["baseline"] == pytest.approx(
+        {"median": 3, "p20": 3, "p80": 3.4, "of_medians": 5}
+    )
+    assert recorded["seconds"]["candidate"]["median"] == 1
+    assert recorded["goals"][0]["value"] == 3
+    assert recorded["goals"][0]["verdict"] == "met"
+    assert recorded["rounds"] == 5
 
 
 def test_goals_find_their_figures(figures) -> None:
@@ -44,16 +46,16 @@ def test_memory_over_a_baseline_is_a_share() -> None:
 
 def test_a_failed_candidate_has_no_ratios() -> None:
     case = Case("toy/a/1x8/float32", (1, 8), "op", ("bare",), goals=(Goal(2, 4, "bare"),))
-    found = results.record(case, Timing(failed={"op": "not in this Luce"}), {})
-    assert (found["ratios"], found["seconds"], found["rounds"]) == ({}, {}, 0)
-    assert found["goals"][0]["verdict"] == "not measured"
+    recorded = results.record(case, Timing(failed={"op": "not in this Luce"}), {})
+    assert (recorded["ratios"], recorded["seconds"], recorded["rounds"]) == ({}, {}, 0)
+    assert recorded["goals"][0]["verdict"] == "not measured"
 
 
 def test_lines_are_added_and_the_latest_run_is_read(figures, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl.gz"
     added = [figures(run="one"), figures(run="two"), figures(run="two", threads=2)]
-    for found in added:
-        results.append(path, found)
+    for recorded in added:
+        results.append(path, recorded)
     assert len(results.read_lines(path)) == 3
     assert results.read_latest(path) == json.loads(json.dumps(added[1:]))
     assert [file.name for file in tmp_path.iterdir()] == ["r.jsonl.gz"]
