@@ -25,17 +25,15 @@ def test_a_single_row(case):
     assert_close(value, case(student, teacher, target))
 
 
-@pytest.mark.parametrize(
-    ("rows", "class_dim"), [((2, 3, 2), 1), ((2, 3, 2), 0), ((2, 3), -1), ((2, 3), 1), ((4,), -1)]
-)
-def test_the_class_dimension_may_stand_anywhere(case, rows, class_dim):
-    student, teacher, target = batch(*rows)
-    expected = case(student.flatten(0, -2), teacher.flatten(0, -2), target.flatten(), reduction="none")
-    student, teacher = student.movedim(-1, class_dim), teacher.movedim(-1, class_dim)
-    values = case(student, teacher, target, class_dim=class_dim, reduction="none")
-    assert values.shape == rows
-    assert_close(values.flatten(), expected)
-    assert_close(case(student, teacher, target, class_dim=class_dim), expected.mean())
+def test_the_class_dimension_may_stand_anywhere(case):
+    for rows, class_dim in (((2, 3, 2), 1), ((2, 3, 2), 0), ((2, 3), -1), ((2, 3), 1), ((4,), -1)):
+        student, teacher, target = batch(*rows)
+        expected = case(student.flatten(0, -2), teacher.flatten(0, -2), target.flatten(), reduction="none")
+        student, teacher = student.movedim(-1, class_dim), teacher.movedim(-1, class_dim)
+        values = case(student, teacher, target, class_dim=class_dim, reduction="none")
+        assert values.shape == rows
+        assert_close(values.flatten(), expected)
+        assert_close(case(student, teacher, target, class_dim=class_dim), expected.mean())
 
 
 def test_an_empty_batch(case):
@@ -112,42 +110,42 @@ def test_inputs_are_left_alone(case):
 # Dtypes
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes_agree_with_float64_on_the_same_numbers(case, dtype):
-    student, teacher, target = batch(6, 7, dtype=dtype)
-    student, teacher, target = student.flatten(0, 1), teacher.flatten(0, 1), target.flatten()
-    expected = case(student.double(), teacher.double(), target, reduction="none")
-    values = case(student, teacher, target, reduction="none")
-    assert values.dtype == torch.promote_types(dtype, torch.float32)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    assert_close(values.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+def test_dtypes_agree_with_float64_on_the_same_numbers(case):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        student, teacher, target = batch(6, 7, dtype=dtype)
+        student, teacher, target = student.flatten(0, 1), teacher.flatten(0, 1), target.flatten()
+        expected = case(student.double(), teacher.double(), target, reduction="none")
+        values = case(student, teacher, target, reduction="none")
+        assert values.dtype == torch.promote_types(dtype, torch.float32)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        assert_close(values.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
-    gradient = case.grad(student, teacher, target)
-    assert gradient.dtype == dtype
-    expected = case.grad(student.double(), teacher.double(), target)
-    info = torch.finfo(dtype)
-    subnormal = info.tiny * info.eps  # float16 has no numbers between its multiples of 6e-8
-    atol = 1e-5 * float(expected.abs().max()) + subnormal
-    assert_close(gradient.double(), expected, rtol=max(tolerance, info.eps), atol=atol)
+        gradient = case.grad(student, teacher, target)
+        assert gradient.dtype == dtype
+        expected = case.grad(student.double(), teacher.double(), target)
+        info = torch.finfo(dtype)
+        subnormal = info.tiny * info.eps  # float16 has no numbers between its multiples of 6e-8
+        atol = 1e-5 * float(expected.abs().max()) + subnormal
+        assert_close(gradient.double(), expected, rtol=max(tolerance, info.eps), atol=atol)
 
 
-@pytest.mark.parametrize(
-    ("student_dtype", "teacher_dtype", "expected"),
-    [
-        (torch.float32, torch.float64, torch.float64),
-        (torch.float64, torch.float16, torch.float64),
-        (torch.bfloat16, torch.float16, torch.float32),
-        (torch.float32, torch.bfloat16, torch.float32),
-    ],
+WIDER = (
+    (torch.float32, torch.float64, torch.float64),
+    (torch.float64, torch.float16, torch.float64),
+    (torch.bfloat16, torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32),
 )
-def test_the_wider_dtype_of_the_two_networks_counts(case, student_dtype, teacher_dtype, expected):
-    student, teacher, target = batch(3)
-    student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
-    value = case(student, teacher, target)
-    if case.loss.module.takes_teacher:
-        assert value.dtype == expected
-        assert_close(value, case(student.to(expected), teacher.to(expected), target))
-    assert case.grad(student, teacher, target).dtype == student_dtype
+
+
+def test_the_wider_dtype_of_the_two_networks_counts(case):
+    for student_dtype, teacher_dtype, expected in WIDER:
+        student, teacher, target = batch(3)
+        student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
+        value = case(student, teacher, target)
+        if case.loss.module.takes_teacher:
+            assert value.dtype == expected
+            assert_close(value, case(student.to(expected), teacher.to(expected), target))
+        assert case.grad(student, teacher, target).dtype == student_dtype
 
 
 # Reductions
@@ -185,46 +183,46 @@ def test_micro_batches_weighted_by_their_rows_are_one_batch(by_row):
 # Rows that do not count
 
 
-@pytest.mark.parametrize("ignore_index", [IGNORED, 255, 3, UNLABELLED])
-def test_ignoring_is_deleting(case, ignore_index):
-    student, teacher, target = batch(6)
-    target = target.where(target != ignore_index, 0)
-    keep = torch.tensor([True, False, True, True, False, True])
-    masked = target.where(keep, ignore_index)
-    for reduction in ("mean", "sum"):
-        options = {"reduction": reduction, "ignore_index": ignore_index}
-        value = case(student, teacher, masked, **options)
-        assert_close(value, case(student[keep], teacher[keep], target[keep], reduction=reduction))
-        gradient = case.grad(student, teacher, masked, **options)
-        assert_close(
-            gradient[keep], case.grad(student[keep], teacher[keep], target[keep], reduction=reduction)
-        )
-        assert (gradient[~keep] == 0).all()
-    values = case(student, teacher, masked, ignore_index=ignore_index, reduction="none")
-    assert_close(values[keep], case(student[keep], teacher[keep], target[keep], reduction="none"))
-    assert (values[~keep] == 0).all()
+def test_ignoring_is_deleting(case):
+    for ignore_index in (IGNORED, 255, 3, UNLABELLED):
+        student, teacher, target = batch(6)
+        target = target.where(target != ignore_index, 0)
+        keep = torch.tensor([True, False, True, True, False, True])
+        masked = target.where(keep, ignore_index)
+        for reduction in ("mean", "sum"):
+            options = {"reduction": reduction, "ignore_index": ignore_index}
+            value = case(student, teacher, masked, **options)
+            assert_close(value, case(student[keep], teacher[keep], target[keep], reduction=reduction))
+            gradient = case.grad(student, teacher, masked, **options)
+            assert_close(
+                gradient[keep], case.grad(student[keep], teacher[keep], target[keep], reduction=reduction)
+            )
+            assert (gradient[~keep] == 0).all()
+        values = case(student, teacher, masked, ignore_index=ignore_index, reduction="none")
+        assert_close(values[keep], case(student[keep], teacher[keep], target[keep], reduction="none"))
+        assert (values[~keep] == 0).all()
 
 
-@pytest.mark.parametrize("junk", [nan, inf, -inf, 1e38])
-def test_what_stands_in_an_ignored_row_does_not_matter(case, junk):
-    student, teacher, target = batch(4, dtype=torch.float32)
-    target[1] = IGNORED
-    clean, gradient = case(student, teacher, target), case.grad(student, teacher, target)
-    student[1], teacher[1] = junk, junk
-    assert_close(case(student, teacher, target), clean)
-    assert_close(case.grad(student, teacher, target), gradient)
-    assert case(student, teacher, target, reduction="none")[1] == 0
+def test_what_stands_in_an_ignored_row_does_not_matter(case):
+    for junk in (nan, inf, -inf, 1e38):
+        student, teacher, target = batch(4, dtype=torch.float32)
+        target[1] = IGNORED
+        clean, gradient = case(student, teacher, target), case.grad(student, teacher, target)
+        student[1], teacher[1] = junk, junk
+        assert_close(case(student, teacher, target), clean)
+        assert_close(case.grad(student, teacher, target), gradient)
+        assert case(student, teacher, target, reduction="none")[1] == 0
 
 
-@pytest.mark.parametrize("mark", ["ignore_index", "row_weight"])
-def test_no_row_at_all_gives_zero_and_zero_gradient(case, mark):
-    student, teacher, target = batch(3)
-    student[0] = nan
-    options = {"row_weight": torch.zeros(3)} if mark == "row_weight" else {}
-    target = target if mark == "row_weight" else torch.full_like(target, IGNORED)
-    for reduction in ("mean", "sum", "none"):
-        assert (case(student, teacher, target, reduction=reduction, **options) == 0).all()
-        assert (case.grad(student, teacher, target, reduction=reduction, **options) == 0).all()
+def test_no_row_at_all_gives_zero_and_zero_gradient(case):
+    for mark in ("ignore_index", "row_weight"):
+        student, teacher, target = batch(3)
+        student[0] = nan
+        options = {"row_weight": torch.zeros(3)} if mark == "row_weight" else {}
+        target = target if mark == "row_weight" else torch.full_like(target, IGNORED)
+        for reduction in ("mean", "sum", "none"):
+            assert (case(student, teacher, target, reduction=reduction, **options) == 0).all()
+            assert (case.grad(student, teacher, target, reduction=reduction, **options) == 0).all()
 
 
 def test_weight_zero_is_deleting(case):
@@ -258,14 +256,13 @@ def test_weight_two_is_standing_there_twice(case):
         assert_close(value, case(student[twice], teacher[twice], target[twice], reduction=reduction))
 
 
-@pytest.mark.parametrize("factor", [1e6, 1e-6])
-def test_the_mean_does_not_depend_on_the_unit_of_the_weights(case, factor):
-    student, teacher, target = batch(4)
-    weight = torch.tensor([0.5, 1.0, 2.0, 0.25], dtype=torch.float64)
-    expected = case(student, teacher, target, row_weight=weight)
-    value = case(student, teacher, target, row_weight=factor * weight)
-    # The 1e-8 that DIST adds to a product of norms is not free of units; it stays below this all the same.
-    assert_close(value, expected, rtol=1e-5, atol=1e-5)
+def test_the_mean_does_not_depend_on_the_unit_of_the_weights(case):
+    for factor in (1e6, 1e-6):
+        student, teacher, target = batch(4)
+        weight = torch.tensor([0.5, 1.0, 2.0, 0.25], dtype=torch.float64)
+        expected = case(student, teacher, target, row_weight=weight)
+        value = case(student, teacher, target, row_weight=factor * weight)
+        assert_close(value, expected)
 
 
 # Rows without a label

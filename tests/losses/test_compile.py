@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import luce
 
-from .catalogue import CASES, IGNORED, UNLABELLED, batch
+from .catalogue import CASES, DEFAULTS, IGNORED, UNLABELLED, batch
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +26,34 @@ def value_and_gradient(function, student, *others):
     return value, torch.autograd.grad(value, student)[0]
 
 
+# One loss of each way through the code: fused operators with and without labels, their limit, a cut ranking,
+# rows in plain PyTorch, rows that couple, a product with a derivative of its own, pairs, and draws.
+PATHS = {
+    "cross_entropy_loss",
+    "kd_loss",
+    "kd_loss[temperature=inf]",
+    "dkd_loss",
+    "pld_loss",
+    "pld_loss[top_k=1]",
+    "nkd_loss",
+    "mlld_loss",
+    "rkkd_loss",
+    "rankdistil_loss[seed=0]",
+}
 # Numbers make no other graph; these options do.
+OPTIONS = {"label_smoothing", "normalize", "top_k", "center", "seed"}
 GRAPHS = [
-    case
+    pytest.param(case, id=str(case), marks=() if str(case) in PATHS else pytest.mark.slow)
     for case in CASES
-    if not case.options
-    or case.limit
-    or case.options.keys() & {"label_smoothing", "normalize", "top_k", "center"}
+    if not case.options or case.limit or case.options.keys() & OPTIONS
 ]
 
 
-@pytest.mark.parametrize("graph", GRAPHS, ids=str)
+def test_every_way_is_compiled():
+    assert {param.id for param in GRAPHS if not param.marks} == PATHS
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_compiled_is_eager(graph):
     student, teacher, target = batch(6, dtype=torch.float32)
     target[0], target[1] = IGNORED, UNLABELLED
@@ -47,6 +64,7 @@ def test_compiled_is_eager(graph):
     assert_close(value_and_gradient(compiled(module), student, *arguments), expected)
 
 
+@pytest.mark.slow
 def test_pld_with_inductor():
     student, teacher, target = batch(6, dtype=torch.float32)
     target[0], target[1] = IGNORED, UNLABELLED
@@ -54,17 +72,28 @@ def test_pld_with_inductor():
     assert_close(value_and_gradient(compiled(luce.pld_loss, "inductor"), student, teacher, target), expected)
 
 
-@pytest.mark.only(lambda case: case.loss.uses_label)
-def test_a_wrong_label_makes_its_row_nan_where_asking_would_stall(default):
+LABELLED = [
+    pytest.param(
+        case,
+        id=str(case),
+        marks=() if case.loss.function in (luce.pld_loss, luce.dkd_loss, luce.nkd_loss) else pytest.mark.slow,
+    )
+    for case in DEFAULTS
+    if case.loss.uses_label
+]
+
+
+@pytest.mark.parametrize("labelled", LABELLED)
+def test_a_wrong_label_makes_its_row_nan_where_asking_would_stall(labelled):
     """Also on a GPU; an index out of range there would end the process."""
     student, teacher, target = batch(3, dtype=torch.float32)
-    function = compiled(default.loss.module(reduction="none"))
+    function = compiled(labelled.loss.module(reduction="none"))
     for label in (5, 99, -7):
         wrong = target.clone()
         wrong[1] = label
         values = function(student, teacher, wrong)
         assert values.isnan().tolist() == [False, True, False]
-        assert_close(values[[0, 2]], default(student, teacher, target, reduction="none")[[0, 2]])
+        assert_close(values[[0, 2]], labelled(student, teacher, target, reduction="none")[[0, 2]])
 
 
 def test_batches_of_any_size():

@@ -461,8 +461,20 @@ def test_a_factor_on_the_features_changes_nothing_however_large(entry, scale):
 
 # torch.compile
 
+# One loss of each way through the code: maps without and with layers, pairs of maps, consecutive maps, random
+# masks, rows that couple, and a loss that returns its parts.
+PATHS = {"ATLoss", "VIDLoss", "FSPLoss", "OFDLoss", "LipschitzLoss-True", "MGDLoss", "RKDLoss", "LONDONLoss"}
+COMPILED = [
+    pytest.param(entry, id=str(entry), marks=() if str(entry) in PATHS else pytest.mark.slow)
+    for entry in CASES
+]
 
-@each
+
+def test_every_way_is_compiled():
+    assert {param.id for param in COMPILED if not param.marks} == PATHS
+
+
+@pytest.mark.parametrize("entry", COMPILED)
 def test_compiled_is_eager(entry):
     torch.compiler.reset()
     loss = entry.build().eval()

@@ -426,69 +426,10 @@ def test_dist(rows, classes, seed):
     assert_close(within, same, rtol=0, atol=1e-5)
 
 
-# All losses
-
-
-few = settings(max_examples=6, deadline=None, derandomize=True)
-
-
-@few
-@given(data=st.lists(rows(smallest=4, largest=4), min_size=2, max_size=4), offset=st.integers(-800, 800))
-def test_a_constant_added_to_a_row_changes_nothing_but_in_matching(case, data, offset):
-    student, teacher, target = (torch.cat(x) for x in zip(*data, strict=True))
-    value, gradient = case(student, teacher, target), case.grad(student, teacher, target)
-    shift = offset / 8 * torch.arange(1.0, len(student) + 1)[:, None]
-    if not case.shift_invariant:
-        assume(offset != 0)
-        assert case(student + 1e3 * shift, teacher, target) != value
-        return
-    for s, t in ((student + shift, teacher), (student, teacher + shift)):
-        assert_close(case(s, t, target), value, rtol=1e-7, atol=1e-10)
-        assert_close(case.grad(s, t, target), gradient, rtol=1e-6, atol=1e-10)
-    assert_close(gradient.sum(-1), torch.zeros(len(student), dtype=torch.float64), rtol=0, atol=1e-10)
-
-
-@few
-@given(data=st.lists(rows(smallest=5, largest=5), min_size=3, max_size=4), order=st.permutations(range(5)))
-def test_the_numbering_of_the_classes_does_not_matter(case, data, order):
-    student, teacher, target = (torch.cat(x) for x in zip(*data, strict=True))
-    order = torch.tensor(order)
-    renumbered = student[:, order], teacher[:, order], order.argsort()[target]
-    assert_close(case(*renumbered), case(student, teacher, target), rtol=1e-9, atol=1e-12)
-    gradient = case.grad(student, teacher, target)
-    assert_close(case.grad(*renumbered), gradient[:, order], rtol=1e-8, atol=1e-11)
-
-
-@few
-@given(data=st.lists(rows(smallest=4, largest=4), min_size=2, max_size=4))
-def test_the_order_of_the_rows_does_not_matter(case, data):
-    student, teacher, target = (torch.cat(x) for x in zip(*data, strict=True))
-    values = case(student, teacher, target, reduction="none")
-    assert_close(case(student.flip(0), teacher.flip(0), target.flip(0), reduction="none"), values.flip(0))
-
-
-@few
-@given(data=st.lists(rows(smallest=4, largest=4), min_size=2, max_size=4))
-def test_no_value_is_negative_and_equal_networks_cost_nothing_where_promised(case, data):
-    student, teacher, target = (torch.cat(x) for x in zip(*data, strict=True))
-    assert (case(student, teacher, target, reduction="none") >= -1e-12).all()
-    itself = case(teacher, teacher, target, reduction="none")
-    if not case.loss.zero_at_equality:
-        assert case.loss.has_margin or (itself > 0).all()
-    elif not case.loss.couples_rows:
-        assert_close(itself, torch.zeros_like(itself), rtol=0, atol=1e-12)
-        flat = case.grad(teacher, teacher, target)
-        assert_close(flat, torch.zeros_like(flat), rtol=0, atol=1e-12)
-        if case.shift_invariant:
-            shifted = case(teacher + 3.0, teacher, target, reduction="none")
-            assert_close(shifted, torch.zeros_like(shifted), rtol=0, atol=1e-12)
-
-
-def test_dist_of_equal_networks_is_nearly_zero():
-    """Up to the 1e-8 beside the norms."""
+def test_dist_of_equal_networks_is_zero():
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(16, 5, generator=random, dtype=torch.float64)
-    assert 0 <= luce.dist_loss(logits, logits, temperature=1.0) < 1e-5
+    assert luce.dist_loss(logits, logits, temperature=1.0).item() == pytest.approx(0, abs=1e-12)
 
 
 @given(rows())

@@ -351,19 +351,19 @@ def by_hand(x):
     return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
 
 
-def test_any_loss_can_be_standardized(case):
+def test_any_loss_can_be_standardized(default):
     student, teacher, target = batch(5, classes=6)
     target[1], target[3] = IGNORED, UNLABELLED
     weight = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.5], dtype=torch.float64)
     for reduction in ("mean", "none"):
-        result = of(case, reduction=reduction)(student, teacher, target, weight)
-        expected = case(by_hand(student), by_hand(teacher), target, row_weight=weight, reduction=reduction)
+        result = of(default, reduction=reduction)(student, teacher, target, weight)
+        expected = default(by_hand(student), by_hand(teacher), target, row_weight=weight, reduction=reduction)
         assert_close(result, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_standardized_losses_see_no_scale_and_no_offset(case):
+def test_standardized_losses_see_no_scale_and_no_offset(default):
     student, teacher, target = batch(5, classes=6)
-    loss = of(case)
+    loss = of(default)
     expected = loss(student, teacher, target)
     assert_close(loss(3 * student + 100, teacher / 7 - 5, target), expected, rtol=1e-7, atol=1e-10)
     itself = student.clone().requires_grad_()
@@ -374,10 +374,10 @@ def test_standardized_losses_see_no_scale_and_no_offset(case):
 
 
 @pytest.mark.parametrize("junk", [nan, -inf, 1e38])
-def test_what_stands_in_an_ignored_row_does_not_matter_standardized(case, junk):
+def test_what_stands_in_an_ignored_row_does_not_matter_standardized(default, junk):
     student, teacher, target = batch(4, dtype=torch.float32)
     target[1] = IGNORED
-    loss = of(case)
+    loss = of(default)
 
     def value_and_gradient(s, t):
         s = s.clone().requires_grad_()
@@ -389,20 +389,20 @@ def test_what_stands_in_an_ignored_row_does_not_matter_standardized(case, junk):
     assert_close(value_and_gradient(student, teacher), expected)
 
 
-def test_standardized_impossible_classes_change_nothing(case):
+def test_standardized_impossible_classes_change_nothing(default):
     student, teacher, target = batch(4)
     places = torch.tensor([1, 3, 4, 7, 8])
     nowhere = torch.full((4, 9), -inf, dtype=torch.float64)
     wide = [nowhere.index_copy(1, places, x) for x in (student, teacher)]
-    loss = of(case)
+    loss = of(default)
     assert_close(loss(*wide, places[target]), loss(student, teacher, target), rtol=1e-10, atol=1e-12)
 
 
-def test_standardized_constant_rows_have_no_gradient(case):
+def test_standardized_constant_rows_have_no_gradient(default):
     student, teacher, target = batch(4)
     student[1], teacher[2] = 3.0, 3.0
     student.requires_grad_()
-    result = of(case)(student, teacher, target)
+    result = of(default)(student, teacher, target)
     assert result.isfinite()
     (result,) = torch.autograd.grad(result, student)
     assert result.isfinite().all()
@@ -410,9 +410,9 @@ def test_standardized_constant_rows_have_no_gradient(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_standardized_16_bit_logits(case, dtype):
+def test_standardized_16_bit_logits(default, dtype):
     student, teacher, target = batch(6, dtype=dtype)
-    loss = of(case)
+    loss = of(default)
     assert_close(
         loss(student, teacher, target).double(),
         loss(student.double(), teacher.double(), target),

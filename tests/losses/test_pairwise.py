@@ -352,6 +352,7 @@ print(held() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere `ru_maxrss` has another unit or is not there")
 def test_the_process_does_not_grow_as_if_it_held_all_pairs():
     """All pairs would be 122 MiB; small results kept among the blocks made it twice that."""
