@@ -1,4 +1,4 @@
-"""Argument checks, and the only code that words argument errors of losses, methods and analysis."""
+"""Argument checks with the error messages of losses, methods and analysis."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def is_number(value: object) -> bool:
-    """Python counts True among the numbers; who writes it means something else."""
+    """Return whether a value is a real number and not a bool, which Python counts among the integers."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_positive(**values: float) -> None:
-    """Each value must be a finite number above zero."""
+    """Raise ValueError unless each value is a finite number above 0."""
     for name, value in values.items():
         if not (is_number(value) and 0 < value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number above 0, got {value!r}")
 
 
 def check_not_negative(**values: float) -> None:
-    """Each value must be a finite number, zero or above."""
+    """Raise ValueError unless each value is a finite number of at least 0."""
     for name, value in values.items():
         if not (is_number(value) and 0 <= value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number of at least 0, got {value!r}")
 
 
 def check_at_least(least: float, **values: float) -> None:
-    """Each value must be a finite number, `least` or above."""
+    """Raise ValueError unless each value is a finite number of at least `least`."""
     for name, value in values.items():
         if not (is_number(value) and least <= value < math.inf):
             raise ValueError(f"expected `{name}` to be a finite number of at least {least}, got {value!r}")
 
 
 def check_temperature(temperature: float, scale_by_temperature: bool) -> None:
-    """A number above zero, and infinity where the loss is scaled: unscaled, nothing is left there."""
+    """Raise ValueError unless the temperature is above 0, and finite for an unscaled loss."""
     if temperature != math.inf:
         check_positive(temperature=temperature)
     elif not scale_by_temperature:
@@ -50,7 +50,7 @@ def check_temperature(temperature: float, scale_by_temperature: bool) -> None:
 
 
 def check_between(low: float, high: float, **values: float) -> None:
-    """Each value must lie strictly between the bounds."""
+    """Raise ValueError unless each value lies strictly between the bounds."""
     for name, value in values.items():
         if not (is_number(value) and low < value < high):
             raise ValueError(f"expected `{name}` strictly between {low} and {high}, got {value!r}")
@@ -62,14 +62,14 @@ def check_top_k(top_k: int | None) -> None:
 
 
 def check_count(**values: int) -> None:
-    """Each value must be an integer of at least 1."""
+    """Raise ValueError unless each value is an integer of at least 1."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"expected `{name}` to be an integer of at least 1, got {value!r}")
 
 
 def check_share(share: float) -> None:
-    """A fraction if it is a float, a number if it is an integer."""
+    """Raise ValueError unless the share is a fraction (float) or a count (integer of at least 2)."""
     number = isinstance(share, int) and not isinstance(share, bool)
     if not (share >= 2 if number else isinstance(share, float) and 0 < share <= 1):
         raise ValueError(
@@ -84,7 +84,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_order(order: Tensor, logits: Tensor) -> None:
-    """A ranking of the classes of every row, laid out like the logits."""
+    """Check dtype and shape of a ranking of the classes; not that it is one."""
     if not isinstance(order, Tensor):
         raise TypeError(f"expected `teacher_order` to be a torch.Tensor, got {type(order).__name__}")
     if order.dtype not in (torch.int64, torch.int32):
@@ -99,7 +99,7 @@ def check_order(order: Tensor, logits: Tensor) -> None:
 
 
 def check_power_of_two(classes: int, dtype: torch.dtype) -> None:
-    """``2**(classes - 1)`` must be a number of this dtype."""
+    """Raise ValueError if ``2**(classes - 1)`` overflows the dtype."""
     _, limit = math.frexp(torch.finfo(dtype).max)
     if classes > limit:
         raise ValueError(
@@ -113,7 +113,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_logits(name: str, logits: Tensor, like: Tensor | None = None) -> None:
-    """Floating tensor with a class dimension, of the shape and on the device of `like`."""
+    """Check for a floating tensor with a class dimension, of the shape and on the device of `like`."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(logits).__name__}")
     if not logits.is_floating_point():
@@ -136,7 +136,7 @@ def check_logits(name: str, logits: Tensor, like: Tensor | None = None) -> None:
 
 
 def class_axis(logits: Tensor, class_dim: int) -> int:
-    """The class axis as a non-negative index; a single row of shape ``(C,)`` has only one."""
+    """Return the class axis as a non-negative index; 0 for a single row of shape ``(C,)``."""
     if logits.ndim == 1:
         class_dim = 0
     if not -logits.ndim <= class_dim < logits.ndim:
@@ -153,7 +153,7 @@ def class_axis(logits: Tensor, class_dim: int) -> int:
 
 
 def check_per_row(name: str, values: Tensor, rows: torch.Size, logits: Tensor) -> None:
-    """One value per row: the shape of the logits without their class dimension."""
+    """Check for one value per row: the shape of the logits without their class dimension."""
     if not isinstance(values, Tensor):
         raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(values).__name__}")
     if values.shape != rows:
@@ -166,13 +166,13 @@ def check_per_row(name: str, values: Tensor, rows: torch.Size, logits: Tensor) -
 
 
 def check_given(name: str, value: Tensor | None) -> None:
-    """A tensor that this loss cannot do without."""
+    """Raise TypeError if a required tensor is missing."""
     if value is None:
         raise TypeError(f"expected `{name}` to be a torch.Tensor, got NoneType; this loss needs it")
 
 
 def check_target(target: Tensor, rows: torch.Size, logits: Tensor) -> None:
-    """Class indices, one per row."""
+    """Check for class indices, one per row."""
     check_per_row("target", target, rows, logits)
     if target.is_floating_point() or target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"expected `target` of an integer dtype (class indices), got {target.dtype}")
@@ -180,7 +180,7 @@ def check_target(target: Tensor, rows: torch.Size, logits: Tensor) -> None:
 
 def wrong_label(label: int, classes: int) -> ValueError:
     return ValueError(
-        f"expected labels in [0, {classes}) that name a class which exists, got {label}; "
+        f"expected labels in [0, {classes}) of classes that exist, got {label}; "
         f"mark rows that should not count with `ignore_index`"
     )
 
@@ -189,19 +189,19 @@ FEATURES = {
     "maps": {3: "(C', H, W)", 2: "(T, D)"},
     "vectors": {1: "(D,)"},
 }
-"""By rank, the shapes of a feature beside the batch."""
+"""Accepted shapes of a feature without its batch, by rank."""
 
 
 def check_feature_shape(name: str, shape: torch.Size, takes: str | None) -> None:
-    """A feature beside its batch: of a rank that the loss can read (any, if None), and not empty."""
+    """Check that a feature, without its batch, is not empty and has a rank of `FEATURES` (any if None)."""
     if takes is not None and len(shape) not in FEATURES[takes]:
         advice = "pool the map or flatten it" if takes == "vectors" else "take it before the pooling"
         raise ValueError(
-            f"expected {name} of shape {' or '.join(FEATURES[takes].values())} beside the batch, "
+            f"expected {name} of shape {' or '.join(FEATURES[takes].values())} without the batch, "
             f"got {tuple(shape)}; {advice}"
         )
     if shape.numel() == 0 or not shape:
-        raise ValueError(f"expected {name} with something in it beside the batch, got {tuple(shape)}")
+        raise ValueError(f"expected {name} to be non-empty without the batch, got {tuple(shape)}")
 
 
 def check_features(
@@ -210,7 +210,7 @@ def check_features(
     takes: str | None,
     names: tuple[str, str] = ("student_features", "teacher_features"),
 ) -> None:
-    """Floating tensors of ranks that the loss can read, with the same rows, at least one."""
+    """Check two features: dtype, rank, the same number of rows (at least one) and the same device."""
     for name, feature in zip(names, (student_features, teacher_features), strict=True):
         if not isinstance(feature, Tensor):
             raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(feature).__name__}")
@@ -230,7 +230,7 @@ def check_features(
 
 
 def check_same_layout(first: Tensor, second: Tensor) -> None:
-    """Both features must be maps, or both tokens."""
+    """Raise ValueError unless both features are maps or both are tokens."""
     if first.ndim != second.ndim:
         raise ValueError(
             f"expected both features as maps (N, C', H, W) or both as tokens (N, T, D), got "
@@ -240,7 +240,7 @@ def check_same_layout(first: Tensor, second: Tensor) -> None:
 
 
 def check_stages(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], least: int) -> None:
-    """As many features of both networks, and at least so many."""
+    """Check that both networks give the same number of features, at least `least`."""
     student, teacher = len(student_features), len(teacher_features)
     if student != teacher:
         raise ValueError(
@@ -251,20 +251,18 @@ def check_stages(student_features: Sequence[Tensor], teacher_features: Sequence[
 
 
 def check_matrices(**matrices: Tensor) -> None:
-    """Each must be a floating tensor of matrices that are not empty."""
+    """Check for floating tensors of non-empty matrices."""
     for name, matrix in matrices.items():
         if not isinstance(matrix, Tensor):
             raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(matrix).__name__}")
         if not matrix.is_floating_point():
             raise TypeError(f"expected `{name}` of a floating dtype, got {matrix.dtype}")
         if matrix.ndim < 2 or 0 in matrix.shape[-2:]:
-            raise ValueError(
-                f"expected `{name}` of shape (..., M, N) with something in it, got {tuple(matrix.shape)}"
-            )
+            raise ValueError(f"expected `{name}` of shape (..., M, N), not empty, got {tuple(matrix.shape)}")
 
 
 def check_two(**pairs: tuple[Tensor, Tensor]) -> None:
-    """Each must be the input and the output of a stage."""
+    """Check for pairs: the input and the output of a stage."""
     for name, pair in pairs.items():
         if not isinstance(pair, (tuple, list)):
             raise TypeError(f"expected `{name}` to be (input, output) of a stage, got {type(pair).__name__}")
@@ -273,7 +271,7 @@ def check_two(**pairs: tuple[Tensor, Tensor]) -> None:
 
 
 def check_like(name: str, feature: Tensor, like: Tensor, advice: str) -> None:
-    """A tensor of the shape of another."""
+    """Raise ValueError unless a feature has the shape of `like`."""
     if feature.shape != like.shape:
         raise ValueError(
             f"expected `{name}` of shape {tuple(like.shape)}, got {tuple(feature.shape)}; {advice}"

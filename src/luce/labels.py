@@ -1,4 +1,4 @@
-"""Labels: what losses, data and methods agree on."""
+"""The label of unlabelled rows, shared by losses, data and methods."""
 
 UNLABELLED = -1
-"""The label of a row without one; takes the place of a class index."""
+"""The label of a row without one, in place of a class index."""

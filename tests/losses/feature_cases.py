@@ -17,7 +17,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One loss with options, on features of these shapes beside the batch.
+    """One loss with options, on features of these shapes without the batch.
 
     Attributes:
         depends_on_order: Of the rows of a batch.

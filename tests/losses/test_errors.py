@@ -165,7 +165,7 @@ def test_a_label_that_names_an_impossible_class(default):
     student, teacher, _ = batch(2)
     student[1, 3] = teacher[1, 3] = -inf
     options = {"student": student, "teacher": teacher}
-    refuses(default, ValueError, "a class which exists", "got 3", target=torch.tensor([1, 3]), **options)
+    refuses(default, ValueError, "classes that exist", "got 3", target=torch.tensor([1, 3]), **options)
     default(student, teacher, torch.tensor([3, 1]))  # it exists in the other row
 
 

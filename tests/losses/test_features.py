@@ -234,13 +234,13 @@ def test_wrong_ranks_types_and_rows(entry):
     if entry.module is luce.SPLoss:  # flattens whatever comes
         assert_close(loss(deep, teacher), loss(student, teacher), rtol=0, atol=0)
     else:
-        with pytest.raises(ValueError, match=r"`student_features` of shape.*beside the batch, got \("):
+        with pytest.raises(ValueError, match=r"`student_features` of shape.*without the batch, got \("):
             loss(deep, teacher)
     for wrong, error, message in (
         ([s.long() for s in student], TypeError, r"`student_features` of a floating dtype, got torch.int64"),
         ([s.tolist() for s in student], TypeError, r"`student_features` to be a torch.Tensor, got list"),
         ([s[:2] for s in student], ValueError, r"the same rows.*got 2 and 3"),
-        ([s[..., :0] for s in student], ValueError, r"`student_features` with something in it"),
+        ([s[..., :0] for s in student], ValueError, r"`student_features` to be non-empty"),
         ([s.to("meta") for s in student], ValueError, r"`teacher_features` on meta.*got cpu"),
     ):
         with pytest.raises(error, match=message):

@@ -923,7 +923,7 @@ def test_labels_of_no_class():
 def test_top_k_has_no_top_k():
     kept = TopKLogits.of(normal(ROWS, CLASSES), 3)
     for option in ({"top_k": 2}, {"epsilon": 0.1}, {"ties": "average"}):
-        with pytest.raises(ValueError, match="with TopKLogits: what was kept counts"):
+        with pytest.raises(ValueError, match="with TopKLogits: the kept classes are the places"):
             luce.linear_pld_loss(head(ROWS), kept, **option)
 
 

@@ -296,7 +296,7 @@ def test_what_is_refused():
         ([[1.0]], TypeError, "`matrix` to be a torch.Tensor, got list"),
         (torch.ones(2, 2, dtype=torch.long), TypeError, "floating dtype, got torch.int64"),
         (torch.ones(2), ValueError, r"of shape \(\.\.\., M, N\).*got \(2,\)"),
-        (torch.ones(2, 0, 3), ValueError, r"something in it, got \(2, 0, 3\)"),
+        (torch.ones(2, 0, 3), ValueError, r"not empty, got \(2, 0, 3\)"),
     ):
         with pytest.raises(error, match=message):
             spectral_norm(wrong)

@@ -166,11 +166,11 @@ def test_a_batch_of_one_row_does_not_stop_a_training() -> None:
         (
             [(3, 4)],
             [(3, 4, 4)],
-            r"\(C', H, W\) or \(D,\) beside the batch for ReviewKDLoss, got \(3, 4\)",
+            r"\(C', H, W\) or \(D,\) without the batch for ReviewKDLoss, got \(3, 4\)",
         ),
         ([(3, 4, 4)], [(3, 4, 4), (3,)], "as many features of the student as of the teacher, got 1 and 2"),
         ([], [], "expected at least one as features for ReviewKDLoss"),
-        ([(3, 0, 4)], [(3, 4, 4)], "with something in it"),
+        ([(3, 0, 4)], [(3, 4, 4)], "to be non-empty"),
     ],
 )
 def test_shapes_that_are_refused(student, teacher, message: str) -> None:

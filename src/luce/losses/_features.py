@@ -1,4 +1,4 @@
-"""The only code that knows how features are laid out: ranks, sizes and dtypes, and what a norm of 0 means.
+"""Layout of features: ranks, sizes and dtypes, and normalisation that is defined for zero vectors.
 
 Inside the losses a map is ``(N, C', H, W)``; tokens ``(N, T, D)`` become a map of T places in a column.
 """
@@ -16,11 +16,11 @@ Two = tuple[Tensor, Tensor]
 
 
 def maps(student: Tensor, teacher: Tensor, *, pooled: bool = True, like_channels: bool = False) -> Two:
-    """Both features as maps in their common wide dtype, the teacher's detached.
+    """Return both features as maps in their common wide dtype, the teacher's detached.
 
     Args:
-        pooled: Bring both to one height and width, the smaller of each, by adaptive average pooling.
-        like_channels: Refuse channels that differ.
+        pooled: Pool both to the smaller height and width by adaptive average pooling.
+        like_channels: Raise ValueError if the channels differ.
     """
     checks.check_features(student, teacher, "maps")
     checks.check_same_layout(student, teacher)
@@ -39,13 +39,13 @@ def maps(student: Tensor, teacher: Tensor, *, pooled: bool = True, like_channels
 
 
 def vectors(student: Tensor, teacher: Tensor) -> Two:
-    """Both features as ``(N, D)``, each with its own D, in a common wide dtype, the teacher's detached."""
+    """Return both features as ``(N, D)`` in a common wide dtype, the teacher's detached; the D may differ."""
     checks.check_features(student, teacher, "vectors")
     return _wide(student, teacher)
 
 
 def rows(student: Tensor, teacher: Tensor) -> Two:
-    """As `vectors`, of features of any rank, flattened."""
+    """Return features of any rank flattened, otherwise as `vectors`."""
     checks.check_features(student, teacher, None)
     s, t = _wide(student, teacher)
     return s.flatten(1), t.flatten(1)
@@ -61,34 +61,34 @@ def as_map(feature: Tensor) -> Tensor:
 
 
 def map_shape(shape: torch.Size) -> torch.Size:
-    """``(C', H, W)`` of a feature's shape beside the batch, as `as_map` lays it out."""
+    """Return ``(C', H, W)`` for the shape of a feature without its batch, in the layout of `as_map`."""
     return shape if len(shape) == 3 else torch.Size((shape[1], shape[0], 1))
 
 
 def same_size(a: Tensor, b: Tensor) -> Two:
-    """Both maps at the smaller height and the smaller width of the two."""
+    """Pool both maps to the smaller height and the smaller width of the two."""
     size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
     one, other = (x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
     return one, other
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Autocast would do the products of float32 matrices in 16 bits."""
+    """Disable autocast, which would multiply float32 matrices in 16 bits."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def scaled(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """`x` divided by its largest magnitude over `dim`, a constant to autograd; zeros stay 0.
+    """Divide `x` by its largest magnitude over `dim`, which autograd treats as constant; zeros stay 0.
 
-    For functions that a positive factor on `x` does not change: without it, products of two entries overflow
-    float32 from 2e19 on and vanish below 1e-23.
+    Use it in functions that a positive factor on `x` does not change. Without it, products of two entries
+    overflow float32 above 1.8e19 and vanish below 1e-23.
     """
     largest = x.detach().abs().amax(dim, keepdim=True)
     return x / torch.where(largest == 0, 1, largest)
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
-    """`x` divided by its L2 norm along `dim`; a zero vector stays 0 and passes no gradient."""
+    """Divide `x` by its L2 norm along `dim`; a zero vector stays 0 and passes no gradient."""
     x = scaled(x, dim)
     square = x.square().sum(dim, keepdim=True)
     return x * torch.where(square == 0, 0, torch.where(square == 0, 1, square).rsqrt())

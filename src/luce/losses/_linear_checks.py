@@ -1,4 +1,4 @@
-"""Argument checks of the losses from hidden states."""
+"""Argument checks of the losses on hidden states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..ops.linear import LinearLogits, TopKLogits
 
 
 def check_linear(student: LinearLogits, teacher: LinearLogits | TopKLogits | Tensor) -> None:
-    """A student that comes as hidden states and head, and a teacher with the same rows and classes."""
+    """Check that the student is `LinearLogits` and that the teacher has its rows and classes."""
     if not isinstance(student, LinearLogits):
         raise TypeError(f"expected `student` to be LinearLogits, got {type(student).__name__}")
     if not isinstance(teacher, (LinearLogits, TopKLogits, Tensor)):
@@ -41,14 +41,14 @@ def check_linear(student: LinearLogits, teacher: LinearLogits | TopKLogits | Ten
     if not isinstance(teacher, TopKLogits) and teacher.shape[-1] != student.classes:
         raise ValueError(
             f"expected `teacher` with the {student.classes} classes of `student`, got {teacher.shape[-1]}; "
-            f"`vocab_size` leaves out padding, and says which first classes both share"
+            f"`vocab_size` excludes padding classes and selects the first classes that both share"
         )
     if device != student.hidden.device:
         raise ValueError(f"expected `teacher` on {student.hidden.device} like `student`, got {device}")
 
 
 def check_rest(teacher: LinearLogits | TopKLogits | Tensor, name: str, temperature: float) -> None:
-    """What the other classes weigh together is known at one temperature."""
+    """Check the temperature against that of `TopKLogits.rest`, which is known at one temperature only."""
     if isinstance(teacher, TopKLogits) and teacher.temperature != temperature:
         raise ValueError(
             f"expected `{name}` to be the {teacher.temperature!r} at which `teacher.rest` was taken, "
@@ -57,7 +57,7 @@ def check_rest(teacher: LinearLogits | TopKLogits | Tensor, name: str, temperatu
 
 
 def check_head_dtypes(name: str, logits: LinearLogits) -> None:
-    """Head and hidden states must go together, as in a model; under autocast any do."""
+    """Check that head and hidden states share a dtype; autocast converts them itself."""
     hidden = logits.hidden
     if torch.is_autocast_enabled(hidden.device.type):
         return

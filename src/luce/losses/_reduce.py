@@ -1,8 +1,8 @@
-"""The only code that knows rows, masks, weights and reductions.
+"""Rows, masks, weights and reductions: the only code of the losses that handles them.
 
-A fused operator sees `Blocks`: the logits as they came, with one weight per row that already holds the
-reduction. Every other loss sees `Rows`: a matrix of student logits and one of teacher logits, one row per
-decision. Either way a loss finds one value per row, and the rest is done here.
+Losses with a fused operator use `Blocks`: the logits in their own layout, with one weight per row that
+already contains the reduction. All other losses use `Rows`: a matrix of student logits and one of teacher
+logits. Each loss computes one value per row; masking and reduction happen here.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Reduction = Literal["none", "mean", "sum"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """Logits with their classes second, in their own dtypes and strides, and what is known of each row.
+    """Logits with their classes second, in their own dtypes and strides, with labels and weights of the rows.
 
     Attributes:
         student: ``(N, C)`` or ``(N, C, M)``.
         teacher: Same shape, detached (but see `teacher_gradient`); None where a loss has no teacher.
         target: ``(N,)`` or ``(N, M)``, int64, `UNLABELLED` in rows without a label; None if not given.
         weight: Same shape, 0 in rows that do not count; None if all rows count alike.
-        labels_matter: Whether a label must name a class, beyond marking rows that do not count.
+        labels_matter: Whether the loss reads the label as a class, beyond `ignore_index`.
         axis: The caller's dimension of the classes.
-        shape: The shape of one value per row, as the caller counts rows.
+        shape: The shape of one value per row, in the caller's layout.
     """
 
     student: Tensor
@@ -59,13 +59,13 @@ class Blocks:
         needs_label: bool = False,
         needs_teacher: bool = True,
     ) -> Blocks:
-        """Check the arguments and find the rows.
+        """Check the arguments of a loss and lay out its rows.
 
         Args:
-            unlabelled_index: The label of rows without one; None if the loss does not look at labels
-                beyond `ignore_index`, which then need not name a class.
-            needs_label: Rows without a label do not count.
-            needs_teacher: False for a loss that never looks at a teacher.
+            unlabelled_index: The label of rows without one; None for a loss that compares labels with
+                `ignore_index` only, so that they need not name a class.
+            needs_label: Give rows without a label the weight 0.
+            needs_teacher: False for a loss that does not use a teacher.
         """
         checks.check_logits("student_logits", student_logits)
         if needs_teacher:
@@ -110,27 +110,27 @@ class Blocks:
         return self.target
 
     def laid_out(self, per_class: Tensor) -> Tensor:
-        """Something of the logits' shape, as a block like theirs."""
+        """Return a tensor of the caller's shape in the layout of the blocks."""
         return _as_block(per_class, self.axis)
 
     def reduce(
         self, rows: Callable[[Tensor | None], Tensor], reduction: Reduction, factor: float = 1.0
     ) -> Tensor:
-        """One value per row, to the caller's shape or to a scalar; the mean is over the weight.
+        """Reduce the rows' values to the caller's shape or to a scalar; the mean divides by the weights.
 
-        An empty selection sums to a differentiable zero, and so does its mean.
+        The sum and the mean of no rows are a differentiable zero.
 
         Args:
-            rows: Takes a weight per row (None for 1 everywhere), returns each row's value times its weight,
-                and 0 for rows of weight 0, whatever stands in them.
+            rows: Takes a weight per row (None for 1 everywhere) and returns each row's value times its
+                weight, and 0 for rows of weight 0 whatever they contain.
             factor: Multiplies every value.
         Raises:
-            ValueError: If a row that counts has a label of no class. Where asking would stall the device or
-                the compiler, that row's value is NaN and stays so.
+            ValueError: If a row that counts has a label outside the classes. On a CUDA device and under
+                ``torch.compile``, where the check would stall, the value of that row is NaN instead.
         """
         checks.check_reduction(reduction)
         share = self._share(reduction, factor)
-        if share is not None and share.requires_grad:  # an operator takes its weights as they are
+        if share is not None and share.requires_grad:  # operators give no gradient to their weights
             values = share * rows((share != 0).to(share.dtype))
         else:
             values = rows(share)
@@ -140,7 +140,7 @@ class Blocks:
         return result
 
     def _share(self, reduction: Reduction, factor: float) -> Tensor | None:
-        """What each row's value is to be multiplied by before all are added; None for 1 everywhere."""
+        """Return the factor of each row in the sum of all rows; None for 1 everywhere."""
         if self.weight is None:
             rows = self.student.shape[:1] + self.student.shape[2:]
             if reduction == "mean":
@@ -160,7 +160,7 @@ class Blocks:
             raise checks.wrong_label(int(self.target[wrong][0]), self.student.shape[1])
 
     def _wrong_labels(self) -> Tensor:
-        """True in rows that count and whose label names no class, or one that both networks exclude."""
+        """Return True for rows that count with a label outside the classes or excluded in both networks."""
         assert self.target is not None
         classes = self.student.shape[1]
         wrong = (self.target < UNLABELLED) | (self.target >= classes)
@@ -174,7 +174,7 @@ class Blocks:
 
 
 def _as_block(logits: Tensor, axis: int) -> Tensor:
-    """``(N, C)`` where the classes come last, else ``(N, C, M)``; a view wherever strides allow."""
+    """Return ``(N, C)`` where the classes come last, else ``(N, C, M)``; a view where strides allow."""
     if logits.ndim == 2 and axis == 1:
         return logits
     before, after = logits.shape[:axis].numel(), logits.shape[axis + 1 :].numel()
@@ -187,20 +187,20 @@ def _has_nan(values: Tensor) -> bool:
 
 
 def can_ask(tensor: Tensor) -> bool:
-    """Whether what a tensor holds can be looked at without stalling its device or the compiler."""
+    """Return whether values can be read without stalling a device or breaking a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Logits as matrices, with what is needed to put one value per row back into shape.
+    """Logits as matrices, with labels, weights and the shape of the result.
 
     Attributes:
         student: ``(N, C)``, float32 or float64.
         teacher: ``(N, C)``, same dtype, detached; the student's own logits where a loss has no teacher.
         target: ``(N,)`` class indices, `UNLABELLED` in rows without a label; None if the loss got none.
         weight: ``(N,)``, 0 in rows that do not count.
-        shape: The shape of one value per row, as the caller counts rows.
+        shape: The shape of one value per row, in the caller's layout.
     """
 
     student: Tensor
@@ -223,7 +223,7 @@ class Rows:
         needs_label: bool = False,
         needs_teacher: bool = True,
     ) -> Rows:
-        """As `Blocks.of`, laid out as rows."""
+        """Check the arguments as `Blocks.of` does, and return matrices of rows."""
         blocks = Blocks.of(
             student_logits,
             teacher_logits,
@@ -242,7 +242,7 @@ class Rows:
             weight = student.new_ones(student.shape[:1])
         else:
             weight = blocks.weight.reshape(-1)
-            # What stands in a row that does not count must not matter, not even a NaN.
+            # 0 times NaN is NaN: a NaN in a row of weight 0 would otherwise reach the sum and the gradient.
             idle = (weight == 0)[:, None]
             student, teacher = student.masked_fill(idle, 0), teacher.masked_fill(idle, 0)
         if blocks.target is None:
@@ -251,25 +251,25 @@ class Rows:
         if blocks.labels_matter:
             if can_ask(weight):
                 blocks._check_labels()
-            else:  # spoil the row: a label that matches no class could else pass for none
+            else:  # without this a label outside the classes would pass for an unlabelled row
                 weight = weight.masked_fill(blocks._wrong_labels().reshape(-1), torch.nan)
             labels = labels.masked_fill(weight == 0, UNLABELLED)
         return cls(student, teacher, labels, weight, blocks.shape)
 
     def labels(self) -> Tensor:
-        """``(N,)`` class indices, `UNLABELLED` everywhere if the caller gave none."""
+        """Return ``(N,)`` class indices, `UNLABELLED` everywhere without a target."""
         if self.target is not None:
             return self.target
         return torch.full(self.student.shape[:1], UNLABELLED, device=self.student.device)
 
     def present(self) -> Tensor:
-        """``(N, C)``: False where a class is -inf in both networks, which means that it does not exist."""
+        """Return ``(N, C)``, False for a class excluded (``-inf``) in both networks: it does not exist."""
         return (self.student != -torch.inf) | (self.teacher != -torch.inf)
 
     def reduce(self, values: Tensor, reduction: Reduction) -> Tensor:
-        """One value per row, to the caller's shape or to a scalar; the mean is over the weight.
+        """Reduce one value per row to the caller's shape or to a scalar; the mean divides by the weights.
 
-        An empty selection sums to a differentiable zero, and so does its mean.
+        The sum and the mean of no rows are a differentiable zero.
         """
         checks.check_reduction(reduction)
         values = torch.where(self.weight == 0, 0, self.weight * values)

@@ -1,4 +1,4 @@
-"""Whether a loss passes a gradient on to the teacher: never, but where somebody asks for it."""
+"""A context in which losses pass a gradient to the teacher; outside it they never do."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _WANTED = ContextVar("teacher_gradient", default=False)
 
 @contextmanager
 def teacher_gradient() -> Iterator[None]:
-    """In this ``with`` block losses on logits pass a gradient on to the teacher's logits too.
+    """Let losses on logits pass a gradient to the teacher's logits too, inside this ``with`` block.
 
-    For methods that train the teacher through what it does to the student. ``backend="auto"`` then takes the
-    reference, whose derivatives of any order are right for both networks: the native kernels know the
-    student's alone. What a loss learns of the teacher by comparing, such as the order of PLD's ranking, does
-    not change with a small step of the logits and has no part in the gradient. A loss inside
-    `torch.compile` does not see this block.
+    Use it in methods that train the teacher through its effect on the student. ``backend="auto"`` then
+    chooses the reference, whose derivatives of any order are correct for both networks; the native kernels
+    differentiate the student's logits only. Comparisons of the teacher's logits, such as the order of PLD's
+    ranking, do not change with a small step of the logits and contribute no gradient. A loss inside
+    `torch.compile` ignores this block.
 
     Raises:
         RuntimeError: By a loss in this block, with ``backend="cpu"``.
-        ValueError: By a loss in this block whose derivative autograd does not know.
+        ValueError: By a loss in this block that autograd cannot differentiate with respect to the teacher.
     Example:
         >>> import luce
         >>> student_logits, teacher_logits = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]], requires_grad=True)
@@ -43,17 +43,17 @@ def teacher_gradient() -> Iterator[None]:
 
 
 def is_wanted() -> bool:
-    # The compiler cannot follow a context variable.
+    # A context variable would break the compiled graph.
     return not torch.compiler.is_compiling() and _WANTED.get()
 
 
 def as_teacher(logits: Tensor) -> Tensor:
-    """The teacher's logits as a loss takes them."""
+    """Return the teacher's logits detached, unless `teacher_gradient` is active."""
     return logits if is_wanted() else logits.detach()
 
 
 def refuse_teacher_gradient(loss: str, reason: str) -> None:
-    """For losses that look at the teacher in ways that autograd would take for constant.
+    """Refuse `teacher_gradient` for a loss whose dependence on the teacher autograd would miss.
 
     Raises:
         ValueError: Inside `teacher_gradient`.

@@ -1,4 +1,4 @@
-"""Which temperature makes a teacher's probabilities worth ranking."""
+"""Choose a temperature from a teacher's logits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .. import checks
 
 COLDEST, HOTTEST = 1e-2, 1e3
 CHUNK = 1 << 24
-"""Numbers that are widened to float64 at a time."""
+"""Largest number of entries converted to float64 at a time, which bounds memory."""
 
 
 def first_place(teacher_logits: Tensor, temperature: float = 1.0, *, class_dim: int = 1) -> float:
-    """Mean probability of the teacher's first choice: the weight that PLD gives to the first place.
+    """Return the mean probability of the teacher's first choice: PLD's weight of the first place.
 
     Args:
         teacher_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
@@ -32,22 +32,21 @@ def first_place(teacher_logits: Tensor, temperature: float = 1.0, *, class_dim: 
 
 
 def suggest_temperature(teacher_logits: Tensor, *, first_place: float = 0.9, class_dim: int = 1) -> float:
-    r"""The temperature at which the teacher's first choice has a given probability on average.
+    r"""Return the temperature at which the teacher's first choice has a given mean probability.
 
     .. math:: \tau:\quad \frac1N \sum_n \max_i \mathrm{softmax}(t_n / \tau)_i = \mathrm{first\_place}
 
-    PLD weighs each place of the ranking with the teacher's probability. A teacher that is sure of everything,
-    as one is on rows that it was trained on, leaves nothing for the places after the first, and PLD becomes
-    cross-entropy; a higher temperature gives them their say. The mean falls as the temperature rises, so that
-    there is one answer.
+    PLD weighs each place of the ranking with the teacher's probability. A teacher is nearly certain on the
+    rows that it was trained on; then the places after the first weigh nothing, and PLD becomes cross-entropy.
+    A higher temperature gives them weight. The mean falls as the temperature rises, so there is one solution.
 
     Args:
         teacher_logits: Of the rows to train on, ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``,
             ``(..., C)``.
-        first_place: The wanted mean, between 0 and 1.
+        first_place: The target mean, between 0 and 1.
         class_dim: Dimension of the classes.
     Returns:
-        No unit; from 0.01, if even that leaves the teacher less sure, to 1000, if even that leaves it surer.
+        No unit, clamped to [0.01, 1000].
     Raises:
         ValueError: On a wrong shape or value, or logits that are NaN or ``+inf``.
         TypeError: On a wrong dtype.
@@ -59,8 +58,8 @@ def suggest_temperature(teacher_logits: Tensor, *, first_place: float = 0.9, cla
         (3.641, 3.641)
 
     References:
-        A rule of this library, which describes a teacher and promises nothing: in our study
-        (benchmarks/results/temperature) no goal served all data sets.
+        A heuristic of this library: in our study (benchmarks/results/temperature) no target mean was best on
+        all data sets.
     """
     checks.check_between(0, 1, first_place=first_place)
     rows = _rows(teacher_logits, class_dim)
@@ -86,7 +85,7 @@ def _first_place(rows: Tensor, temperature: float) -> float:
     total = 0.0
     for chunk in rows.split(max(1, CHUNK // rows.shape[1])):
         worth = chunk if chunk.device.type == "mps" else chunk.double()
-        # The largest exponent is 0 after subtracting it, so the first choice's probability is 1 / sum.
+        # With the maximum subtracted the largest term is 1, so the first choice's probability is 1 / sum.
         odds = ((worth - worth.amax(-1, keepdim=True)) / temperature).exp().sum(-1)
         total += (1 / odds).sum().item()
     return total / len(rows) if len(rows) else math.nan

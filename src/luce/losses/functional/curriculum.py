@@ -1,4 +1,4 @@
-"""KD at temperatures that are tensors: one per row, or learned."""
+"""KD at temperatures given as tensors: one per row, or trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tempered_kd(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""`luce.kd_loss` at a temperature that may differ from row to row, and that may be learned.
+    r"""`luce.kd_loss` at a temperature that may differ by row and that may be trained.
 
     .. math:: T_n^2\,\mathrm{KL}\big(\mathrm{softmax}(t_n/T_n) \,\|\, \mathrm{softmax}(s_n/T_n)\big)
 
@@ -52,6 +52,6 @@ def tempered_kd(
     one_for_all = isinstance(temperature, Tensor) and temperature.ndim == 0
     shape = torch.Size() if one_for_all else rows.shape
     checks.check_per_row("temperature", temperature, shape, student_logits)
-    # That of a row that does not count must not matter either.
+    # A wrong temperature of a row that does not count must not reach the result as NaN.
     each = torch.where(rows.weight == 0, 1, temperature.reshape(-1).to(rows.student.dtype))
     return rows.reduce(each**2 * forward_kl(rows.student, rows.teacher, each[:, None]), reduction)

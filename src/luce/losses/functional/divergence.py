@@ -33,7 +33,7 @@ def cross_entropy_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""Cross-entropy with the labels, the task's own loss.
+    r"""Cross-entropy with the labels, the loss of the task itself.
 
     .. math:: (1 - \epsilon)\,(-\log q_y) + \frac{\epsilon}{C} \sum_i (-\log q_i)
 
@@ -45,11 +45,11 @@ def cross_entropy_loss(
         label_smoothing: Probability spread evenly over all classes, in [0, 1). Classes at ``-inf`` do not
             exist and get no share.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
-        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` chooses the fastest engine; ``"cpu"``, ``"gpu"``, ``"reference"`` require it.
     Returns:
         Nats, float32 for 16-bit logits.
     Raises:
@@ -94,22 +94,22 @@ def hard_label_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""Cross-entropy with the teacher's choice, as where a teacher tells nothing but its best class.
+    r"""Cross-entropy with the teacher's top class, for teachers that return nothing else.
 
     .. math:: -\log q_k, \quad k = \arg\max_i t_i, \ q = \mathrm{softmax}(s)
 
-    Of equal logits the first is the choice. Rows without a label count like others. It is what `kd_loss`
-    tends to at temperature 1 as the teacher grows certain.
+    Among equal logits the first is the choice. Rows without a label count like others. `kd_loss` at
+    temperature 1 tends to it as the teacher becomes certain.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
-        target: Labels, which only say which rows to ignore.
+        target: Class indices, used only to drop rows labelled `ignore_index`.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
-        backend: ``"auto"`` takes the native kernels where they can run, ``"cpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` chooses the fastest engine; ``"cpu"`` and ``"reference"`` require it.
     Returns:
         Nats, float32 for 16-bit logits.
     Raises:
@@ -120,7 +120,7 @@ def hard_label_loss(
         >>> hard_label_loss(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([[0.0, -1.0, 3.0, 1.0]]))
         tensor(0.3754)
     """
-    refuse_teacher_gradient("hard_label_loss", "which sees its choice alone")
+    refuse_teacher_gradient("hard_label_loss", "which depends on its top class alone")
     blocks = Blocks.of(
         student_logits,
         teacher_logits,
@@ -132,7 +132,7 @@ def hard_label_loss(
 
     def rows(weight: Tensor | None) -> Tensor:
         teacher = blocks.given_teacher()
-        # Of a row with NaN no class is the best; a label that is none makes the row NaN.
+        # argmax would hide a NaN; a label outside the classes makes the row NaN.
         choice = teacher.argmax(dim=1).masked_fill(teacher.isnan().any(dim=1), -2)
         student = blocks.student.double() if teacher.dtype is torch.float64 else blocks.student
         return cross_entropy(student, choice, label_smoothing=0.0, weight=weight, backend=backend)
@@ -149,7 +149,7 @@ def _softened(
     backend: Backend,
     share_of_limit: float = 1.0,
 ) -> Tensor:
-    """A divergence at a temperature, or its limit: `share_of_limit` times that of the KL divergences."""
+    """Return a divergence at a temperature, or its limit: `share_of_limit` times that of KL."""
     checks.check_temperature(temperature, scale_by_temperature)
     factor = 1.0
     if temperature == math.inf:
@@ -182,31 +182,31 @@ def kd_loss(
     .. math:: T^2 \sum_i p_i (\log p_i - \log q_i), \quad p = \mathrm{softmax}(t/T),
         \ q = \mathrm{softmax}(s/T)
 
-    This is the distillation term alone; add cross-entropy in the open with `luce.WeightedSum`.
+    This is the distillation term alone; add cross-entropy with `luce.WeightedSum`.
 
     As the temperature grows it tends to half the variance, over the classes, of :math:`s_i - t_i`: logit
-    matching that is blind to a common offset, half of ``logit_matching_loss(..., center=True)``. That is its
-    value at ``math.inf``, with the gradient :math:`\frac1C[(s_i - \bar s) - (t_i - \bar t)]`; what is left
-    out at a finite temperature falls as 1/T.
+    matching without the common offset, half of ``logit_matching_loss(..., center=True)``. That limit is its
+    value at ``math.inf``, with the gradient :math:`\frac1C[(s_i - \bar s) - (t_i - \bar t)]`; the difference
+    at a finite temperature falls as 1/T.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
-        temperature: Positive, no unit; what both logits are divided by. ``math.inf`` is the limit.
+        temperature: Positive, no unit; divides both logits. ``math.inf`` gives the limit.
         scale_by_temperature: Multiply by ``temperature**2``, so that gradients keep their size as the
-            temperature changes. Without it nothing is left at ``math.inf``, which is refused.
+            temperature changes. Without it the limit is 0, and ``math.inf`` raises ValueError.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row (PyTorch's ``batchmean``),
             ``"sum"``.
-        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` chooses the fastest engine; ``"cpu"``, ``"gpu"``, ``"reference"`` require it.
     Returns:
-        Nats times ``temperature**2``, float32 for 16-bit logits, right to rounding at every temperature. A
-        class at ``-inf`` in both networks does not exist; at ``-inf`` in the student alone it makes the loss
-        ``+inf``. At an infinite temperature one in the teacher alone does so too: it leaves a divergence
-        at every temperature, and ``temperature**2`` makes ever more of it.
+        Nats times ``temperature**2``, float32 for 16-bit logits, accurate to rounding at every temperature. A
+        class excluded (``-inf``) in both networks does not exist; one excluded in the student alone makes the
+        loss ``+inf``. At an infinite temperature a class excluded in the teacher alone does so too: its
+        divergence does not vanish as the temperature grows, and the factor ``temperature**2`` diverges.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -222,7 +222,7 @@ def kd_loss(
     References:
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531; on the limit
         Chen et al., Exploring the Connection between Knowledge Distillation and Logits Matching,
-        arXiv 2109.06458, whose abstract states it: the formulas here were derived anew.
+        arXiv 2109.06458, whose abstract states it; we derived the formulas here ourselves.
     """
     blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
@@ -243,23 +243,23 @@ def reverse_kl_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""KL divergence from the student to the teacher, which lets a small student leave out minor modes.
+    r"""KL divergence from the student to the teacher, which lets a small student ignore minor modes.
 
     .. math:: T^2 \sum_i q_i (\log q_i - \log p_i)
 
-    As the temperature grows it tends to what `kd_loss` tends to.
+    As the temperature grows it tends to the limit of `kd_loss`.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
-        temperature: Positive, no unit; ``math.inf`` is the limit.
-        scale_by_temperature: Multiply by ``temperature**2``. Without it, ``math.inf`` is refused.
+        temperature: Positive, no unit; ``math.inf`` gives the limit.
+        scale_by_temperature: Multiply by ``temperature**2``. Without it ``math.inf`` raises ValueError.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
-        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` chooses the fastest engine; ``"cpu"``, ``"gpu"``, ``"reference"`` require it.
     Returns:
         Nats times ``temperature**2``. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
         the teacher alone it makes the loss ``+inf``, at an infinite temperature also in the student alone.
@@ -295,27 +295,27 @@ def jsd_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""Generalized Jensen-Shannon divergence, bounded even where one network rules a class out.
+    r"""Generalized Jensen-Shannon divergence, bounded even where one network excludes a class.
 
     .. math:: T^2 \left[\beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m)\right],
         \quad m = \beta p + (1 - \beta) q
 
     Divided by `beta` it tends to the forward KL as `beta` falls to 0; divided by ``1 - beta``, to the
-    reverse KL as `beta` rises to 1. As the temperature grows it tends to ``beta * (1 - beta)`` times what
-    `kd_loss` tends to.
+    reverse KL as `beta` rises to 1. As the temperature grows it tends to ``beta * (1 - beta)`` times the
+    limit of `kd_loss`.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
         beta: The teacher's share of the mixture, strictly between 0 and 1; 0.5 is the symmetric form.
-        temperature: Positive, no unit; ``math.inf`` is the limit.
-        scale_by_temperature: Multiply by ``temperature**2``. Without it, ``math.inf`` is refused.
+        temperature: Positive, no unit; ``math.inf`` gives the limit.
+        scale_by_temperature: Multiply by ``temperature**2``. Without it ``math.inf`` raises ValueError.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
-        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` chooses the fastest engine; ``"cpu"``, ``"gpu"``, ``"reference"`` require it.
     Returns:
         Nats times ``temperature**2``; at most ``log(2)`` of them for ``beta=0.5``. At an infinite temperature
         a class at ``-inf`` in one network alone makes the loss ``+inf``.
@@ -354,7 +354,7 @@ def dkd_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""Decoupled KD: the target against the rest, and the rest among themselves, each with its own weight.
+    r"""Decoupled KD: the target against all other classes, and the other classes among themselves.
 
     .. math:: T^2 \left[\alpha\,\mathrm{KL}\big((p_y, 1-p_y) \,\|\, (q_y, 1-q_y)\big)
         + \beta\,\mathrm{KL}(\hat p \,\|\, \hat q)\right]
@@ -365,17 +365,17 @@ def dkd_loss(
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
-        target: Class indices. Rows without a label do not count: they have no target to split off.
+        target: Class indices. Rows without a label do not count: they have no target class.
         alpha: Weight of the target term, at least 0.
         beta: Weight of the other term, at least 0. The paper tunes it per pair, from 0.5 to 8.
         temperature: Positive, no unit.
         scale_by_temperature: Multiply by ``temperature**2``.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
-        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` chooses the fastest engine; ``"cpu"``, ``"gpu"``, ``"reference"`` require it.
     Returns:
         Nats times ``temperature**2``.
     Raises:

@@ -1,8 +1,8 @@
-"""Losses that match how the rows of a batch lie to one another, not the features themselves.
+"""Losses that match relations between the rows of a batch instead of the features themselves.
 
-They couple the rows: their value depends on which rows share a batch, and on how many. The networks' features
-may differ in width. "*Benchmark code*" are the public repositories RepDistiller and mdistiller, whose
-weights, named in the docstrings, were tuned for CIFAR-100, 240 epochs of SGD with batches of 64.
+They couple the rows: the value depends on the rows that share a batch and on their number. The networks'
+features may differ in width. "*Benchmark code*" means the public repositories RepDistiller and mdistiller.
+Their weights, named in the docstrings, were tuned for CIFAR-100, 240 epochs of SGD with batches of 64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["cc_loss", "pkt_loss", "rkd_loss", "sp_loss"]
 
 
 def sp_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    r"""Similarity-preserving: rows that excite the teacher alike should excite the student alike.
+    r"""Similarity-preserving: match the similarities between the rows of a batch.
 
     .. math:: \frac{1}{N^2} \|G_s - G_t\|_F^2
 
@@ -34,15 +34,15 @@ def sp_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         student_features: Shape ``(N, ...)``, flattened row by row.
         teacher_features: Likewise, with the same N; receives no gradient.
     Returns:
-        0 for a single row. Orthogonal maps of the features and a factor on all of them change nothing.
-        The similarities of a row of zeros are 0.
+        0 for a single row. Invariant to orthogonal maps of the features and to a factor on all of them. The
+        similarities of a row of zeros are 0.
     Raises:
         ValueError: On a wrong shape.
         TypeError: On a wrong dtype.
     Example:
         >>> import torch
         >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> sp_loss(torch.ones(2, 3), features)  # entries 1 / sqrt(2) beside 1 and 0
+        >>> sp_loss(torch.ones(2, 3), features)  # entries 1 / sqrt(2) against 1 and 0
         tensor(0.2929)
 
     References:
@@ -59,21 +59,21 @@ def _similarities(x: Tensor) -> Tensor:
 
 
 def pkt_loss(student_features: Tensor, teacher_features: Tensor, *, eps: float = 1e-7) -> Tensor:
-    r"""Probabilistic knowledge transfer: match how likely one row is to have another for a neighbour.
+    r"""Probabilistic knowledge transfer: match the probabilities that one row is a neighbour of another.
 
     .. math:: \frac{1}{N^2} \sum_{ij} P^t_{ij} \log \frac{P^t_{ij} + \epsilon}{P^s_{ij} + \epsilon}, \quad
         P_{ij} = \frac{\cos(f_i, f_j) + 1}{\sum_k (\cos(f_i, f_k) + 1)}
 
-    The sums take in a row itself. As in the benchmark code, from the authors', whose weight is 30000 because
-    of the mean over all pairs.
+    The sums include the row itself. As in the benchmark code, which follows the authors' and has the weight
+    30000 because of the mean over all pairs.
 
     Args:
         student_features: Shape ``(N, D)``.
         teacher_features: Likewise, with its own D; receives no gradient.
         eps: Added to both probabilities, above 0.
     Returns:
-        At least 0, up to `eps`; 0 for a single row. A positive factor on any row changes nothing. A row of
-        zeros is at right angles to every row, itself included.
+        At least 0, up to `eps`; 0 for a single row. Invariant to a positive factor on any row. A row of zeros
+        has cosine 0 with every row, itself included.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -117,11 +117,11 @@ def rkd_loss(
 
     with Euclidean distances, their mean over all pairs of two rows, and the smooth L1 distance ℓ, which is
     half the square up to 1. The means are over all N² pairs and N³ triples. As in the benchmark code, whose
-    weight is 1, but for rows that coincide: their distance is 1e-6 there, before it is divided by the mean,
+    weight is 1, except for rows that coincide: their distance is 1e-6 there, before the division by the mean,
     and 0 here, with a gradient of 0.
 
-    Work grows as N³ D. Memory stays below that: the corners of the triangles are gone through in parts,
-    which are worked out again in the backward pass.
+    Time grows as N³ D. Memory stays below that: the middle corners of the triangles are processed in chunks,
+    which are recomputed in the backward pass.
 
     Args:
         student_features: Shape ``(N, D)``.
@@ -129,7 +129,7 @@ def rkd_loss(
         distance_weight: Weight of the distances, at least 0.
         angle_weight: Weight of the angles, at least 0.
     Returns:
-        0 for a single row. Isometries and a positive factor on all features change nothing.
+        0 for a single row. Invariant to isometries and to a positive factor on all features.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -153,7 +153,8 @@ def rkd_loss(
 
 
 def _distances(x: Tensor) -> Tensor:
-    """In units of their mean; 0 where all rows coincide. Not by products, which lose short distances."""
+    """Return the distances in units of their mean; 0 where all rows coincide."""
+    # Distances from matrix products would cancel where rows are close.
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     pairs = max(len(x) * (len(x) - 1), 1)
     mean = distances.sum() / pairs
@@ -161,7 +162,7 @@ def _distances(x: Tensor) -> Tensor:
 
 
 PART = 2**24
-"""Numbers in the largest tensor of a part of the angles."""
+"""Entries of the largest tensor in a chunk of the angles, which bounds memory."""
 
 
 def _mean_of_angles(s: Tensor, t: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ def _mean_of_angles(s: Tensor, t: Tensor) -> Tensor:
 
 
 def _sum_of_angles(s: Tensor, t: Tensor, start: int, stop: int) -> Tensor:
-    """Of the triangles whose middle corner is one of these rows."""
+    """Return the sum over the triangles whose middle corner is one of these rows."""
     cosines_s, cosines_t = (
         sides @ sides.mT for sides in (unit(x[None] - x[start:stop, None], dim=2) for x in (s, t))
     )
@@ -192,7 +193,7 @@ def cc_loss(
     gamma: float = 0.4,
     order: int = 2,
 ) -> Tensor:
-    r"""Correlation congruence: match how the rows of a batch correlate.
+    r"""Correlation congruence: match the correlations between the rows of a batch.
 
     .. math:: \frac{1}{N^2} \|K_s - K_t\|_F^2, \quad
         K_{ij} = e^{-2\gamma} \sum_{p=0}^{P} \frac{(2\gamma)^p}{p!} \cos(f_i, f_j)^p
@@ -201,21 +202,21 @@ def cc_loss(
     features, expanded to order P. The paper itself was not at hand; public reimplementations agree on this
     form with γ = 0.4 and P = 2.
 
-    The benchmark code, though said to stem from the authors', is another loss: with :math:`\delta_n = |s_n -
-    t_n|` of features in one space,
+    The benchmark code, reported to come from the authors', computes another loss: with :math:`\delta_n =
+    |s_n - t_n|` of features in one space,
 
     .. math:: \frac{1}{N - 1} \sum_{n} \sum_d \delta_{n,d}\, \delta_{n+1,d}
 
-    It is the *consecutive* form, kept for comparisons: it depends on the order of the rows, and a pair of
-    rows adds nothing as soon as one of the two matches. Its weight is 0.02, after learnt embeddings of 128
-    dimensions, which `luce.CCLoss` has.
+    It is the *consecutive* form, kept for comparisons. It depends on the order of the rows, and a pair of
+    rows contributes 0 as soon as one of the two matches. Its weight is 0.02, after trained embeddings of 128
+    dimensions, which `luce.CCLoss` provides.
 
     Args:
         student_features: Shape ``(N, D)``.
         teacher_features: Likewise, with its own D in the kernel form; receives no gradient.
         form: ``"kernel"`` or ``"consecutive"``.
-        gamma: Of the Gaussian kernel, positive; only for the kernel form.
-        order: Of its expansion, at least 1; only for the kernel form.
+        gamma: Exponent of the Gaussian kernel, positive; kernel form only.
+        order: Order of its expansion, at least 1; kernel form only.
     Returns:
         The consecutive form of a single row is 0. The cosines of a row of zeros are 0.
     Raises:
@@ -247,26 +248,25 @@ def _taylor_kernel(x: Tensor, gamma: float, order: int) -> Tensor:
 
 
 def consecutive_products(s: Tensor, t: Tensor) -> Tensor:
-    """The consecutive form of `cc_loss` on embeddings ``(N, D)``, of which both may be learnt."""
+    """Return the consecutive form of `cc_loss` on embeddings ``(N, D)``; both may have a gradient."""
     apart = (s - t).abs()
     return (apart[:-1] * apart[1:]).sum() / max(len(apart) - 1, 1)
 
 
 def linear_cka(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    r"""Linear centred kernel alignment: whether two networks see the same rows as alike. No loss, a measure.
+    r"""Linear centred kernel alignment, a measure of how similarly two networks relate the same rows.
 
     .. math:: \frac{\langle K_s, K_t \rangle_F}{\|K_s\|_F \|K_t\|_F}, \quad K = X X^\top
 
-    for the flattened features X, with the mean over the rows taken off each column. Of few rows with many
-    entries it is biased upwards: any two such features look alike. So compare values that were taken on
-    batches of one size, and features of one width.
+    for the flattened features X, with the mean over the rows subtracted from each column. With few rows of
+    many entries it is biased upwards. Compare only values from batches of one size and features of one width.
 
     Args:
         student_features: Shape ``(N, ...)``, flattened row by row.
         teacher_features: Likewise, with the same N; receives no gradient.
     Returns:
-        From 0 to 1; 1 where one is an orthogonal map of the other, with any factor and shift. 0 where the
-        rows of either are all alike, as is a single row.
+        From 0 to 1; 1 where one is an orthogonal map of the other, with any factor and shift; 0 where all
+        rows of either are equal, and for a single row.
     Raises:
         ValueError: On a wrong shape.
         TypeError: On a wrong dtype.
@@ -286,7 +286,7 @@ def linear_cka(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 
 def _alignment(x: Tensor) -> Tensor:
-    """``(N * N,)``, the centred Gram matrix as a vector of length 1, or 0 where the rows are all alike."""
-    x = x - x[:1]  # exactly 0 for rows that are alike, which a mean may miss by a rounding error
-    x = unit((x - x.mean(0)).flatten(), dim=0).view_as(x)  # no product of two entries overflows
+    """Return the centred Gram matrix as a vector ``(N * N,)`` of length 1, or 0 where all rows are equal."""
+    x = x - x[:1]  # exactly 0 for equal rows, where a mean may leave a rounding error
+    x = unit((x - x.mean(0)).flatten(), dim=0).view_as(x)  # so that no product of two entries overflows
     return unit((x @ x.mT).flatten(), dim=0)

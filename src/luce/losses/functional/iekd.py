@@ -1,4 +1,4 @@
-"""Losses of IE-KD: one part of the student's feature follows the teacher, another goes elsewhere."""
+"""Losses of IE-KD: one part of the student's feature is attracted by the teacher's, another repelled."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ FORMS = ("l1", "cosine")
 
 
 def inheritance_loss(student_features: Tensor, teacher_features: Tensor, *, form: Form = "l1") -> Tensor:
-    r"""How far the directions of the student's rows are from those of the teacher's.
+    r"""Distance between the directions of the student's rows and those of the teacher's.
 
     .. math:: \text{l1:}\quad \frac{1}{N D} \sum_{nd} |\nu(s_n) - \nu(t_n)|_d, \qquad
         \text{cosine:}\quad \frac{1}{N} \sum_n (1 - \langle \nu(s_n), \nu(t_n) \rangle)
 
     with :math:`\nu(x) = x / \|x\|_2` of the flattened row, of D entries. As in the authors' code. The mean
     over D makes ``"l1"`` small: it is at most :math:`2 / \sqrt D`, 0.044 for factors of 32 channels and 8x8
-    places, whatever they are.
+    places.
 
     Args:
         student_features: Shape ``(N, ...)``, flattened row by row; in IE-KD the factors of one part.
         teacher_features: As many entries in a row; receives no gradient.
         form: ``"l1"``, the authors' choice, or ``"cosine"``.
     Returns:
-        From 0, where the directions are equal, to ``2 / sqrt(D)`` or 2. A positive factor on any row changes
-        nothing. A row of zeros stays 0 and has no gradient.
+        From 0, where the directions are equal, to ``2 / sqrt(D)`` or 2. Invariant to a positive factor on
+        any row. A row of zeros stays 0 and has no gradient.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -54,21 +54,21 @@ def inheritance_loss(student_features: Tensor, teacher_features: Tensor, *, form
 
 
 def exploration_loss(student_features: Tensor, teacher_features: Tensor, *, form: Form = "l1") -> Tensor:
-    r"""How close the directions of the student's rows are to those of the teacher's.
+    r"""Closeness of the directions of the student's rows to those of the teacher's.
 
     .. math:: \text{l1:}\quad -\frac{1}{N D} \sum_{nd} |\nu(s_n) - \nu(t_n)|_d, \qquad
         \text{cosine:}\quad \frac{1}{N} \sum_n |\langle \nu(s_n), \nu(t_n) \rangle|
 
-    as in the authors' code. The two aim at different places: ``"l1"`` is `inheritance_loss` with the other
-    sign and lowest for the opposite direction (among rows without negative entries, for one that is nowhere
-    positive together with the teacher's), ``"cosine"`` is lowest at right angles.
+    as in the authors' code. The two have different minima. ``"l1"`` is `inheritance_loss` with the opposite
+    sign, lowest for the opposite direction (among rows without negative entries, for one that shares no
+    positive entry with the teacher's). ``"cosine"`` is lowest at right angles.
 
     Args:
         student_features: Shape ``(N, ...)``, flattened row by row; in IE-KD the factors of one part.
         teacher_features: As many entries in a row; receives no gradient.
         form: ``"l1"``, the authors' choice, or ``"cosine"``.
     Returns:
-        From ``-2 / sqrt(D)`` to 0, or from 0 to 1. A positive factor on any row changes nothing. A row of
+        From ``-2 / sqrt(D)`` to 0, or from 0 to 1. Invariant to a positive factor on any row. A row of
         zeros stays 0 and has no gradient.
     Raises:
         ValueError: On a wrong shape or value.

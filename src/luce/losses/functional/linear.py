@@ -1,4 +1,4 @@
-"""Losses on hidden states and the head that would make logits of them: the logits are never held at once."""
+"""Losses on hidden states and their head, without materialising the logits."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def _reduced(
     factor: float = 1.0,
     chunk_rows: int | None,
 ) -> Tensor:
-    """Check what both losses share, lay the rows out for the operator and reduce what it gives."""
-    refuse_teacher_gradient("a loss on LinearLogits", "which takes the teacher for constant")
+    """Check the common arguments, lay out the rows for the operator and reduce its result."""
+    refuse_teacher_gradient("a loss on LinearLogits", "which treats the teacher as constant")
     if chunk_rows is not None:
         checks.check_count(chunk_rows=chunk_rows)
-    # Rows, weights and labels are those of logits: here is one number that has their shape and no memory.
+    # An expanded scalar has the shape of the logits without their memory; `Blocks` reads only the shape.
     shape_of_logits = student.hidden.new_zeros(()).expand(student.shape)
     blocks = Blocks.of(
         shape_of_logits,
@@ -75,32 +75,31 @@ def linear_kd_loss(
     chunk_rows: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""`luce.kd_loss` of the logits that a head would give, without holding them.
+    r"""`luce.kd_loss` of the logits of a head, without materialising them.
 
-    The same as ``kd_loss(student.logits(), teacher.logits(), target, class_dim=-1, ...)``. Rows are visited
-    in chunks: their logits are made, looked at and dropped, and the gradients towards hidden states, weight
-    and bias are computed in the same visit. So memory is for a chunk, and for these gradients in float32.
+    Equals ``kd_loss(student.logits(), teacher.logits(), target, class_dim=-1, ...)``. Rows are processed in
+    chunks: the logits of a chunk are computed, used and freed, together with the gradients of hidden states,
+    weight and bias. Memory holds one chunk and these gradients in float32.
 
-    A teacher of which only `TopKLogits` are left is compared class by class on those, and on all others as
-    one class, as both networks' distributions see it. This is never negative, and never larger than the full
-    divergence.
+    A teacher given as `TopKLogits` is compared class by class on the kept classes, and on all others merged
+    into one class. The result is never negative and never larger than the full divergence.
 
     Args:
-        student: Hidden states ``(N, H)`` or ``(B, T, H)`` and their head, with V classes. Ask for its
-            gradient by what its tensors require; a frozen head costs nothing.
+        student: Hidden states ``(N, H)`` or ``(B, T, H)`` and their head, with V classes. Its tensors receive
+            the gradients that they require; a frozen head costs nothing.
         teacher: The same rows of the teacher: `LinearLogits` of as many classes (and any H), logits
             ``(N, V)`` or ``(B, T, V)``, or `TopKLogits` taken at this temperature. Receives no gradient.
         target: Class indices, ``(N,)`` or ``(B, T)``, used only to drop rows labelled `ignore_index`.
-        temperature: Positive, no unit. ``math.inf`` is `luce.kd_loss`'s limit.
+        temperature: Positive, no unit. ``math.inf`` gives the limit of `luce.kd_loss`.
         scale_by_temperature: Multiply by ``temperature**2``.
-        ignore_index: Rows with this label do not count. Nothing is computed for them on a CPU; a GPU is not
-            asked which they are, as that would stall it.
-        row_weight: One weight per row, at least 0; the mean divides by their sum. Rows of weight 0 are like
-            rows that do not count.
+        ignore_index: Rows with this label do not count. The CPU skips them; the GPU computes them, because
+            selecting rows would stall it.
+        row_weight: One weight per row, at least 0; the mean divides by their sum. Rows of weight 0 are
+            treated like ignored rows.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``. With ``"none"``
-            the logits are computed once more on the way back.
-        chunk_rows: Rows of a chunk. None takes a power of two near ``N * H / V``, so that a chunk's logits
-            take about what the hidden states take, and at least 128.
+            the logits are recomputed in the backward pass.
+        chunk_rows: Rows of a chunk. None takes a power of two near ``N * H / V``, at least 128, so that the
+            logits of a chunk need about the memory of the hidden states.
         backend: As in `luce.kd_loss`, for the work within a chunk.
     Returns:
         Nats, float32 for 16-bit inputs.
@@ -151,16 +150,16 @@ def linear_pld_loss(
     chunk_rows: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""`luce.pld_loss` of the logits that a head would give, without holding them.
+    r"""`luce.pld_loss` of the logits of a head, without materialising them.
 
-    The same as ``pld_loss(student.logits(), teacher.logits(), target, class_dim=-1, ...)``; how it is
-    computed, and what memory it takes, says `luce.linear_kd_loss`.
+    Equals ``pld_loss(student.logits(), teacher.logits(), target, class_dim=-1, ...)``; see
+    `luce.linear_kd_loss` for the computation and its memory.
 
-    Of `TopKLogits` the kept classes, ranked by their logits with the label first, are the places that count;
-    every suffix keeps all other classes, unordered behind them. With the label among them this is exactly
-    `luce.pld_loss` with `top_k`. A label that was not kept still goes first, but with weight 0, as the
-    teacher did not say its own: so its cross-entropy is missing, times a probability that is at most
-    1 / (K + 1) if the kept are the highest.
+    With `TopKLogits` only the kept classes have places, ranked by their logits with the label first; every
+    suffix contains all other classes, unordered behind them. With the label among the kept classes this is
+    exactly `luce.pld_loss` with `top_k`. A label that was not kept still has the first place, with weight 0,
+    because its probability is unknown: its cross-entropy is missing, times a probability of at most
+    1 / (K + 1) if the kept classes are the highest.
 
     Args:
         student: Hidden states ``(N, H)`` or ``(B, T, H)`` and their head, with V classes.
@@ -170,7 +169,7 @@ def linear_pld_loss(
         teacher_temperature: Positive, no unit; softens the weights only.
         top_k: As in `luce.pld_loss`, and so are `epsilon`, `tolerance` and `ties`; not with `TopKLogits`.
         ignore_index: Rows with this label do not count, see `luce.linear_kd_loss`.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``; see `luce.linear_kd_loss`.
         chunk_rows: Rows of a chunk, see `luce.linear_kd_loss`.
@@ -198,7 +197,8 @@ def linear_pld_loss(
     check_rest(teacher, "teacher_temperature", teacher_temperature)
     if isinstance(teacher, TopKLogits) and not (top_k is None and epsilon is None and ties == "stable"):
         raise ValueError(
-            "expected no `top_k`, no `epsilon` and ties='stable' with TopKLogits: what was kept counts"
+            "expected no `top_k`, no `epsilon` and ties='stable' "
+            "with TopKLogits: the kept classes are the places"
         )
     options = _pld_options(
         student.hidden, _dtype_holder(teacher), teacher_temperature, top_k, epsilon, tolerance, ties
@@ -217,7 +217,7 @@ def linear_pld_loss(
 
 
 def _dtype_holder(teacher: Teacher) -> Tensor:
-    """A tensor of the precision that the teacher's logits come in."""
+    """Return a tensor with the dtype of the teacher's logits."""
     if isinstance(teacher, LinearLogits):
         return teacher.hidden
     return teacher.logits if isinstance(teacher, TopKLogits) else teacher

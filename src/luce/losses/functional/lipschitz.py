@@ -1,7 +1,7 @@
-r"""LONDON: how far a stage can stretch what enters it, measured on the features, and matched.
+r"""LONDON: match the Lipschitz behaviour of each stage, measured on the features.
 
-A network's Lipschitz constant is hard to compute. The stand-in is the spectral norm of each stage's
-*transmitting matrix*, the products of its input's channels with its output's, which needs no weights.
+A network's Lipschitz constant is hard to compute. It is approximated by the spectral norm of each stage's
+*transmitting matrix*, the products of its input channels with its output channels, which needs no weights.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .._features import unit
 __all__ = ["lipschitz_loss"]
 
 ITERATIONS = 40
-"""For 1e-3 of the value on 512 x 512 random matrices, the hardest we know; others need far fewer."""
+"""Reaches 1e-3 of the value on 512 x 512 random matrices, the hardest case we know; others need far fewer."""
 
 Algorithm = Literal["lanczos", "power"]
 
 
 def transmitting_matrix(first: Tensor, second: Tensor) -> Tensor:
-    r"""How the channels of one map go with those of another: the FSP matrix of each row.
+    r"""Return the products of the channels of two maps, averaged over the places: each row's FSP matrix.
 
     .. math:: G_{cd} = \frac{1}{HW} \sum_i F^{1}_{ci} F^{2}_{di}
 
@@ -37,7 +37,7 @@ def transmitting_matrix(first: Tensor, second: Tensor) -> Tensor:
         first: Shape ``(N, C1, H, W)`` or ``(N, T, D)``, usually the input of a stage or the map before it.
         second: Likewise, with its own channels and size: the output of the stage.
     Returns:
-        Shape ``(N, C1, C2)``, of at least float32; unchanged where both maps' places are permuted alike.
+        Shape ``(N, C1, C2)``, of at least float32; invariant to one permutation of both maps' places.
     Raises:
         ValueError: On a wrong shape.
         TypeError: On a wrong dtype.
@@ -64,24 +64,23 @@ def transmitting_matrix(first: Tensor, second: Tensor) -> Tensor:
 def spectral_norm(
     matrix: Tensor, *, iterations: int = ITERATIONS, algorithm: Algorithm = "lanczos"
 ) -> Tensor:
-    r"""The largest singular value of each matrix, :math:`\sigma = \max_{\|v\| = 1} \|M v\|`, by iteration.
+    r"""Return the largest singular value of each matrix, :math:`\max_{\|v\| = 1} \|M v\|`, by iteration.
 
-    Power iteration, :math:`v \leftarrow M^\top M v / \|\cdot\|`, forgets all but its last vector and needs
-    hundreds of steps where the largest singular values lie close together. ``"lanczos"`` takes the same
-    steps, keeps their vectors and picks the best combination of them (Rayleigh-Ritz), so that every step
-    counts. On random matrices and products of random features of up to 512 x 512, the hardest case, 10 steps
-    of power iteration are 2 to 3 % off on average and up to 17 %; the default stays within 0.1 %. On
-    correlated, non-negative features both are exact to rounding after five. No result is above the true value
-    but by rounding.
+    Power iteration, :math:`v \leftarrow M^\top M v / \|\cdot\|`, uses its last vector only and needs hundreds
+    of steps where the largest singular values are close together. ``"lanczos"`` takes the same steps, keeps
+    their vectors and chooses the best combination of them (Rayleigh-Ritz). On random matrices and products of
+    random features of up to 512 x 512, the hardest case, 10 steps of power iteration have an error of 2 to
+    3 % on average and up to 17 %; the default stays within 0.1 %. On correlated, non-negative features both
+    are exact to rounding after five. No result exceeds the true value by more than rounding.
 
     The gradient is :math:`u v^\top` with the unit vectors :math:`v` and :math:`u = M v / \sigma`, taken as
     constants: exact at convergence, and nothing is propagated through the iteration. Where the largest
     singular value is (nearly) a double one, it is that of one vector of the many. A matrix of zeros has the
     value 0 and passes no gradient.
 
-    The first vector is fixed, of positive and negative entries without a pattern: a result depends on nothing
-    but the matrix, and the vector of ones, where public code starts, misses all that sums to zero. The matrix
-    is divided by its largest entry on the way, so that squares neither overflow nor vanish.
+    The first vector is fixed, with positive and negative entries without a pattern, so that a result depends
+    on the matrix alone. The vector of ones, where public code starts, is orthogonal to all vectors that sum
+    to zero. The matrix is divided by its largest entry, so that squares neither overflow nor vanish.
 
     Args:
         matrix: Shape ``(..., M, N)``; calculated in at least float32.
@@ -114,7 +113,7 @@ def spectral_norm(
 
 @torch.no_grad()
 def _top_direction(matrix: Tensor, iterations: int, algorithm: Algorithm) -> Tensor:
-    """``(..., N, 1)``, the unit vectors that the matrices stretch most, as far as found."""
+    """Return approximate top right-singular vectors, ``(..., N, 1)``."""
     largest = matrix.abs().amax((-2, -1), keepdim=True)
     matrix = matrix / torch.where(largest == 0, 1, largest)
     # Squaring costs digits, but only of the direction: the norm is that of the matrix itself along it.
@@ -130,12 +129,12 @@ def _top_direction(matrix: Tensor, iterations: int, algorithm: Algorithm) -> Ten
     for step in range(1, min(iterations, length)):
         v = v @ square
         v = v - (v @ basis.mT) @ basis
-        # Where the basis holds all that its vectors lead to, nothing but rounding is left: begin elsewhere.
+        # Where the Krylov space is exhausted only rounding is left, so restart from another vector.
         v = torch.where(v.norm(dim=-1, keepdim=True) > rounding, v, start.roll(step))
-        for _ in range(2):  # a second time, since the first leaves rounding where little remains
+        for _ in range(2):  # twice, since one pass leaves rounding errors where little remains
             v = unit(v - (v @ basis.mT) @ basis, dim=-1)
         basis = torch.cat([basis, v], dim=-2)
-    # Without the zeros a matrix with a NaN, whose norm will be NaN, would end in an error here.
+    # eigh raises on NaN; the norm of such a matrix is NaN all the same.
     _, mixtures = torch.linalg.eigh((basis @ square @ basis.mT).nan_to_num(0.0, 0.0, 0.0))
     return unit(mixtures[..., -1:].mT @ basis, dim=-1).mT
 
@@ -148,7 +147,7 @@ def lipschitz_loss(
     iterations: int = ITERATIONS,
     algorithm: Algorithm = "lanczos",
 ) -> Tensor:
-    r"""LONDON's Lipschitz term: match how far each stage stretches what enters it.
+    r"""LONDON's Lipschitz term: match the spectral norms of each stage's transmitting matrix.
 
     .. math:: \frac1N \sum_n \sum_{k=1}^{K-1} 2^{-(K-k)} (\sigma^s_{nk} - \sigma^t_{nk})^2, \quad
         \sigma_{nk} = \|G(F_{nk}, F_{n,k+1})\|_2
@@ -159,7 +158,7 @@ def lipschitz_loss(
 
     The formula is that of the released code, which adds it to OFD: `luce.LONDONLoss` is the two together,
     with weights. The paper's own definition of the matrix, its bounds and its tables were not verified. A
-    factor on all maps of both networks comes out to the fourth power, so that a good weight depends on the
+    factor on all maps of both networks enters to the fourth power, so that a good weight depends on the
     networks; `relative` is our remedy.
 
     Args:
@@ -168,8 +167,8 @@ def lipschitz_loss(
         teacher_features: Likewise, as many; receives no gradient.
         relative: Divide each square by the teacher's: :math:`(\sigma^s / \sigma^t - 1)^2`. A row in which
             the teacher's norm is 0 then counts 0.
-        iterations: Of `spectral_norm`.
-        algorithm: Likewise.
+        iterations: As in `spectral_norm`.
+        algorithm: As in `spectral_norm`.
     Returns:
         At least 0, and 0, without a gradient, where both networks have the same features.
     Raises:

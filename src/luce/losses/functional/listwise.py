@@ -1,4 +1,4 @@
-"""Losses that see the teacher's logits as a ranking: PLD and the classical list-wise losses."""
+"""Losses on the teacher's ranking of the classes: PLD and the classical list-wise losses."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = ["listmle_loss", "listnet_loss", "p_listmle_loss", "pld_loss"]
 
 
 def teacher_order(teacher_logits: Tensor, *, class_dim: int = 1) -> Tensor:
-    """The classes by falling teacher logit, the lower class index first among equals.
+    """Return the classes by falling teacher logit, the lower class index first among equals.
 
-    Computed once and given to `pld_loss`, it saves the sort in every later step with the same teacher logits.
+    Compute it once and pass it to `pld_loss` to skip the sort in every step with the same teacher logits.
 
     Args:
         teacher_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         class_dim: Dimension of the classes.
     Returns:
-        Class indices, int64, of the same shape; ``.int()`` halves what they take.
+        Class indices, int64, of the same shape; ``.int()`` halves their memory.
     Example:
         >>> teacher_order(torch.tensor([[0.5, 2.0, 0.5]]))
         tensor([[1, 0, 2]])
@@ -91,13 +91,13 @@ def pld_loss(
     .. math:: \sum_{k=1}^{C} \alpha_k \Big(\log \sum_{l \ge k} e^{s_{\pi_l}} - s_{\pi_k}\Big)
 
     where :math:`\pi` is the label followed by the other classes by falling teacher logit, and
-    :math:`\alpha_k` the teacher's probability of the class in place *k*. Convex in the student's logits,
-    blind to a constant added to a row, and cross-entropy itself when the teacher is sure of the label.
-    Use it alone: the first place already holds its share of cross-entropy, and there is no factor for the
-    temperature.
+    :math:`\alpha_k` the teacher's probability of the class in place *k*. The loss is convex in the student's
+    logits, does not change with a constant added to a row, and equals cross-entropy when the teacher is
+    certain of the label. Use it alone: the first place already contains cross-entropy, weighted by the
+    teacher's probability. There is no factor for the temperature.
 
-    A row without a label (`target` None, or `unlabelled_index` in it) takes the teacher's own order, its
-    top class in the label's place: our extension for unlabelled transfer data.
+    A row without a label (`target` None, or `unlabelled_index`) takes the teacher's own order, its top class
+    in the label's place: our extension for unlabelled transfer data.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
@@ -111,30 +111,30 @@ def pld_loss(
             there; gradients differ by at most ``2 * epsilon`` in the sum of absolute values.
         epsilon: Count, in each row, only as many first places as leave less than this of the teacher's
             probability; the bounds of `top_k` hold with it.
-        tolerance: Lets a row of more than 1024 classes leave classes unsorted that hardly differ, as long as
-            the loss, in nats, and the gradient, in the sum of absolute values, provably change by no more
-            than this. None takes 0 in float64, 1e-5 in float32 and 1e-3 if either network is in 16 bits; 0
-            sorts everything. `pld_error_bound` tells what was really given away.
+        tolerance: Upper bound of the error from leaving nearly equal classes unsorted in rows of more than
+            1024 classes: of the loss, in nats, and of the gradient, in the sum of absolute values. None takes
+            0 in float64, 1e-5 in float32 and 1e-3 if either network is in 16 bits; 0 sorts everything.
+            `pld_error_bound` returns the bound that was reached.
         ties: Equal teacher logits rank the lower class index first (``"stable"``), or share their places so
-            that the numbering of classes does not matter (``"average"``, Efron's rule): with 16-bit teachers
-            ties are everywhere.
-        teacher_order: What `luce.teacher_order` gave for these teacher logits, int64 or int32: nothing needs
-            sorting then.
+            that the numbering of classes does not matter (``"average"``, Efron's rule). Ties are common with
+            16-bit teachers.
+        teacher_order: The result of `luce.teacher_order` for these teacher logits, int64 or int32; it skips
+            the sort.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
-        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist on one
-            of the engines.
+        backend: ``"auto"`` chooses the fastest engine here; ``"cpu"``, ``"gpu"`` and ``"reference"`` require
+            that engine.
     Returns:
         Nats, float32 for 16-bit logits. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
         the student alone it makes the loss ``+inf``, in the teacher alone it only ranks last.
     Raises:
         ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
         TypeError: On a wrong dtype.
-        RuntimeError: If the named backend cannot run here, or a row of `teacher_order` is no ranking (on a
-            CUDA device, where asking would stall it, such a row's loss is NaN).
+        RuntimeError: If the named backend cannot run here, or a row of `teacher_order` is not a ranking (on a
+            CUDA device, where the check would stall, the row's loss is NaN instead).
     Example:
         >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
         >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
@@ -191,13 +191,13 @@ def pld_error_bound(
     class_dim: int = 1,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """How far `pld_loss` with the same options can be from the full loss with every class sorted, row by row.
+    """Bound, row by row, the error of `pld_loss` with these options against the full, sorted loss.
 
     Args:
         student_logits: As for `pld_loss`, and so are all other arguments.
     Returns:
         Two tensors of the rows' shape: the largest possible difference of the loss, in nats, and of its
-        gradient, in the sum of absolute values. Rounding comes on top. 0 in rows that do not count.
+        gradient, in the sum of absolute values, without rounding errors. 0 in rows that do not count.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -232,9 +232,9 @@ def pld_error_bound(
 
 
 def _ranking(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Classes in the order of their places, and 1 for each place whose class exists, else 0.
+    """Return the classes by place, and 1 for each place whose class exists, else 0.
 
-    NaN in rows without any class and where the teacher says NaN: a sort would hide it.
+    The second is NaN in rows without any class and where the teacher has NaN, which a sort would hide.
     """
     order = label_first(ops.teacher_order(rows.teacher), rows.labels())
     present = rows.present()
@@ -264,7 +264,7 @@ def listmle_loss(
         target: Class indices that take the first place; None for the teacher's own order, as ListMLE was
             published.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
@@ -305,7 +305,7 @@ def p_listmle_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Position-aware ListMLE: the first places of the ranking weigh most.
+    r"""Position-aware ListMLE, which weighs the first places of the ranking most.
 
     .. math:: \sum_{k=1}^{C} a_k \Big(\log \sum_{l \ge k} e^{s_{\pi_l}} - s_{\pi_k}\Big),
         \quad a_k = 2^{C-k} - 1
@@ -314,10 +314,10 @@ def p_listmle_loss(
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; only their order counts, the lower class index first among equals.
         target: Class indices that take the first place; None for the teacher's own order.
-        normalize: Scale the weights of a row to sum to 1. Unscaled they are the paper's, and leave the
-            range of float32 at 129 classes.
+        normalize: Scale the weights of a row to sum to 1. The unscaled weights are the paper's; they overflow
+            float32 at 129 classes.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
@@ -367,11 +367,11 @@ def listnet_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""ListNet: cross-entropy of what the two networks put first.
+    r"""ListNet: cross-entropy between the two networks' top-one probabilities.
 
     .. math:: -\sum_i p_i \log q_i, \quad p = \mathrm{softmax}(t/T),\ q = \mathrm{softmax}(s/T)
 
-    It is KD without ``temperature**2``, plus the entropy of the teacher, which no student can change.
+    It equals KD without ``temperature**2`` plus the teacher's entropy, which is constant for the student.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.

@@ -2,7 +2,7 @@
 
 Maps are ``(N, C', H, W)``; tokens ``(N, T, D)`` count as maps of T places and D channels. All losses are
 scalars, and the weights that their docstrings name belong to these scalars beside a cross-entropy of weight
-1. "*Benchmark code*" are the public repositories RepDistiller and mdistiller, whose weights were tuned for
+1. "*Benchmark code*" means the public repositories RepDistiller and mdistiller, whose weights were tuned for
 CIFAR-100, 240 epochs of SGD with batches of 64.
 """
 
@@ -38,8 +38,8 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
     .. math:: \frac{1}{N C' H W} \sum (r(F_s) - F_t)^2
 
-    The regressor *r* that brings the student's map to the teacher's shape is learnt: `luce.FitNetLoss` has
-    it. A mean over all elements, as in the benchmark code, where its weight is 100.
+    The regressor *r* that maps the student's map to the teacher's shape is trained: `luce.FitNetLoss`
+    provides it. A mean over all elements, as in the benchmark code, where its weight is 100.
 
     Args:
         student_features: Shape ``(N, C', H, W)`` or ``(N, T, D)``, after the regressor.
@@ -61,7 +61,7 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 
 def at_loss(student_features: Tensor, teacher_features: Tensor, *, p: float = 2.0) -> Tensor:
-    r"""Attention transfer: match where the networks look, whatever they see there.
+    r"""Attention transfer: match the spatial distribution of the activations.
 
     .. math:: \frac{1}{N H W} \sum_{n,i} \Big(\frac{Q_s}{\|Q_s\|_2} - \frac{Q_t}{\|Q_t\|_2}\Big)^2_{ni},
         \quad Q_i = \frac{1}{C'} \sum_c |F_{ci}|^p
@@ -75,14 +75,14 @@ def at_loss(student_features: Tensor, teacher_features: Tensor, *, p: float = 2.
         teacher_features: Likewise, with its own C', H and W, but as many tokens; receives no gradient.
         p: Power of the activations, at least 1; the paper and the code take 2.
     Returns:
-        From 0 to ``2 / (H * W)``; a positive factor on either map changes nothing. The attention of a map of
+        From 0 to ``2 / (H * W)``; invariant to a positive factor on either map. The attention of a map of
         zeros is 0.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
     Example:
         >>> student, teacher = torch.zeros(1, 1, 2, 2), torch.zeros(1, 3, 2, 2)
-        >>> student[0, 0, 0, 0], teacher[0, :, 1, 1] = 1.0, 5.0  # each looks at one corner, another one
+        >>> student[0, 0, 0, 0], teacher[0, :, 1, 1] = 1.0, 5.0  # different corners
         >>> at_loss(student, teacher)
         tensor(0.5000)
 
@@ -104,15 +104,15 @@ def nst_loss(
     *,
     form: Literal["polynomial", "linear"] = "polynomial",
 ) -> Tensor:
-    r"""Neuron selectivity transfer: the channels of both networks as two samples of one distribution.
+    r"""Neuron selectivity transfer: match the distributions of the channels' normalised maps.
 
     .. math:: \operatorname{mean}_{cc'} k(t_c, t_{c'}) + \operatorname{mean}_{cc'} k(s_c, s_{c'})
         - 2 \operatorname{mean}_{cc'} k(s_c, t_{c'})
 
     the squared maximum mean discrepancy between the channels' normalised maps :math:`s_c = F_c / \|F_c\|_2`,
     then the mean over rows. The polynomial kernel is :math:`(x^\top y)^2`, as in the benchmark code, whose
-    weight is 50; the linear one, :math:`x^\top y`, is the paper's other choice as we know it, not verified
-    against it. Its Gaussian kernel is not offered. The channels may differ; the larger map is average-pooled
+    weight is 50; the linear one, :math:`x^\top y`, is the paper's other choice as we know it, not verified.
+    The paper's Gaussian kernel is not implemented. The channels may differ; the larger map is average-pooled
     to the smaller.
 
     Args:
@@ -144,7 +144,7 @@ def nst_loss(
 
 
 def fsp_loss(student_features: tuple[Tensor, Tensor], teacher_features: tuple[Tensor, Tensor]) -> Tensor:
-    r"""FSP: match the flow of a stage, how its input's channels go with its output's.
+    r"""FSP: match the products of a stage's input channels with its output channels.
 
     .. math:: \frac{1}{N C_1 C_2} \sum (G_s - G_t)^2, \quad
         G_{cd} = \frac{1}{HW} \sum_i F^{\text{in}}_{ci} F^{\text{out}}_{di}
@@ -152,7 +152,7 @@ def fsp_loss(student_features: tuple[Tensor, Tensor], teacher_features: tuple[Te
     A mean over all entries of G, as in the benchmark code (RepDistiller), whose weight is 50; the paper as we
     know it sums over the entries and halves the size of maps by max-pooling. Here, as in that code, the
     larger of input and output is average-pooled to the smaller; the two networks' maps may differ in size.
-    The benchmark also trains with this loss alone first, which is the training loop's matter.
+    The benchmark first trains with this loss alone, which the training loop must do.
 
     Args:
         student_features: Input and output of a stage, each ``(N, C', H, W)`` or ``(N, T, D)``.
@@ -183,7 +183,7 @@ def cwd_loss(student_features: Tensor, teacher_features: Tensor, *, temperature:
     .. math:: \frac{T^2}{N C'} \sum_{n,c} \mathrm{KL}\big(\operatorname{softmax}_i(F^t_{nci} / T) \,\|\,
         \operatorname{softmax}_i(F^s_{nci} / T)\big)
 
-    So it is `luce.kd_loss` with places for classes and channels for rows. Verified against the code in
+    It is `luce.kd_loss` with places as classes and channels as rows. Verified against the code in
     MMRazor, whose segmentation recipe applies it to the logits of all pixels with temperature 1 and weight 5.
     The larger map is average-pooled to the smaller.
 
@@ -193,7 +193,7 @@ def cwd_loss(student_features: Tensor, teacher_features: Tensor, *, temperature:
             many; receives no gradient.
         temperature: Positive, no unit.
     Returns:
-        Nats times ``temperature**2``; a constant added to a channel changes nothing.
+        Nats times ``temperature**2``; invariant to a constant added to a channel.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -210,27 +210,27 @@ def cwd_loss(student_features: Tensor, teacher_features: Tensor, *, temperature:
 
 
 def ickd_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    r"""Inter-channel correlation: match which channels of a row go together.
+    r"""Inter-channel correlation: match the correlations between the channels of a row.
 
     .. math:: \frac{1}{N C'} \sum_{n} \|G^s_n - G^t_n\|_F^2
 
     where G is :math:`F F^\top`, channels by channels, with each of its rows divided by its L2 norm. This is
     the authors' code, whose weight on CIFAR-100 is 2.5; the paper's formula was not compared, and its variant
-    over a grid of patches is not offered. The maps may differ in size.
+    over a grid of patches is not implemented. The maps may differ in size.
 
     Args:
         student_features: Shape ``(N, C', H, W)`` or ``(N, T, D)``.
         teacher_features: Likewise, with the same channels; `luce.ICKDLoss` projects others. Receives no
             gradient.
     Returns:
-        From 0 to 4; a positive factor on either map changes nothing. The correlations of a channel of zeros
-        are 0.
+        From 0 to 4; invariant to a positive factor on either map. The correlations of a channel of zeros are
+        0.
     Raises:
         ValueError: On a wrong shape.
         TypeError: On a wrong dtype.
     Example:
         >>> features = torch.randn(2, 3, 4, 4)
-        >>> bool(ickd_loss(features, 7 * features.flip(-1)) < 1e-6)  # places do not matter
+        >>> bool(ickd_loss(features, 7 * features.flip(-1)) < 1e-6)  # the order of places has no effect
         True
 
     References:
@@ -250,12 +250,12 @@ def _channel_correlation(x: Tensor) -> Tensor:
 
 
 def vid_loss(student_features: Tensor, teacher_features: Tensor, *, variance: Tensor) -> Tensor:
-    r"""Variational information distillation: how unlikely the teacher's map is, predicted from the student's.
+    r"""Variational information distillation: likelihood of the teacher's map given the student's.
 
     .. math:: \frac{1}{N C' H W} \sum \tfrac12 \Big[\frac{(F_t - \mu)^2}{\sigma_c^2} + \log \sigma_c^2\Big]
 
     a Gaussian's negative log-likelihood without its constant, with one variance per channel. Mean and
-    variances are learnt: `luce.VIDLoss` has them. As in the benchmark code, whose weight is 1.
+    variances are trained: `luce.VIDLoss` provides them. As in the benchmark code, whose weight is 1.
 
     Args:
         student_features: The mean μ predicted from the student, ``(N, C', H, W)`` or ``(N, T, D)``.
@@ -285,9 +285,9 @@ def ofd_loss(student_features: Tensor, teacher_features: Tensor, *, margin: Tens
     .. math:: \frac1N \sum_{n,c,i} \begin{cases} 0 & S \le T \le 0 \\ (S - T)^2 & \text{else} \end{cases},
         \quad T = \max(F_t, m_c)
 
-    A sum over the elements of a row, as in the authors' code, whose weight is 0.001. Both features are meant
-    to be taken *before* a ReLU: where the teacher is silent, a student below it is as silent. *m* is the mean
-    of the teacher's negative values; `luce.OFDLoss` finds it and has the projection of the student.
+    A sum over the elements of a row, as in the authors' code, whose weight is 0.001. Take both features
+    *before* a ReLU: where the teacher is negative, a smaller value of the student gives the same activation.
+    *m* is the mean of the teacher's negative values; `luce.OFDLoss` computes it and projects the student.
 
     Args:
         student_features: Shape ``(N, C', H, W)`` or ``(N, T, D)``, after the projection.
@@ -325,7 +325,7 @@ def mgd_loss(
     mask_ratio: float = 0.15,
     masked: Literal["channels", "places"] = "channels",
 ) -> Tensor:
-    r"""Masked generative distillation: the teacher's whole map, generated from a part of the student's.
+    r"""Masked generative distillation: generate the teacher's whole map from a part of the student's.
 
     .. math:: \frac1N \sum (g(M \odot F_s) - F_t)^2
 
@@ -336,7 +336,7 @@ def mgd_loss(
     Args:
         student_features: Shape ``(N, C', H, W)`` or ``(N, T, D)``, with the teacher's channels.
         teacher_features: Likewise; receives no gradient. The larger map is average-pooled to the smaller.
-        generate: From the masked map ``(N, C', H, W)`` to one like the teacher's; `luce.MGDLoss` learns it.
+        generate: Maps the masked map ``(N, C', H, W)`` to one like the teacher's; `luce.MGDLoss` trains it.
         mask_ratio: Probability with which a channel or place is masked, in [0, 1).
         masked: ``"channels"`` or ``"places"``, masked for each row by itself.
     Raises:

@@ -25,16 +25,16 @@ def logit_matching_loss(
 
     .. math:: \frac{1}{C} \sum_i (s_i - t_i)^2
 
-    KD does not see a common offset of a network's logits, and this loss does. With `center`, each network's
-    logits are first rid of their mean over the classes, :math:`s_i - \bar s` against :math:`t_i - \bar t`,
-    and KD tends to half of this as its temperature grows. Centring lowers the value by
-    :math:`(\bar s - \bar t)^2` and leaves the gradient without the part that would make the means equal.
+    Unlike KD, this loss depends on a common offset of a network's logits. `center` subtracts each network's
+    mean over the classes first, :math:`s_i - \bar s` against :math:`t_i - \bar t`; KD tends to half of that
+    as its temperature grows. Centring lowers the value by :math:`(\bar s - \bar t)^2` and removes the part of
+    the gradient that would make the means equal.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
         target: Class indices, used only to drop rows labelled `ignore_index`.
-        center: Leave out what is common to all classes of a row.
+        center: Subtract each row's mean over the classes.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.

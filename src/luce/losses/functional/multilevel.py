@@ -1,4 +1,4 @@
-"""Distillation at several levels at once: each row, how rows resemble each other, and how classes do."""
+"""Distillation at several levels: rows, similarities between rows, and similarities between classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mlld_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Multi-level logit distillation: KD, and the Gram matrices of rows and of classes, softened variously.
+    r"""Multi-level logit distillation: KD and Gram matrices of rows and of classes, at several temperatures.
 
     .. math:: \sum_T \left[ w_i \frac{T^2}{N} \sum_n \mathrm{KL}(P_n \,\|\, Q_n)
         + \frac{w_b}{N} \big\| P P^\top - Q Q^\top \big\|_F^2
@@ -103,9 +103,9 @@ def mlld_loss(
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in its own dtype under autocast too, also on the way back.
+    """Return ``a @ b`` in its own dtype, under autocast and in the backward pass too.
 
-    The squares of small differences have no digits left in 16 bits.
+    In 16 bits the squares of small differences would lose all their digits.
     """
     result: Tensor = _Product.apply(a, b)
     return result

@@ -1,4 +1,4 @@
-"""Losses that see each row of logits in units of its own spread."""
+"""Losses on standardized logits: each row in units of its own spread."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["normdkd_loss", "normkd_loss"]
 
 
 def _spread(logits: Tensor, dim: int, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """Logits with mean 0 in units of their standard deviation along `dim`, and that deviation.
+    """Return the z-scores of logits along `dim`, and their standard deviation.
 
-    A row with a NaN or +inf is NaN and hands no gradient on, so that it may still be ignored afterwards.
+    A row with a NaN or +inf is NaN and passes no gradient, so that it may still be ignored afterwards.
     """
     possible = logits != -torch.inf
-    # Neither a common offset nor the size of the logits may cost digits or overflow a square: the row is
-    # first laid between -1 and 0. What it is laid there with cancels, so it needs no gradient.
+    # The row is first mapped to [-1, 0], so that neither a common offset costs digits nor a square overflows.
+    # Offset and factor cancel in the result and need no gradient.
     gap = (logits - logits.detach().amax(dim, keepdim=True)).masked_fill(~possible, 0)
     unit = -gap.detach().amin(dim, keepdim=True)
     broken = ~unit.isfinite()
@@ -39,20 +39,20 @@ def _spread(logits: Tensor, dim: int, unbiased: bool) -> tuple[Tensor, Tensor]:
 
 
 def standardize(logits: Tensor, *, class_dim: int = 1, unbiased: bool = True) -> Tensor:
-    r"""Z-scores: each row's logits minus their mean, divided by their standard deviation.
+    r"""Return z-scores: each row's logits minus their mean, divided by their standard deviation.
 
     .. math:: z_i = \frac{x_i - \bar x}{\sigma(x)}
 
-    Any loss on the standardized logits of both networks, `luce.Standardized`, sees only how the classes
-    relate and never how far apart they are: it can change neither the mean nor the spread of the student's
-    logits. With `luce.kd_loss` this is logit standardization; its authors take a temperature of 2.
+    A loss on the standardized logits of both networks, `luce.Standardized`, does not depend on the mean or
+    the spread of a row and cannot change those of the student. With `luce.kd_loss` this is logit
+    standardization; its authors take a temperature of 2.
 
     Args:
         logits: Of one network, shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``. A
-            class at ``-inf`` stays there and counts neither in the mean nor in the deviation. One that is
-            masked by a large negative number instead is a logit like others, and drowns them.
+            class at ``-inf`` stays there and counts neither in the mean nor in the deviation. One masked by
+            a large negative number counts like any other and dominates the deviation.
         class_dim: Dimension of the classes.
-        unbiased: Divide the squares by C - 1, as the authors' code does, and not by C.
+        unbiased: Divide the squares by C - 1, as the authors' code does, instead of C.
     Returns:
         Same shape, no unit, float32 for 16-bit logits; differentiable. No entry exceeds
         ``(C - 1) / sqrt(C)``, or ``sqrt(C - 1)`` if not `unbiased`. A row of equal logits is all zeros and
@@ -76,7 +76,7 @@ def standardize(logits: Tensor, *, class_dim: int = 1, unbiased: bool = True) ->
 
 
 def _standardized(rows: Rows, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Both networks' standardized logits, and the teacher's variance, 0 where either row is constant."""
+    """Return both networks' z-scores and the teacher's variance, 0 where either row is constant."""
     student, student_deviation = _spread(rows.student, -1, unbiased)
     teacher, teacher_deviation = _spread(rows.teacher, -1, unbiased)
     variance = teacher_deviation.square().masked_fill(student_deviation == 0, 0)
@@ -95,7 +95,7 @@ def normkd_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""NormKD: each row of each network has a temperature of its own, in proportion to its spread.
+    r"""NormKD: KD with one temperature per row and network, proportional to the row's spread.
 
     .. math:: (\tau \sigma^t)^2 \sum_i p_i (\log p_i - \log q_i), \quad
         p = \mathrm{softmax}\Big(\frac{t}{\tau \sigma^t}\Big),
@@ -103,8 +103,8 @@ def normkd_loss(
 
     with :math:`\tau` the option `t_norm` and :math:`\sigma` a row's standard deviation over its classes. So
     it is KD of the standardized logits (`standardize`), each row weighted by the teacher's variance. The
-    gradient passes through the student's deviation, and so leaves the spread of its logits alone, which is
-    then up to the task's own loss. Rows of constant logits, in either network, cost nothing and have no
+    gradient passes through the student's deviation and therefore does not change the spread of its logits,
+    which only the task's loss does. Rows of constant logits, in either network, have loss 0 and no
     gradient. As `t_norm` grows this tends to the teacher's variance, with the divisor C in it whatever
     `unbiased` says, times one minus the correlation of the two rows.
 
@@ -118,14 +118,14 @@ def normkd_loss(
         t_norm: Positive, no unit: the temperature in units of a row's standard deviation. The authors take 2
             on CIFAR-100, with weights 0.1 for cross-entropy and 0.9 for this, and 1 on ImageNet, with 0.5
             and 0.5.
-        unbiased: Divide by C - 1 in the deviation, as the authors do, and not by C.
+        unbiased: Divide by C - 1 in the deviation, as the authors do, instead of C.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
     Returns:
         Nats times the squared temperature of the teacher's row: quadratic in the scale of the teacher's
-        logits, blind to that of the student's. A class at ``-inf`` counts in neither deviation; in both
+        logits, independent of the student's. A class at ``-inf`` counts in neither deviation; in both
         networks it does not exist, in the student alone it makes the loss ``+inf``.
     Raises:
         ValueError: On a wrong shape or value.
@@ -165,26 +165,26 @@ def normdkd_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""NormKD inside DKD: its two terms at a temperature per row, in proportion to the row's spread.
+    r"""NormKD with DKD's two terms: one temperature per row, proportional to the row's spread.
 
     .. math:: (\tau \sigma^t)^2 \left[\alpha\,\mathrm{KL}\big((p_y, 1-p_y) \,\|\, (q_y, 1-q_y)\big)
         + \beta\,\mathrm{KL}(\hat p \,\|\, \hat q)\right]
 
     with p and q as in `normkd_loss`, of which this is the case ``alpha=1`` and, row by row,
     ``beta = 1 - p_y``. The label is left out of the second term exactly, where the authors' code subtracts
-    1000 from its normalized logit. Constant rows cost nothing, as in `normkd_loss`.
+    1000 from its normalized logit. Constant rows have loss 0, as in `normkd_loss`.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
-        target: Class indices. Rows without a label do not count: they have no target to split off.
+        target: Class indices. Rows without a label do not count: they have no target class.
         alpha: Weight of the target term, at least 0. With `beta` it sums to 9 in all of the authors'
             CIFAR-100 settings, from 0.5 and 8.5 to 7 and 2; both are 1 on ImageNet.
         beta: Weight of the other term, at least 0.
         t_norm: Positive, no unit: the temperature in units of a row's standard deviation.
-        unbiased: Divide by C - 1 in the deviation, as the authors do, and not by C.
+        unbiased: Divide by C - 1 in the deviation, as the authors do, instead of C.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
@@ -217,6 +217,6 @@ def normdkd_loss(
     )
     student, teacher, variance = _standardized(rows, unbiased)
     parts = zip((alpha, beta), dkd(student, teacher, rows.labels(), t_norm), strict=True)
-    # A part that is switched off may be infinite, and is left out.
+    # A part of weight 0 is left out: it may be infinite, and 0 * inf is NaN.
     values = sum((weight * part for weight, part in parts if weight), start=torch.zeros_like(variance))
     return rows.reduce(t_norm**2 * torch.where(variance == 0, 0, variance * values), reduction)

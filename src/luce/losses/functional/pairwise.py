@@ -1,4 +1,4 @@
-"""Losses that compare pairs of classes: does the student order them as the teacher does?"""
+"""Losses that compare the two networks' order of each pair of classes."""
 
 from __future__ import annotations
 
@@ -42,35 +42,35 @@ def rkkd_loss(
     .. math:: 1 - \frac{1}{P} \sum_{i < j} \tanh(k (t_i - t_j)) \tanh(k (s_i - s_j))
 
     over all *P* pairs of classes; `luce.ops.rkkd.rkkd` lists the other forms. Every pair has a bounded
-    weight, where the gradient of KD leaves next to nothing to classes of low probability. Made to be added
-    to another loss with `luce.WeightedSum`: alone it says nothing of the size of the logits, and all forms
-    but ``"clip"`` let it grow.
+    weight, where the gradient of KD leaves next to nothing to classes of low probability. Add it to
+    another loss with `luce.WeightedSum`: alone it does not determine the size of the logits, and all forms
+    except ``"clip"`` let it grow.
 
-    What is verified in the paper is the idea alone. That its main form is this product, that its best
-    steepness is 100 and that it compares ends of the order, we know from a review; `share` is our rule.
+    Only the idea was verified in the paper. We know from a review that its main form is this product, that
+    its best steepness is 100 and that it compares the ends of the order; `share` is our rule.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
-        target: Class indices, used only to drop rows labelled `ignore_index`: the loss knows no labels.
+        target: Class indices, used only to drop rows labelled `ignore_index`: the loss does not use labels.
         form: ``"tanh"``, ``"sign_tanh"``, ``"product"``, ``"sigmoid"`` or ``"clip"``. On the CPU ``"clip"``
-            takes C log C steps, each other form C squared, in memory for one row.
+            takes C log C steps and each other form C squared, with memory for one row.
         steepness: *k* above 0, per logit (``"product"``: per squared logit). The larger it is, the closer the
             value is to Kendall's tau and the fewer pairs have a gradient: those within a few *1/k*. On the
             z-scores that `luce.Standardized` makes, one between 1 and 10 suits logits of any size.
-        channels: Compare ``"all"`` classes, or those which the teacher ranks at the ``"top"`` or at the
+        channels: Compare ``"all"`` classes, or those that the teacher ranks at the ``"top"`` or at the
             ``"bottom"`` of the row.
-        share: How many these are: a fraction of the row's classes, rounded, or, if an integer, their number;
-            never fewer than two.
+        share: Number of these classes: a fraction of the row's classes, rounded, or an integer count; at
+            least two.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"`` keeps the rows' shape, ``"mean"`` is per kept row, ``"sum"``.
-        backend: ``"auto"`` takes what is fastest here; ``"cpu"``, ``"gpu"`` and ``"reference"`` insist.
+        backend: ``"auto"`` chooses the fastest engine; ``"cpu"``, ``"gpu"``, ``"reference"`` require it.
     Returns:
-        From 0 to 2, float32 for 16-bit logits; 1 if the orders have nothing to do with each other. A class
-        at ``-inf`` in both networks does not exist; in one of them it lies infinitely far below the others.
-        A row with a single class has no pair and costs 0, so that classes which do not exist change nothing.
+        From 0 to 2, float32 for 16-bit logits; 1 if the orders are uncorrelated. A class excluded (``-inf``)
+        in both networks does not exist; one excluded in one network lies infinitely far below the others. A
+        row with a single class has no pair and the loss 0, so that classes that do not exist have no effect.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
@@ -98,7 +98,7 @@ def rkkd_loss(
         s, t = blocks.student, blocks.given_teacher()
         if channels != "all":
             s, t = _end_of_the_order(s, t, channels, share)
-        if s.shape[1] == 1:  # to the operator one class is an error, beside one that does not exist it is not
+        if s.shape[1] == 1:  # the operator raises on one class, but not with one that does not exist added
             s, t = (torch.cat([x, torch.full_like(x, -torch.inf)], 1) for x in (s, t))
         return rkkd(s, t, form=form, steepness=steepness, weight=weight, backend=backend)
 
@@ -106,10 +106,10 @@ def rkkd_loss(
 
 
 def _end_of_the_order(s: Tensor, t: Tensor, channels: Channels, share: float) -> tuple[Tensor, Tensor]:
-    """Logits of the classes that the teacher ranks first or last; -inf behind them in rows of fewer."""
+    """Return the logits of the classes that the teacher ranks first or last, padded with -inf."""
     absent = (s == -torch.inf) & (t == -torch.inf)
     classes = s.shape[1]
-    # Behind all others, those that only the teacher excludes included, stand those that do not exist.
+    # Classes that do not exist must rank behind those that only the teacher excludes.
     ranked = t.clamp(min=torch.finfo(t.dtype).min).masked_fill(absent, -torch.inf)
     order = ranked.argsort(dim=1, descending=True, stable=True)
     present = classes - absent.sum(1, keepdim=True)
@@ -123,7 +123,7 @@ def _end_of_the_order(s: Tensor, t: Tensor, channels: Channels, share: float) ->
 
     def taken(x: Tensor) -> Tensor:
         x = x.gather(1, chosen).masked_fill(place >= size, -torch.inf)
-        return x.masked_fill(undefined, torch.nan)  # also if it stands elsewhere in the row
+        return x.masked_fill(undefined, torch.nan)  # NaN elsewhere in the row counts too
 
     return taken(s), taken(t)
 
@@ -139,12 +139,12 @@ def ranking_hinge_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Ranking hinge: of two classes, the one that the teacher prefers should lead by a margin.
+    r"""Ranking hinge: in each pair, the class that the teacher prefers should lead by a margin.
 
     .. math:: \operatorname{mean}_{t_i > t_j} \max(0,\ m - (s_i - s_j))
 
-    The pairwise loss of Ranking SVMs with the teacher's order in the place of relevance grades. 0 once all
-    pairs have their margin.
+    The pairwise loss of Ranking SVMs with the teacher's order instead of relevance grades. 0 once all pairs
+    have their margin.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
@@ -156,8 +156,8 @@ def ranking_hinge_loss(
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
     Returns:
-        Logits per pair, float32 for 16-bit logits; 0 for a row whose classes all tie. All pairs are looked
-        at, C squared of them, a block of classes at a time. A class at ``-inf`` in both networks does not
+        Logits per pair, float32 for 16-bit logits; 0 for a row whose classes all tie. The C squared pairs are
+        processed in blocks of classes. A class at ``-inf`` in both networks does not
         exist; at ``-inf`` in the student alone it makes the loss ``+inf``, unless it ranks last.
     Raises:
         ValueError: On a wrong shape or value.
@@ -187,12 +187,12 @@ def ranking_logistic_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Ranking logistic: of two classes, the student should choose the one that the teacher prefers.
+    r"""Ranking logistic: in each pair, the student should choose the class that the teacher prefers.
 
     .. math:: \operatorname{mean}_{t_i > t_j} \log\big(1 + e^{-k (s_i - s_j)}\big)
 
-    The pairwise loss of RankNet with the teacher's order in the place of relevance grades: cross-entropy
-    with the choice between two classes. Convex in the student's logits, without a finite minimum.
+    The pairwise loss of RankNet with the teacher's order instead of relevance grades: cross-entropy of the
+    choice between two classes. Convex in the student's logits, without a finite minimum.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
@@ -226,7 +226,7 @@ def ranking_logistic_loss(
 
 
 def _mean_over_ordered_pairs(rows: Rows, cost: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of ``cost(s_i - s_j)`` over the pairs of classes of which the teacher prefers i; 0 without any."""
+    """Return the mean of ``cost(s_i - s_j)`` over pairs in which the teacher prefers i; 0 without any."""
     s, t = widened(rows.student), widened(rows.teacher)
 
     def part(s: Tensor, t: Tensor, first: int, count: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""KD from a part of what the teacher knows: targets that keep one kind of knowledge, and KD in three parts.
+"""KD from one kind of the teacher's knowledge, and KD split into three parts.
 
-The kinds are those of Tang et al.: that no class is impossible (universe), how classes relate (domain), and
-how hard a row is, which rescales its gradient (instance).
+The kinds are those of Tang et al.: that no class is impossible (universe), the relations between classes
+(domain), and the difficulty of a row, which rescales its gradient (instance).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Keep = Literal[
 ]
 KEEPS: tuple[str, ...] = get_args(Keep)
 RELATED = ("class_mean", "weight_sim", "true_prob+class_mean", "true_prob+weight_sim")
-"""What cannot be kept without a relation between the classes."""
+"""Values of `keep` that need a relation between the classes."""
 
 CHUNK = 1 << 24
-"""Numbers that are widened to float64 at a time."""
+"""Largest number of entries converted to float64 at a time, which bounds memory."""
 
 
 def class_relations(teacher_logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> Tensor:
-    r"""The teacher's mean softened distribution over the rows of each class.
+    r"""Return the teacher's mean softened distribution over the rows of each class.
 
     .. math:: R_{yc} = \frac{1}{N_y} \sum_{n:\, y_n = y} \mathrm{softmax}(t_n / T)_c
 
@@ -77,16 +77,16 @@ def class_relations(teacher_logits: Tensor, target: Tensor, *, temperature: floa
 
 
 def weight_similarity(weight: Tensor, *, alpha: float = 1.0) -> Tensor:
-    r"""How alike the classes are to a linear classifier: a softmax over the cosines of their weights.
+    r"""Return the similarity of classes in a linear classifier: a softmax over the cosines of their weights.
 
     .. math:: R_{yc} = \mathrm{softmax}_c\big(\alpha \cos(w_y, w_c)\big)
 
     The power alpha of a distribution, normalised again, is a softmax of alpha times its logits. The bias is
-    not looked at.
+    ignored.
 
     Args:
         weight: Of the teacher's last linear layer, shape ``(C, D)``.
-        alpha: At least 0, no unit: 0 gives even rows, a large one rows that know their own class alone.
+        alpha: At least 0, no unit: 0 gives uniform rows, a large value one-hot rows.
     Returns:
         ``(C, C)``, one distribution per class.
     Raises:
@@ -119,7 +119,7 @@ def partial_target(
     unlabelled_index: int = UNLABELLED,
     class_dim: int = 1,
 ) -> Tensor:
-    r"""What is left of the teacher's softened distribution when only one kind of knowledge is kept.
+    r"""Return the teacher's softened distribution reduced to one kind of knowledge.
 
     With :math:`\rho = \mathrm{softmax}(t/T)` and the label y, the target has
 
@@ -136,26 +136,25 @@ def partial_target(
     ======================= =========================================================== ====================
 
     where ``...`` is ``class_mean`` or ``weight_sim``. The three kinds of knowledge are those of the paper's
-    abstract. ``true_prob``, ``weight_sim``, their sum and ``topk`` follow what we recall of the methods that
-    it calls KD-pt, KD-sim, KD-pt+sim and KD-topk; we have neither its text nor its code to compare with, and
-    the form of the similarity is the least certain. ``class_mean`` is an addition of ours. So are these
-    rules: everything is built on the softened :math:`\rho`, but the temperature leaves label smoothing and
-    the relation as they are; the relation of the sums divides means, not row by row; ties rank the lower
-    class first.
+    abstract. ``true_prob``, ``weight_sim``, their sum and ``topk`` follow our memory of the methods that it
+    calls KD-pt, KD-sim, KD-pt+sim and KD-topk. We had neither its text nor its code to compare with, and the
+    form of the similarity is the least certain. ``class_mean`` is our addition, and so are these rules:
+    everything is built on the softened :math:`\rho`, but the temperature does not change label smoothing or
+    the relation; the relation of the sums divides means, not row by row; ties rank the lower class first.
 
     Args:
         teacher_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         target: Class indices, the shape of the logits without their class dimension.
-        keep: What to keep.
+        keep: The kind of knowledge to keep.
         temperature: Positive, no unit.
         relation: Shape ``(C, C)``, not negative, for every ``keep`` with ``class_mean`` or ``weight_sim``,
-            which differ in nothing else. Only proportions within a row matter; a row of zeros, or one that
-            leaves nothing to other classes where it should, is taken as even.
+            which differ in nothing else. Only proportions within a row matter; a row without mass on the
+            classes that receive it counts as uniform.
         label_smoothing: Epsilon of ``uniform``, in [0, 1).
         top_k: How many classes ``topk`` keeps: an integer of at least 1, or a fraction of them in (0, 1].
-        always_keep_true: Let ``topk`` count the label as the largest. With ``top_k=1`` it is ``true_prob``.
+        always_keep_true: Rank the label first in ``topk``. With ``top_k=1`` it is ``true_prob``.
         ignore_index: Rows with this label have no target.
-        unlabelled_index: Rows with this label have none either.
+        unlabelled_index: The label of rows without one; they have no target either.
         class_dim: Dimension of the classes.
     Returns:
         Probabilities in the shape of the logits, at least float32, without gradient; zeros in rows without a
@@ -214,14 +213,14 @@ def partial_kd_loss(
 
     .. math:: T^2\,\mathrm{KL}\big(r \,\|\, \mathrm{softmax}(s/T)\big)
 
-    where r is `partial_target`, whose docstring says what each ``keep`` is and where it comes from. A
-    cross-entropy with r has the same gradient; the KL divergence is 0 where the student says r itself.
+    where r is `luce.losses.partial_target`, whose docstring defines each ``keep`` and its source. A
+    cross-entropy with r has the same gradient; the KL divergence is 0 where the student's distribution is r.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
-        target: Class indices. Rows without a label do not count: they have nothing to keep by.
-        keep: What to keep; see `partial_target`, also for the next five.
+        target: Class indices. Rows without a label do not count: the target depends on it.
+        keep: The kind of knowledge to keep; see `luce.losses.partial_target`, also for the next five.
         temperature: Positive, no unit.
         relation: Shape ``(C, C)``: `class_relations` or `weight_similarity`, where ``keep`` names either.
         label_smoothing: Of ``uniform``, in [0, 1).
@@ -229,7 +228,7 @@ def partial_kd_loss(
         always_keep_true: Of ``topk``.
         scale_by_temperature: Multiply by ``temperature**2``.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
@@ -281,29 +280,29 @@ def decomposed_kd_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""KD in three parts, each with its own weight: towards the label, away from certainty, between classes.
+    r"""KD in three weighted parts: towards the label, towards smoothness, and between the other classes.
 
     .. math:: -T^2 \Big[ w_g\, p_y \log q_y + w_s\, m \sum_{c \ne y} \log q_c
         + w_r \sum_{c \ne y} (p_c - m) \log q_c \Big], \quad m = \frac{1 - p_y}{C - 1}
 
     with p and q the softened distributions of teacher and student. With all weights 1 this is the
     cross-entropy between them: `kd_loss` plus the teacher's entropy, with the same gradient. Without the last
-    part it is, up to a constant, `partial_kd_loss` with ``keep="true_prob"``. The identity holds exactly; the
-    split is, as we recall it, that of a later paper on why larger networks teach badly, and the names of the
+    part it is, up to a constant, `partial_kd_loss` with ``keep="true_prob"``. The identity is exact. The
+    split follows our memory of a later paper on why larger networks can be worse teachers; the names of the
     weights are ours.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
-        target: Class indices. Rows without a label do not count: they have no guidance to split off.
-        guidance_weight: Weight of the part that pushes the label up, at least 0.
-        smooth_weight: Weight of the part that pushes all other classes up alike, at least 0.
+        target: Class indices. Rows without a label do not count: they have no guidance part.
+        guidance_weight: Weight of the part that raises the label, at least 0.
+        smooth_weight: Weight of the part that raises all other classes equally, at least 0.
         relation_weight: Weight of the part that separates the other classes, at least 0. Above
             `smooth_weight` it may push a class down without bound and make the loss negative.
         temperature: Positive, no unit.
         scale_by_temperature: Multiply by ``temperature**2``.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
@@ -360,8 +359,9 @@ def _target(
     top_k: int | float | None,
     always_keep_true: bool,
 ) -> Tensor:
-    """`partial_target` of rows ``(N, C)``: the teacher's probability of some classes as it is, and what that
-    leaves spread over the others in proportion to something else.
+    """Return `partial_target` of rows ``(N, C)``.
+
+    Kept classes have the teacher's probability; the remaining mass is spread over the others by weights.
     """
     checks.check_positive(temperature=temperature)
     checks.check_choice("keep", keep, KEEPS)
@@ -385,7 +385,7 @@ def _target(
 
 
 def _spread(mass: Tensor, weights: Tensor, places: Tensor) -> Tensor:
-    """The mass of each row over some of its places, in proportion to weights; evenly where those are 0."""
+    """Spread the mass of each row over its places, in proportion to weights; evenly where all are 0."""
     weights = weights.masked_fill(~places, 0)
     total = weights.sum(-1, keepdim=True)
     even = places.to(weights) / places.sum(-1, keepdim=True).clamp(min=1)
@@ -398,8 +398,8 @@ def _at_label(rows: Rows) -> Tensor:
 
 
 def _largest(teacher: Tensor, present: Tensor, first: Tensor, top_k: int | float) -> Tensor:
-    """True at so many largest logits of each row, of equal ones the first; `first` counts as the largest."""
-    # By the logits, which round nothing.
+    """Return True at the `top_k` largest logits of each row, ties by class; `first` counts as the largest."""
+    # By the logits: equal probabilities after rounding would tie.
     order = teacher.masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(-1)
     if isinstance(top_k, float):
@@ -422,7 +422,7 @@ def _check_top_k(top_k: int | float | None, needed: bool) -> None:
 
 
 def _relation_of(rows: Rows, relation: Tensor | None, keep: str) -> Tensor:
-    """``(N, C)``: of each row's label; of any class where there is none."""
+    """Return the relation of each row's label, ``(N, C)``; of an arbitrary class in rows without one."""
     if not isinstance(relation, Tensor):
         raise TypeError(
             f"expected `relation` to be a torch.Tensor for `keep={keep!r}`, got {type(relation).__name__}; "
@@ -438,4 +438,4 @@ def _relation_of(rows: Rows, relation: Tensor | None, keep: str) -> Tensor:
     negative = weights < 0
     if can_ask(negative) and bool(negative.any()):
         raise ValueError(f"expected `relation` of numbers of at least 0, got {weights[negative][0].item()}")
-    return weights.masked_fill(negative, torch.nan)  # shows where asking would stall device or compiler
+    return weights.masked_fill(negative, torch.nan)  # where the check above would stall

@@ -1,4 +1,4 @@
-"""Losses that match relations between classes and between rows, not the values themselves."""
+"""Losses that match relations between classes and between rows instead of values."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FLOAT32 = torch.finfo(torch.float32)
 
 
 def _standard(x: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """`x` with weighted mean 0 and weighted norm 1 along `dim`; 0 where it is constant up to rounding."""
-    if not x.numel():  # nothing has no largest magnitude
+    """Standardize `x` to weighted mean 0 and norm 1 along `dim`; 0 where it is constant up to rounding."""
+    if not x.numel():  # amax raises on an empty dimension
         return x
     counts, total = weight != 0, weight.sum(dim, keepdim=True)
     x = torch.where(counts, x, 0)
@@ -33,7 +33,7 @@ def _standard(x: Tensor, weight: Tensor, dim: int) -> Tensor:
 
 
 def _correlation(a: Tensor, b: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """Pearson correlation along `dim`, entries counted by their weight; 0 where one side is constant."""
+    """Return the weighted Pearson correlation along `dim`; 0 where one side is constant."""
     return (weight * _standard(a, weight, dim) * _standard(b, weight, dim)).sum(dim)
 
 
@@ -51,13 +51,13 @@ def dist_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""DIST: correlate the softened probabilities within each row and, for each class, across the rows.
+    r"""DIST: correlation of the softened probabilities within each row and, for each class, across rows.
 
     .. math:: T^2 \left[\beta \Big(1 - \frac1N \sum_n \rho(q_{n\cdot}, p_{n\cdot})\Big)
         + \gamma \Big(1 - \frac1C \sum_c \rho(q_{\cdot c}, p_{\cdot c})\Big)\right]
 
     The second term couples the rows of a batch: it changes with the batch size and under gradient
-    accumulation, is 1 for a single row, and is shared out evenly over the rows under ``reduction="none"``.
+    accumulation, is 1 for a single row, and is divided evenly among the rows under ``reduction="none"``.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
@@ -73,9 +73,9 @@ def dist_loss(
         row_weight: One weight per row, at least 0; it weighs the rows in both terms.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
     Returns:
-        Times ``temperature**2``; 0 for equal probabilities, however small, as long as no row and no class is
-        constant: one that is correlates with nothing. A class at ``-inf`` in both networks does not exist
-        and does not count.
+        Times ``temperature**2``; 0 for equal probabilities, however small, if no row and no class is constant
+        (a constant one has correlation 0). A class excluded in both networks does not exist and does not
+        count.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.

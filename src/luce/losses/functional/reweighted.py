@@ -1,4 +1,4 @@
-"""Relatives of KD that weigh rows or classes anew, or measure the distance otherwise."""
+"""Relatives of KD with other weights of rows or classes, or another distance."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["nkd_loss", "tfkd_loss", "tvd_loss", "wsld_loss"]
 
 
 def _is_target(rows: Rows) -> Tensor:
-    """``(N, C)``: True at each row's label; nowhere in a row without one."""
+    """Return ``(N, C)``, True at each row's label; a row without a label is all False."""
     return torch.arange(rows.student.shape[-1], device=rows.student.device) == rows.labels()[:, None]
 
 
 def _surprise(logits: Tensor, is_target: Tensor) -> Tensor:
-    """Cross-entropy with the label, ``(N,)`` nats."""
+    """Return the cross-entropy with the label, ``(N,)`` nats."""
     return -torch.where(is_target, logits.log_softmax(-1), 0).sum(-1)
 
 
@@ -38,7 +38,7 @@ def nkd_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Normalized KD: the label by the teacher's confidence in it, the others as a distribution of their own.
+    r"""Normalized KD: cross-entropies of the label, weighted by the teacher, and of the other classes.
 
     .. math:: -p_y \log q_y - \gamma\,T^2 \sum_{i \ne y} \hat p_i \log \hat q_i
 
@@ -54,14 +54,14 @@ def nkd_loss(
             3.5 at temperature 3 on CIFAR-100.
         temperature: Of the other classes; positive, no unit. Their term is multiplied by its square.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
     Returns:
         Nats, those of the other classes times ``temperature**2``. A class at ``-inf`` in both networks does
         not exist; at ``-inf`` in the student alone it makes the loss ``+inf``. Where the teacher excludes
-        all others there is nothing to learn about them.
+        all other classes their term is 0.
     Raises:
         ValueError: On a wrong shape or value, and on a label outside [0, C); see `luce.cross_entropy_loss`.
         TypeError: On a wrong dtype.
@@ -90,7 +90,7 @@ def nkd_loss(
     is_target = _is_target(rows)
     log_q, p = rows.student.log_softmax(-1), rows.teacher.softmax(-1)
     values = _cross_entropy(torch.where(is_target, p, 0), log_q)
-    if gamma:  # else the other classes may be infinite, and are left out
+    if gamma:  # at weight 0 the term is left out: it may be infinite, and 0 * inf is NaN
         # Finite, unlike -inf: a row in which the label is the only class still has a softmax.
         lowest = torch.finfo(p.dtype).min / 4
         student, teacher = (
@@ -102,7 +102,7 @@ def nkd_loss(
 
 
 def _cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
-    """Minus the sum of ``p log q``, with ``0 log 0 = 0`` also in the gradient."""
+    """Return minus the sum of ``p log q``, with ``0 log 0 = 0`` in value and gradient."""
     return -(p * torch.where(p == 0, 0, log_q)).sum(-1)
 
 
@@ -117,16 +117,16 @@ def tvd_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Total variation distance: the probability that the two networks place differently.
+    r"""Total variation distance: half the sum of absolute differences of the probabilities.
 
     .. math:: \frac12 \sum_i |p_i - q_i|, \quad p = \mathrm{softmax}(t/T), \ q = \mathrm{softmax}(s/T)
 
-    Symmetric, and bounded by 1 even where one network rules a class out. Its gradient is bounded too, and
-    does not fade as the networks come closer: it jumps in sign where a probability is met.
+    Symmetric, and bounded by 1 even where one network excludes a class. Its gradient is bounded too and does
+    not vanish as the networks approach each other: its sign changes where two probabilities are equal.
 
     It is not multiplied by ``temperature**2``: that factor is for divergences, which fall as
-    :math:`1/T^2` as the temperature grows. This one falls as :math:`1/T`, and unscaled it keeps its bound;
-    multiply by T in the open where temperatures are to be compared.
+    :math:`1/T^2` as the temperature grows. This distance falls as :math:`1/T`, and unscaled it keeps its
+    bound; multiply it by T to compare temperatures.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
@@ -171,28 +171,28 @@ def wsld_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Weighted soft labels: KD, row by row the less the better the student already knows the label.
+    r"""Weighted soft labels: KD with less weight on rows whose label the student already predicts.
 
     .. math:: \Big(1 - e^{-L_s / L_t}\Big)\, T^2\, \mathrm{KL}(p \,\|\, q)
 
     where :math:`L_s` and :math:`L_t` are the two networks' cross-entropies with the label, at temperature 1.
-    The weight is a number between 0 and 1 to the optimizer: no gradient passes through it.
+    The weight is between 0 and 1 and receives no gradient.
 
-    Weight, defaults and the 1e-7 that is added to :math:`L_t` are those of the authors' code, which weighs
-    the cross-entropy with the soft labels where this weighs the divergence: the same gradient, and 0 where
-    the networks agree. The code adds it to the task's cross-entropy with weight 2.5.
+    Weight, defaults and the 1e-7 that is added to :math:`L_t` are those of the authors' code. The code weighs
+    the cross-entropy with the soft labels, this function the divergence: the gradient is the same, and the
+    value is 0 where the networks agree. The code adds it to the task's cross-entropy with weight 2.5.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         teacher_logits: Same shape; receives no gradient.
-        target: Class indices. Rows without a label do not count: there is nothing to weigh them by.
+        target: Class indices. Rows without a label do not count: their weight needs it.
         temperature: Of the divergence; positive, no unit.
         scale_by_temperature: Multiply by ``temperature**2``.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
-        reduction: ``"none"``, ``"mean"`` per kept row (whatever these weigh here), or ``"sum"``.
+        reduction: ``"none"``, ``"mean"`` per kept row (not divided by these weights), or ``"sum"``.
     Returns:
         Nats times ``temperature**2``. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
         the student alone it makes the loss ``+inf``.
@@ -228,7 +228,7 @@ def wsld_loss(
     )
     weight = -torch.expm1(-of_student / (of_teacher + 1e-7))
     divergence = forward_kl(rows.student, rows.teacher, temperature)
-    values = torch.where(weight == 0, 0, weight * divergence)  # also of an infinite one
+    values = torch.where(weight == 0, 0, weight * divergence)  # also where the divergence is infinite
     return rows.reduce(temperature**2 * values if scale_by_temperature else values, reduction)
 
 
@@ -245,36 +245,36 @@ def tfkd_loss(
     row_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Teacher-free KD: a virtual teacher that is nearly sure of the label and knows nothing of the others.
+    r"""Teacher-free KD: a virtual teacher, nearly certain of the label and uniform on the other classes.
 
     .. math:: T^2\,\mathrm{KL}(p \,\|\, q), \quad p_i \propto v_i^{1/T}, \quad v_y = a,
         \ v_{i \ne y} = \frac{1 - a}{C - 1}, \quad q = \mathrm{softmax}(s/T)
 
     This is `luce.kd_loss` with :math:`\log v` for the teacher's logits, our reading of "softened by a
-    temperature". The authors' code does otherwise: it takes the softmax of :math:`v/T`, leaves the student
+    temperature". The authors' code differs: it takes the softmax of :math:`v/T`, leaves the student
     unsoftened and divides by C. That is this function at ``temperature=1`` with :math:`a = e^d / (e^d + C
     - 1)`, :math:`d = (v_y - v_{i \ne y}) / T`, divided by C. The code has no factor :math:`T^2` but a
     multiplier per network, 1 or 100.
 
-    The paper's other way to do without a teacher is to train the network once, and then once more as the
-    student of itself: that is `luce.kd_loss` with the first one for a teacher.
+    The paper's other method without a teacher trains the network once, and then again with the first one as
+    the teacher: that is `luce.kd_loss`.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         target: Class indices, the shape of the logits without their class dimension. Rows without a label
             do not count.
-        correct_probability: The virtual teacher's for the label, strictly between 0 and 1; the rest is shared
-            out evenly over the other classes that exist. The authors' code fixes it at 0.99.
+        correct_probability: The virtual teacher's probability of the label, strictly between 0 and 1; the rest
+            is divided evenly among the other classes that exist. The authors' code fixes it at 0.99.
         temperature: Positive, no unit. In the authors' settings 20 or 40.
         scale_by_temperature: Multiply by ``temperature**2``.
         ignore_index: Rows with this label do not count.
-        unlabelled_index: Rows with this label have none.
+        unlabelled_index: The label of rows without one.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
     Returns:
         Nats times ``temperature**2``. Classes at ``-inf`` do not exist; those masked by a large negative
-        number get their share of the virtual teacher all the same.
+        number still get their share of the virtual teacher.
     Raises:
         ValueError: On a wrong shape or value, and on a label outside [0, C); see `luce.cross_entropy_loss`.
         TypeError: On a wrong dtype.

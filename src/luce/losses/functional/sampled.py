@@ -1,4 +1,4 @@
-"""Losses that are expectations over rankings drawn from the teacher."""
+"""Losses in expectation over rankings drawn from the teacher."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def rankdistil_loss(
     .. math:: \mathbb{E}_{\pi \sim \mathrm{PL}(t/T)} \sum_{k=1}^{K}
         \Big(\log \sum_{l \ge k} e^{s_{\pi_l}/T} - s_{\pi_k}/T\Big)
 
-    the cross-entropy of the two networks' choices of the first *K* places, which is least for a student
-    with the teacher's logits, whatever *K*. The expectation is estimated without bias by the mean over
+    the cross-entropy of the two networks' choices of the first *K* places, which is minimal for a student
+    with the teacher's logits, for every *K*. The expectation is estimated without bias by the mean over
     `sample_size` rankings, each a sort of the teacher's logits plus Gumbel noise. ``top_k=1`` is an
     estimate of `luce.listnet_loss`.
 
-    The estimator is that of TensorFlow Ranking's ``CoupledRankDistilLoss`` but for the temperature, which
-    divides the student's scores alone there; we have not read the paper's own experiments' code.
+    The estimator is that of TensorFlow Ranking's ``CoupledRankDistilLoss`` except for the temperature, which
+    divides only the student's scores there. We have not read the code of the paper's experiments.
 
     Args:
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
@@ -49,23 +49,23 @@ def rankdistil_loss(
         top_k: Count only the first places *K*; None for all.
         sample_size: Rankings drawn for each row. Time and memory grow with it.
         temperature: Positive, no unit; divides both networks' logits.
-        seed: None draws new rankings for each row and call from PyTorch's own random numbers, so that
-            ``torch.manual_seed`` repeats them. With an integer the loss is a function: every row and every
-            call uses the same noise, by teacher's rank.
+        seed: None draws new rankings for each row and call from PyTorch's generator, so that
+            ``torch.manual_seed`` repeats them. With an integer the loss is deterministic: every row and every
+            call uses the same noise for each rank of the teacher.
         ignore_index: Rows with this label do not count.
         class_dim: Dimension of the classes.
         row_weight: One weight per row, at least 0; the mean divides by their sum.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
     Returns:
-        Nats per list, float32 for 16-bit logits. A class at ``-inf`` in both networks does not exist; in
-        the student alone it makes the loss ``+inf`` where it is drawn, in the teacher alone it is never
-        drawn and only weighs as an alternative.
+        Nats per list, float32 for 16-bit logits. A class excluded (``-inf``) in both networks does not exist;
+        one excluded in the student alone makes the loss ``+inf`` where it is drawn; one excluded in the
+        teacher alone is never drawn and remains an alternative in each choice.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.
     Example:
         >>> logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
-        >>> rankdistil_loss(torch.zeros(1, 4), logits)  # whatever is drawn: log 4!
+        >>> rankdistil_loss(torch.zeros(1, 4), logits)  # for every draw: log 4!
         tensor(3.1781)
 
     References:

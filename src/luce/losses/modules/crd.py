@@ -1,4 +1,4 @@
-"""CRD: which of many rows is the one that the other network sees?"""
+"""CRD: contrast a row's embedding in one network with embeddings of many rows in the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOWHERE = -1
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class CRDLoss(FeatureLoss):
-    r"""Contrastive representation distillation: tell a row's own partner from rows of other classes.
+    r"""Contrastive representation distillation: discriminate a row's counterpart from rows of other classes.
 
     Both networks' features are embedded linearly, :math:`v = W f + b`, and scaled to length 1. Memory banks
     hold one embedding per labelled training row for each network. For an anchor :math:`v` of one network, the
@@ -33,19 +33,21 @@ class CRDLoss(FeatureLoss):
     .. math:: \log\frac{h_0 + K/M}{h_0} + \sum_{k=1}^{K} \log\frac{h_k + K/M}{K/M},
 
     where *M* is the number of rows in a bank. The loss is the mean over the rows of the batch, once with the
-    student and once with the teacher as the anchor, added. :math:`Z` is settled by the first batch, for each
-    anchor, as *M* times the mean of its exponentials. Then the banks move: :math:`m \leftarrow` the direction
-    of ``momentum`` :math:`m + (1 -` ``momentum`` :math:`) v`. The banks and :math:`Z` are buffers.
+    student and once with the teacher as the anchor, added. The first batch sets :math:`Z`, for each anchor,
+    to *M* times the mean of its exponentials. After each batch in training mode the banks are updated:
+    :math:`m \leftarrow` the direction of ``momentum`` :math:`m + (1 -` ``momentum`` :math:`) v`. The banks
+    and :math:`Z` are buffers.
 
-    This is the authors' code but for these: logarithms are taken without its constant of 1e-7; negatives are
-    drawn independently (it draws them without replacement where the classes have enough rows); *K* is at most
-    the number of rows outside the largest class; a row that is in a batch twice moves the banks once, by the
+    This follows the authors' code with these differences: logarithms are taken without its constant of 1e-7;
+    negatives are drawn independently (the code draws them without replacement where the classes have enough
+    rows); *K* is at most the number of rows outside the largest class; a row that is in a batch twice updates
+    the banks once, by the
     mean of its embeddings; and of several processes each moves its banks by the rows of all of them.
 
-    Rows without a label, and rows that `register_rows` was not told of, count for nothing.
+    Rows without a label and rows that were not registered do not count.
 
     Args:
-        width: Of the embeddings.
+        width: Dimensions of the embeddings.
         negatives: *K*.
         temperature: :math:`\tau`, positive.
         momentum: In [0, 1).
@@ -107,7 +109,7 @@ class CRDLoss(FeatureLoss):
         count = target.bincount()
         if (count > 0).sum() < 2:
             raise ValueError("expected labelled rows of at least two classes for CRDLoss, got fewer")
-        # A class is a run of neighbours in the banks, which makes drawing from all others a matter of adding.
+        # The rows of a class are contiguous in the banks, so that a draw from all other classes is an offset.
         place = torch.full((size,), NOWHERE)
         place[index[target.argsort(stable=True)]] = torch.arange(len(index))
         if self._shapes is not None:
@@ -160,14 +162,14 @@ class CRDLoss(FeatureLoss):
         return loss
 
     def _places(self, target: Tensor, index: Tensor) -> Tensor:
-        """In the banks, of the rows of a batch."""
+        """Return the places in the banks of the rows of a batch."""
         last = len(self.place) - 1
         return torch.where(
             (target == UNLABELLED) | (index > last), NOWHERE, self.place[index.clamp(max=last)]
         )
 
     def _draw(self, place: Tensor, target: Tensor) -> Tensor:
-        """Places ``(n, 1 + K)``: of the positive, then of the negatives."""
+        """Draw places ``(n, 1 + K)``: the positive, then the negatives."""
         first, count = self.first[target, None], self.count[target, None]
         positive = place[:, None]
         if self.positive == "relax":
@@ -176,11 +178,11 @@ class CRDLoss(FeatureLoss):
         return torch.cat([positive, torch.where(other < first, other, other + count)], dim=1)
 
     def _nce(self, anchor: Tensor, bank: Tensor, log_z: Tensor, chosen: Tensor) -> Tensor:
-        """The mean cost of the anchors against a bank of the other network."""
-        # The banks move before anyone goes back through here, so the gradient is taken at once.
+        """Return the mean cost of the anchors against a bank of the other network."""
+        # The banks are updated in place before the backward pass, so the gradient is computed here.
         with torch.enable_grad():
             leaf = anchor.detach().requires_grad_()
-            # All products and then a choice: a copy of K embeddings for each row would be larger.
+            # All products, then a gather: a copy of K embeddings for each row would take more memory.
             scores = (leaf @ bank.T / self.temperature).gather(1, chosen)
             self._settle(log_z, scores.detach())
             log_odds = scores - log_z - math.log(self.drawn / self.rows)
@@ -190,7 +192,7 @@ class CRDLoss(FeatureLoss):
         return cost.detach() + (gradient * (anchor - anchor.detach())).sum()
 
     def _settle(self, log_z: Tensor, scores: Tensor) -> None:
-        """Let the first scores say what Z is."""
+        """Set Z from the first scores."""
         if log_z.isnan():
             mean = scores.flatten().logsumexp(0) - math.log(max(scores.numel(), 1))
             means = self._gathered(mean[None])

@@ -1,4 +1,4 @@
-"""KD at a temperature that is learned against the student."""
+"""KD at a temperature that is trained adversarially to the student."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .base import LogitLoss
 __all__ = ["CTKDLoss"]
 
 HIDDEN = 64
-"""Units between the logits and a row's temperature."""
+"""Units of the hidden layer of the instance-wise temperature."""
 
 
 def reversed_gradient(x: Tensor, strength: float) -> Tensor:
-    """`x`, whose gradient is multiplied by ``-strength`` on its way back.
+    """Return `x`; multiply its gradient by ``-strength`` in the backward pass.
 
     Example:
         >>> x = torch.tensor(3.0, requires_grad=True)
@@ -41,22 +41,22 @@ class CTKDLoss(LogitLoss):
 
     The student descends this loss while theta ascends it: the gradient of theta is multiplied by
     :math:`-\lambda`, with :math:`\lambda = \frac\Lambda2 \big(1 - \cos(\pi \min(e/E, 1))\big)` in epoch *e*,
-    counted from 1. Theta is one number, 1 at first, or, instance-wise, the output of a small network that
-    sees what both networks say of the row. It is a parameter of this module: give it to the optimizer beside
-    the student's (`luce.distill` and recipes do), and weight decay will pull it towards the middle.
+    counted from 1. Theta is one number, initially 1, or, instance-wise, the output of a small network on both
+    networks' predictions for the row. It is a parameter of this module: pass it to the optimizer with the
+    student's (`luce.distill` and recipes do). Weight decay pulls it towards the middle of the range.
 
     Formula, curriculum and defaults of the single temperature are those of the authors' code. Instance-wise,
-    the paper speaks of a small network on both predictions; that it gets probabilities, without passing a
-    gradient on to the student, has one hidden layer of 64 units and starts at the same temperature for all
-    rows, is our reconstruction.
+    the paper describes a small network on both predictions. Its input of probabilities without a gradient to
+    the student, its one hidden layer of 64 units and its equal initial temperature for all rows are our
+    reconstruction.
 
     Args:
-        classes: Number of classes: gives each row a temperature of its own. None learns one for all.
+        classes: Number of classes, for one temperature per row. None for a single temperature.
         lowest_temperature: :math:`T_0`, positive, no unit.
         temperature_range: :math:`R`, positive, no unit.
-        strength: :math:`\Lambda`, at least 0; at 0 the temperature stays where it is.
-        curriculum_epochs: *E*, at least 0: epochs over which the strength grows. Where nobody tells the
-            epoch by `set_epoch`, it has its full size.
+        strength: :math:`\Lambda`, at least 0; at 0 the temperature does not change.
+        curriculum_epochs: *E*, at least 0: epochs over which the strength grows. Without a call of
+            `set_epoch` the strength has its full size.
     Raises:
         ValueError: On a wrong value, and on logits with another number of classes.
     Example:
@@ -89,7 +89,7 @@ class CTKDLoss(LogitLoss):
             self.theta = nn.Parameter(torch.ones(()))
             return
         checks.check_count(classes=self.classes)
-        with torch.random.fork_rng(devices=[]):  # always the same weights, and nothing else disturbed
+        with torch.random.fork_rng(devices=[]):  # the same weights in every process, whatever its seed
             torch.manual_seed(0)
             hidden, last = nn.Linear(2 * self.classes, HIDDEN), nn.Linear(HIDDEN, 1)
         nn.init.zeros_(last.weight)
@@ -100,13 +100,13 @@ class CTKDLoss(LogitLoss):
         self.epoch = epoch
 
     def reversal(self) -> float:
-        """How strongly the temperature goes against the student in this epoch."""
+        """Return the factor of the reversed gradient in the current epoch."""
         if self.epoch is None or self.epoch >= self.curriculum_epochs:
             return self.strength
         return self.strength * (1 - math.cos(math.pi * self.epoch / self.curriculum_epochs)) / 2
 
     def temperatures(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The temperature of all rows, a scalar, or of each, in the shape of the logits without classes."""
+        """Return one temperature, a scalar, or one per row, in the shape of the logits without classes."""
         theta = self.theta if self.classes is None else self._theta_of_rows(student_logits, teacher_logits)
         return (
             self.lowest_temperature
@@ -126,7 +126,7 @@ class CTKDLoss(LogitLoss):
         seen = torch.cat(
             [logits.detach().to(dtype).softmax(axis) for logits in (student_logits, teacher_logits)], axis
         )
-        # A row of NaN, if it counts, shows in the divergence; if it does not, it must not reach the weights.
+        # NaN in a row that does not count would otherwise reach the weights; in others the divergence has it.
         theta: Tensor = self.theta_of(seen.nan_to_num(0).movedim(axis, -1)).squeeze(-1)
         return theta
 

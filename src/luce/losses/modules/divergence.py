@@ -1,4 +1,4 @@
-"""Modules of the divergences; the functions of the same names say what they compute."""
+"""Modules of the divergences; the functions of the same names define the formulas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CrossEntropyLoss", "DKDLoss", "HardLabelLoss", "JSDLoss", "KDLoss", 
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class CrossEntropyLoss(LogitLoss):
-    """Module of `luce.cross_entropy_loss`. Called like the others; the teacher's logits may be None.
+    """Module of `luce.cross_entropy_loss`. The teacher's logits may be None.
 
     Example:
         >>> import torch

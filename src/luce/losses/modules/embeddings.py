@@ -1,4 +1,4 @@
-"""Modules of the losses between rows of a batch; the functions of the same names say what they compute."""
+"""Modules of the losses between rows of a batch; the functions of the same names define the formulas."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class CCLoss(FeatureLoss):
     """Module of `luce.cc_loss`: correlation congruence.
 
     The consecutive form, with weight 0.02, embeds both networks' features linearly in `dim` dimensions. As in
-    the benchmark code, both embeddings are learnt, and nothing keeps them from shrinking to 0 together.
+    the benchmark code, both embeddings are trained, and nothing prevents them from shrinking to 0 together.
 
     Args:
-        form: ``"kernel"``, which learns nothing, or ``"consecutive"``.
+        form: ``"kernel"``, without parameters, or ``"consecutive"``.
         gamma: Of the Gaussian kernel.
         order: Of its expansion.
         dim: Of the embeddings.

@@ -1,4 +1,4 @@
-"""What all losses on features share: how they are built, called and checked."""
+"""The base class of the losses on features: building, calling and checking."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Tensors = Sequence[Tensor]
 
 
 class TeacherFeatures(Protocol):
-    """The teacher's features of the training rows, for what a loss learns before training."""
+    """The teacher's features of the training rows, for `FeatureLoss.prepare`."""
 
     def __call__(
         self, *, batch_size: int = 256, epochs: int = 1, shuffle: bool = False
     ) -> Iterator[list[Tensor]]:
-        """Batch by batch a list of features, without gradient; as `luce.methods.TrainingRows.batches`."""
+        """Yield a list of features per batch, without gradient; see `luce.methods.TrainingRows.batches`."""
 
 
 class Train(Protocol):
@@ -44,21 +44,21 @@ class Train(Protocol):
 class FeatureLoss(Prepared):
     """A loss between features of the student and of the teacher, with its options as dataclass fields.
 
-    All are used alike: `build` once with the shapes of the features, then
-    ``loss(student_features, teacher_features)`` with two lists of tensors, one per stage. What a loss
-    learns beside the student (projections, regressors, variances) are its parameters: they exist after
-    `build`, must be handed to the optimiser, and are of no use once the student is trained, unless the loss
-    says otherwise. A loss without parameters needs no `build`, which then only checks the shapes.
+    Call `build` once with the shapes of the features, then ``loss(student_features, teacher_features)`` with
+    two lists of tensors, one per stage. Projections, regressors and variances that are trained with the
+    student are parameters of the loss. They exist after `build`, must be passed to the optimiser, and are not
+    needed once the student is trained unless the loss states otherwise. A loss without parameters works
+    without `build`, which then only checks the shapes.
 
     Example:
         >>> import luce
         >>> loss = luce.VIDLoss()
         >>> loss.build([(8, 4, 4)], [(16, 4, 4)])
-        >>> optimizer = torch.optim.SGD(loss.parameters(), lr=0.01)  # and those of the student
+        >>> optimizer = torch.optim.SGD(loss.parameters(), lr=0.01)  # with the student's parameters
         >>> loss([torch.zeros(2, 8, 4, 4)], [torch.zeros(2, 16, 4, 4)])  # log(5) / 2
         tensor(0.8047, grad_fn=<SumBackward0>)
 
-    Subclasses say what they compare:
+    Subclasses set what they compare:
 
     Attributes:
         takes: ``"maps"``, features of shape ``(N, C', H, W)``, or ``(N, T, D)`` as transformers have them,
@@ -78,7 +78,7 @@ class FeatureLoss(Prepared):
     needs_index: ClassVar[bool] = False
     reuses_classifier: ClassVar[bool] = False
     function: ClassVar[Callable[..., Tensor] | None] = None
-    """Of one feature of each network; its options are the module's fields."""
+    """The loss of one feature of each network; its options are the module's fields."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -101,14 +101,14 @@ class FeatureLoss(Prepared):
         """
 
     def build(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
-        """Make what the loss learns, as ordinary parameters on the CPU.
+        """Make the parameters of the loss, on the CPU.
 
         Args:
             student_shapes: Of each feature, without the batch: ``(C', H, W)``, ``(T, D)`` or ``(D,)``.
             teacher_shapes: Likewise, as many.
         Raises:
-            ValueError: On shapes that this loss cannot compare, or others than those of an earlier call;
-                a second call with the same shapes changes nothing.
+            ValueError: On shapes that this loss cannot compare, or that differ from those of an earlier
+                call; a second call with the same shapes changes nothing.
         """
         shapes = tuple(tuple(torch.Size(s) for s in group) for group in (student_shapes, teacher_shapes))
         if self._shapes is not None:
@@ -146,11 +146,11 @@ class FeatureLoss(Prepared):
     def forward(self, student_features: Tensors, teacher_features: Tensors) -> Tensor | dict[str, Tensor]:
         """The loss of a batch, a scalar; shapes and errors are those of the function.
 
-        A loss that tells more than its value returns a dict of scalars with the key ``"loss"``, as
-        `luce.WeightedSum` does.
+        A loss with several parts returns a dict of scalars with the key ``"loss"``, as `luce.WeightedSum`
+        does.
 
         Raises:
-            RuntimeError: If this loss learns and was not built.
+            RuntimeError: If this loss has parameters and was not built.
         """
         self._check_number(len(student_features), len(teacher_features))
         self._check_built()
@@ -163,18 +163,18 @@ class FeatureLoss(Prepared):
         return type(self)._make is not FeatureLoss._make
 
     def _check_options(self) -> None:
-        """The function knows its own rules: using the options once, on the smallest input, checks them."""
+        """Check the options by calling the function once, on the smallest input."""
         if type(self).function is not None:
             one = torch.zeros(1, 1, 1, 1) if self.takes == "maps" else torch.zeros(1, 1)
             self._stage(0, one, one)
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
-        """Make the parameters; a loss without any only tries the shapes."""
+        """Make the parameters; a loss without parameters only checks the shapes."""
         self._try(student_shapes, teacher_shapes)
 
     @torch.no_grad()
     def _try(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
-        """Features of one row, of these shapes: what cannot be compared shows now, not in training."""
+        """Compute the loss of one row of these shapes, so that wrong shapes raise before training."""
         features = [[torch.zeros(1, *shape) for shape in group] for group in (student_shapes, teacher_shapes)]
         training = self.training
         self.eval()
@@ -216,7 +216,7 @@ class FeatureLoss(Prepared):
         if self.learns and self._shapes is None:
             raise RuntimeError(
                 f"expected {type(self).__name__}.build to be called with the shapes of the features first: "
-                f"it makes what the loss learns"
+                f"it makes the parameters of the loss"
             )
 
     def extra_repr(self) -> str:
@@ -229,14 +229,14 @@ def _as_text(shapes: Sequence[Sequence[torch.Size]]) -> str:
 
 
 def through(layer: nn.Module, feature: Tensor) -> Tensor:
-    """What a learnt layer makes of a feature, whatever dtypes the two have."""
+    """Apply a layer to a feature converted to the layer's dtype."""
     first = next(layer.parameters(), None)
     output: Tensor = layer(feature if first is None else feature.to(first.dtype))
     return output
 
 
 def channels(student_shapes: Shapes, teacher_shapes: Shapes) -> list[tuple[int, int]]:
-    """Of the student's map and of the teacher's, stage by stage."""
+    """Return the channels of the student's and the teacher's map for each stage."""
     return [
         (_features.map_shape(s)[0], _features.map_shape(t)[0])
         for s, t in zip(student_shapes, teacher_shapes, strict=True)
@@ -244,5 +244,5 @@ def channels(student_shapes: Shapes, teacher_shapes: Shapes) -> list[tuple[int, 
 
 
 def aligned(inputs: int, outputs: int) -> nn.Module:
-    """A 1x1 convolution to the teacher's channels where the student has others."""
+    """Return a 1x1 convolution to the teacher's channels, or the identity if they are equal."""
     return nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)

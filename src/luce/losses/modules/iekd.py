@@ -1,4 +1,4 @@
-"""IE-KD: half of the student's channels inherit what the teacher knows, the other half explore."""
+"""IE-KD: half of the student's channels inherit the teacher's features, the other half explore."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["IEKDLoss"]
 
 PREPARATION_BATCH = 128
 SLOPE = 0.1
-"""Of the leaky ReLUs of the coders."""
+"""Negative slope of the leaky ReLUs in the coders."""
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -30,28 +30,28 @@ class IEKDLoss(FeatureLoss):
     .. math:: \lambda_i\, L_i(E_i(f_i), E(f_t)) + \lambda_e\, L_e(E_e(f_e), E(f_t))
 
     The channels of the student's map are split into :math:`f_i`, which inherits, and :math:`f_e`, which
-    explores and which the task keeps useful. E is the encoder of an auto-encoder of the teacher's map; each
-    part has an encoder of its own, trained with the student. :math:`L_i` is `luce.inheritance_loss`, which
-    draws near, and :math:`L_e` is `luce.exploration_loss`, which drives away. Any loss on the logits can
-    stand beside it. The authors take the last map before the pooling.
+    explores while the task's loss keeps it useful. E is the encoder of an auto-encoder of the teacher's map;
+    each part has its own encoder, trained with the student. :math:`L_i` is `luce.inheritance_loss`, which
+    attracts, and :math:`L_e` is `luce.exploration_loss`, which repels. Add any loss on the logits. The
+    authors take the last map before the pooling.
 
     A *prepared* auto-encoder is trained on the teacher's maps before the student: `prepare`, which the
     training loop calls, has it trained with batches of 128 by SGD (Nesterov momentum 0.9, weight decay 5e-4,
     a constant learning rate; `luce.methods.train_by_sgd`) and freezes it, in evaluation mode. An *online* one
-    learns beside the student: its reconstruction error is a term of the loss, of weight 1, which is all that
-    moves it. That is for a teacher that changes, and our reconstruction.
+    is trained with the student, only by its reconstruction error, a term of the loss of weight 1. It is meant
+    for a teacher that changes, and is our reconstruction.
 
     The weights: in the authors' configuration both are 1; in their ablation, which we know from digests
-    only, both are best at 50. Which normalisation either belongs to could not be verified. With the mean over
-    all entries, which is their code's and at most 0.044 for factors of 32 channels and 8x8 places, 1 is next
-    to nothing beside a cross-entropy; our recipes take 50. Sums over the D entries of a factor would ask for
-    weights D times smaller.
+    only, both are best at 50. The normalisation that belongs to either could not be verified. The authors'
+    code takes the mean over all entries, at most 0.044 for factors of 32 channels and 8x8 places: a weight of
+    1 is then negligible beside a cross-entropy. Our recipes take 50. Sums over the D entries of a factor
+    would need weights D times smaller.
 
     Coders (three 3x3 convolutions with batch normalisation and leaky ReLUs), split and preparation are those
-    of the authors' code. It has some slips that are not followed: what it calls the student is the frozen
-    network and what it calls the teacher the one that learns; exploration draws near like inheritance unless
-    ``negative`` is set, which its configuration does not do; and a resumed run draws another random split,
-    which here is saved with the weights. That maps may differ in size and channels be odd in number is ours.
+    of the authors' code. Three of its errors are not copied: it swaps the names of student and teacher;
+    exploration attracts like inheritance unless ``negative`` is set, which its configuration does not do; and
+    a resumed run draws another random split, which is saved with the weights here. Maps of different sizes
+    and odd numbers of channels are our additions.
 
     An encoder can explore alone while the features stay as they were. ``cka_inheritance`` and
     ``cka_exploration`` therefore measure how each part's channels compare with the teacher's map
@@ -61,13 +61,13 @@ class IEKDLoss(FeatureLoss):
         inheritance_weight: :math:`\lambda_i`, at least 0.
         exploration_weight: :math:`\lambda_e`, at least 0.
         form: ``"l1"`` or ``"cosine"``, for both losses.
-        split: ``"natural"``: the first half of the channels inherits, of an odd number the smaller one; or
-            ``"random"``: as many, drawn once by `build`.
-        code_channels: Of the code; None for half of the teacher's channels.
+        split: ``"natural"``: the first half of the channels inherits, rounded down; or ``"random"``: as many
+            channels, drawn once by `build`.
+        code_channels: Channels of the code; None for half of the teacher's channels.
         autoencoder: ``"prepared"`` or ``"online"``.
         reconstruction_form: The auto-encoder's loss over all entries: ``"l1"``, the mean absolute error, as
             in the authors' code, or ``"l2"``, the mean square.
-        epochs: Of the preparation.
+        epochs: Epochs of the preparation.
         lr: Learning rate of the preparation, positive.
 
     Shape:
@@ -131,8 +131,8 @@ class IEKDLoss(FeatureLoss):
         ((ours, theirs),) = channels(student_shapes, teacher_shapes)
         if ours < 2:
             raise ValueError(
-                f"expected a feature of the student of at least 2 channels, some to inherit and some to "
-                f"explore, got {tuple(student_shapes[0])}"
+                f"expected a feature of the student of at least 2 channels, to inherit and to explore, "
+                f"got {tuple(student_shapes[0])}"
             )
         code, inheriting = self.code_channels or max(theirs // 2, 1), ours // 2
         self.of_teacher = AutoEncoder(theirs, code, frozen=self.needs_preparation)
@@ -190,14 +190,14 @@ class IEKDLoss(FeatureLoss):
         return {"reconstruction": error / entries, "relative_reconstruction": error / size if size else 0.0}
 
     def _pooled(self, features: Tensors) -> Tensor:
-        """The teacher's map as it will stand beside the student's."""
+        """Return the teacher's map, pooled to the size that it has when compared with the student's."""
         assert self._shapes is not None
         (teacher,) = features
         beside = teacher.new_zeros(len(teacher), *self._shapes[0][0])
         return _features.maps(beside, teacher)[1]
 
     def _errors(self, restored: Tensor, teacher: Tensor) -> Tensor:
-        """Of each entry."""
+        """Return the reconstruction error of each entry."""
         difference = restored.to(teacher.dtype) - teacher
         return difference.abs() if self.reconstruction_form == "l1" else difference.square()
 
@@ -276,7 +276,7 @@ def coder(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _check_normalisable(feature: Tensor) -> None:
-    """Batch normalisation takes a mean over rows and places."""
+    """Raise UserError for a single value per channel: batch normalisation averages over rows and places."""
     if feature.numel() == feature.shape[1]:
         raise UserError(
             "expected more than one value per channel in a batch for IEKDLoss, which normalises over rows "

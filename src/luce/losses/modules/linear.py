@@ -1,4 +1,4 @@
-"""Modules of the losses on a head's hidden states; the functions of the same names say what they compute."""
+"""Modules of the losses on hidden states; the functions of the same names define the formulas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["LinearKDLoss", "LinearPLDLoss"]
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class LinearLoss(nn.Module):
-    """A function of `LinearLogits` with its options, checked when the module is made."""
+    """A function of `LinearLogits` with its options, which the constructor checks."""
 
     function: ClassVar[Callable[..., Tensor]]
 
@@ -34,7 +34,7 @@ class LinearLoss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
-        one = torch.ones(1, 1)  # the smallest input: the function knows its own rules
+        one = torch.ones(1, 1)  # calling the function once, on the smallest input, checks the options
         self(LinearLogits(one, one), one, torch.zeros(1, dtype=torch.long))
 
     def options(self) -> dict[str, object]:
@@ -57,7 +57,7 @@ class LinearLoss(nn.Module):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class LinearKDLoss(LinearLoss):
-    """Module of `luce.linear_kd_loss`: `luce.KDLoss` without ever holding the logits.
+    """Module of `luce.linear_kd_loss`: `luce.KDLoss` without materialising the logits.
 
     Example:
         >>> head = torch.nn.Linear(16, 1000)
@@ -75,7 +75,7 @@ class LinearKDLoss(LinearLoss):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class LinearPLDLoss(LinearLoss):
-    """Module of `luce.linear_pld_loss`: `luce.PLDLoss` without ever holding the logits.
+    """Module of `luce.linear_pld_loss`: `luce.PLDLoss` without materialising the logits.
 
     Example:
         >>> LinearPLDLoss(top_k=128)

@@ -20,9 +20,9 @@ __all__ = ["LONDONLoss", "LipschitzLoss"]
 class LipschitzLoss(FeatureLoss):
     """Module of `luce.lipschitz_loss`: the norms of the transmitting matrices, from each stage to the next.
 
-    Without connectors nothing is learnt and the student's own maps are measured, whatever their channels;
-    that form is ours. The authors' code measures them after the connectors of OFD, which exist in training
-    alone: `luce.LONDONLoss` is their sum.
+    Without connectors the loss has no parameters and measures the student's own maps, whatever their
+    channels; that form is ours. The authors' code measures them after the connectors of OFD, which exist in
+    training only: `luce.LONDONLoss` is the sum of both.
 
     Args:
         connectors: Whether the student's maps go through a 1x1 convolution to the teacher's channels and
@@ -74,7 +74,7 @@ class LipschitzLoss(FeatureLoss):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class LONDONLoss(OFDLoss):
-    r"""LONDON: OFD, and how far each stage stretches what enters it, through the same connectors.
+    r"""LONDON: OFD plus the Lipschitz term of each stage, through the same connectors.
 
     .. math:: L = L_\mathrm{OFD} + \alpha L_\mathrm{lip}
 
@@ -89,12 +89,12 @@ class LONDONLoss(OFDLoss):
     fourth power of the features. A digest of the paper says that the term hurts beyond a fifth of the total
     loss; the two returned parts show that share.
 
-    It differs from that code in what is no matter of formulas: the teacher stays in evaluation mode, where
-    the code lets its batch statistics drift; the margins are counted (see `luce.OFDLoss`); the norms converge
-    and propagate their exact gradient, where the code goes through 10 noisy steps of power iteration. Its
-    first release (July 2021) calculated the norms without gradients, so that the term taught nothing; it was
-    mended in September, but copies circulate. Here a test holds that each part moves the student. The
-    paper itself, its bounds and tables were not verified.
+    Outside the formulas it differs from that code. The teacher stays in evaluation mode, where the code lets
+    its batch statistics drift. The margins are averaged (see `luce.OFDLoss`). The norms converge and have
+    their exact gradient, where the code takes 10 noisy steps of power iteration. The first release of the
+    code (July 2021) computed the norms without gradients, so that the term had no effect; it was fixed in
+    September, but copies circulate. A test here checks that each part moves the student. The paper itself,
+    its bounds and tables were not verified.
 
     Args:
         lipschitz_weight: :math:`\alpha`, at least 0, of the Lipschitz term.
@@ -141,6 +141,6 @@ class LONDONLoss(OFDLoss):
 
 
 def _check_options(relative: bool, iterations: int, algorithm: Algorithm) -> None:
-    """The function knows its own rules: see `FeatureLoss._check_options`."""
+    """Check the options by calling the function once; see `FeatureLoss._check_options`."""
     ones = [torch.ones(1, 1, 1, 1)] * 2
     lipschitz_loss(ones, ones, relative=relative, iterations=iterations, algorithm=algorithm)

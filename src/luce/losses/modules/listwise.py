@@ -1,4 +1,4 @@
-"""Modules of the list-wise losses; the functions of the same names say what they compute."""
+"""Modules of the list-wise losses; the functions of the same names define the formulas."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class PLDLoss(LogitLoss):
     """Module of `luce.pld_loss`: Plackett-Luce Distillation. Use it alone, without cross-entropy.
 
     With ``teacher_temperature="auto"`` the temperature is `luce.suggest_temperature` of the teacher's logits
-    on the training rows. `luce distill` and `luce.distill` take care of that; in a loop of your own, call
-    `prepare` once before the first batch.
+    on the training rows. `luce distill` and `luce.distill` compute it; in a loop of your own, call `prepare`
+    once before the first batch.
 
     Example:
         >>> import torch
@@ -84,7 +84,7 @@ class PLDLoss(LogitLoss):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class ListMLELoss(LogitLoss):
-    """Module of `luce.listmle_loss`: the likelihood of the teacher's ranking, all places alike."""
+    """Module of `luce.listmle_loss`: the likelihood of the ranking, all places with the same weight."""
 
     function = staticmethod(listwise.listmle_loss)
 
@@ -93,7 +93,7 @@ class ListMLELoss(LogitLoss):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class PListMLELoss(LogitLoss):
-    """Module of `luce.p_listmle_loss`: the likelihood of the teacher's ranking, first places first."""
+    """Module of `luce.p_listmle_loss`: the likelihood of the ranking, first places with most weight."""
 
     function = staticmethod(listwise.p_listmle_loss)
 

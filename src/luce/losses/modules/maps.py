@@ -1,4 +1,4 @@
-"""Modules of the losses between feature maps; the functions of the same names say what they compute."""
+"""Modules of the losses between feature maps; the functions of the same names define the formulas."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FitNetLoss(FeatureLoss):
     The regressor is that of the benchmark code: a convolution, 3x3 with stride 2 if the student's map is
     twice as high, 4x4 transposed with stride 2 if half as high, else one without padding that trims the map
     to the teacher's size; then batch normalisation and a ReLU. The benchmark takes one stage, the second,
-    with weight 100, and trains it beside the task; the paper, as we know it, trains the hint first.
+    with weight 100, and trains it together with the task; the paper, as we know it, trains the hint first.
 
     Args:
         relu: Whether the regressor ends in a ReLU; turn it off if the teacher's features may be negative.
@@ -109,9 +109,9 @@ class VIDLoss(FeatureLoss):
     """Module of `luce.vid_loss`, with its mean and its variances, summed over the stages. Its weight is 1.
 
     As in the benchmark code: the mean comes from the student's map through three 1x1 convolutions with ReLUs
-    between, as wide as the teacher; a variance is ``softplus(a) + 1e-5``, one for each of its channels. The
-    variances are parameters like the rest and must be trained with it. In mdistiller they never reach the
-    optimiser and stay at their initial value, which makes the loss a plain mean-square error.
+    between, as wide as the teacher; each channel has a variance ``softplus(a) + 1e-5``. The variances are
+    parameters and must be trained. In mdistiller they never reach the optimiser and keep their initial value,
+    which makes the loss a plain mean-square error.
 
     Args:
         initial_variance: Above 1e-5; where all variances start.
@@ -133,7 +133,7 @@ class VIDLoss(FeatureLoss):
         self._try(student_shapes, teacher_shapes)
 
     def variance(self, stage: int) -> Tensor:
-        """``(C',)``, how far off the prediction of each of the teacher's channels is taken to be."""
+        """Return the variance of the prediction of each of the teacher's channels, ``(C',)``."""
         return F.softplus(self.raw_variances[stage]) + EPS
 
     def _stage(self, stage: int, student: Tensor, teacher: Tensor) -> Tensor:
@@ -159,8 +159,8 @@ def _three_convolutions(inputs: int, outputs: int) -> nn.Sequential:
 class FSPLoss(FeatureLoss):
     """Module of `luce.fsp_loss`, on the input and the output of each stage in turn. Its weight is 50.
 
-    Where the student's channels are not the teacher's, a 1x1 convolution projects them. That is ours: paper
-    and benchmark code ask for equal channels.
+    Where the channels differ, a 1x1 convolution projects the student's. That is our addition: paper and
+    benchmark code require equal channels.
     """
 
     takes = "maps"
@@ -188,7 +188,7 @@ class FSPLoss(FeatureLoss):
 class CWDLoss(FeatureLoss):
     """Module of `luce.cwd_loss`: channel-wise distillation, summed over the stages.
 
-    Where the student's channels are not the teacher's, a 1x1 convolution projects them.
+    Where the channels differ, a 1x1 convolution projects the student's.
     """
 
     takes = "maps"
@@ -236,10 +236,10 @@ class OFDLoss(FeatureLoss):
 
     The margin of a channel is the mean of the teacher's negative values there. The authors' code works it out
     from the weight and bias of the batch normalisation before the ReLU, taking its output to be normal, and
-    as -3 standard deviations where that is hardly ever negative. Here it is counted: over all batches seen in
-    training mode, this one included, in buffers that are saved with the loss. So it is exact for any teacher,
-    settles within the first batches, and under several processes each counts its own rows. A channel that was
-    never negative has the margin 0.
+    as -3 standard deviations where that is hardly ever negative. Here it is the mean over all batches seen in
+    training mode, the current one included, in buffers that are saved with the loss. So it is exact for any
+    teacher and settles within the first batches. With several processes each one averages over its own rows.
+    A channel that was never negative has the margin 0.
     """
 
     takes = "maps"
@@ -268,8 +268,8 @@ class OFDLoss(FeatureLoss):
 class Margin(nn.Module):
     """The mean of the negative values of each channel, over all maps seen in training mode.
 
-    Kept as two running means, of the negative part and of the share of negative values, whose ratio it is:
-    counts would outgrow float32.
+    The ratio of two running means: of the negative part and of the share of negative values. Sums and counts
+    would lose digits in float32 as they grow.
     """
 
     batches: Tensor
@@ -284,7 +284,7 @@ class Margin(nn.Module):
 
     @torch.no_grad()
     def forward(self, feature: Tensor) -> Tensor:
-        """``(C',)``, after taking in a map ``(N, C', H, W)``."""
+        """Return the margins ``(C',)``; in training mode after updating the means with a map."""
         if self.training:
             self.batches += 1
             self.negative += (feature.clamp(max=0).mean((0, 2, 3)) - self.negative) / self.batches

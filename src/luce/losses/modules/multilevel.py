@@ -13,7 +13,7 @@ __all__ = ["MLLDLoss"]
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class MLLDLoss(LogitLoss):
-    """Module of `luce.mlld_loss`: KD, and the Gram matrices of rows and of classes, softened variously."""
+    """Module of `luce.mlld_loss`: KD and Gram matrices of rows and of classes, at several temperatures."""
 
     function = staticmethod(multilevel.mlld_loss)
 

@@ -1,4 +1,4 @@
-"""Modules of the losses on logits in units of their own spread."""
+"""Modules of the losses on standardized logits."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class NormDKDLoss(LogitLoss):
 
 
 class Standardized(LogitLoss):
-    """Any loss on the z-scores of both networks' logits, `luce.losses.standardize`.
+    """Apply a loss to the z-scores of both networks' logits, `luce.losses.standardize`.
 
-    With KD and DKD this is logit standardization. It may help or harm other losses, and none of them then
-    moves the spread of the student's logits: that is left to a term which sees them as they are, such as
-    cross-entropy. In a recipe, write ``standardize: true`` into the term.
+    With KD and DKD this is logit standardization. It may help or harm other losses. No standardized loss
+    changes the spread of the student's logits: a term on the plain logits, such as cross-entropy, must do so.
+    In a recipe, write ``standardize: true`` in the term.
 
     Args:
-        loss: Gets the standardized logits; everything else about it stays as it is.
+        loss: Receives the standardized logits; its options stay the same.
         unbiased: As in `luce.losses.standardize`.
     Raises:
         TypeError: If `loss` is no `luce.losses.LogitLoss`; of a sum, standardize its terms.
@@ -92,7 +92,7 @@ class Standardized(LogitLoss):
         self.loss.set_epoch(epoch)
 
     def options(self) -> dict[str, object]:
-        """Those of the loss."""
+        """The options of the loss."""
         return self.loss.options()
 
     def _call(

@@ -1,4 +1,4 @@
-"""Modules of the pairwise losses; the functions of the same names say what they compute."""
+"""Modules of the pairwise losses; the functions of the same names define the formulas."""
 
 from __future__ import annotations
 

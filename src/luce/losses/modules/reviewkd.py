@@ -1,4 +1,4 @@
-"""ReviewKD: each stage of the teacher teaches all stages of the student up to its own depth."""
+"""ReviewKD: fuse the student's maps from the deepest stage upwards and match each fused map."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LEVELS = (4, 2, 1)
 class ReviewKDLoss(FeatureLoss):
     r"""Knowledge review: the student's maps, fused from the deepest to the first, against the teacher's.
 
-    From the deepest stage on, each map :math:`F_i` of the student is brought to ``middle`` channels and fused
-    with what comes from below (ABF: the deeper one is enlarged to its size, two attention maps, one value per
-    place each, weigh the two), :math:`R_i = a_i \odot \mathrm{conv}(F_i) + b_i \odot \mathrm{up}(R_{i+1})`,
-    and then brought to the teacher's size and channels. The loss is the sum over the stages of
-    `hierarchical_context_loss`.
+    From the deepest stage on, each map :math:`F_i` of the student is projected to ``middle`` channels and
+    fused with the deeper result (ABF: the deeper map is enlarged to its size, and two attention maps with one
+    value per place weigh the two), :math:`R_i = a_i \odot \mathrm{conv}(F_i) + b_i \odot
+    \mathrm{up}(R_{i+1})`. The result is projected to the teacher's size and channels. The loss is the sum of
+    `hierarchical_context_loss` over the stages.
 
     The features are given from the first stage to the deepest, usually followed by the pooled vector, which
     counts as a map of one place. The authors take maps *before* the activation: in our residual networks
@@ -70,7 +70,7 @@ class ReviewKDLoss(FeatureLoss):
         for shape in (*shapes[0], *shapes[1]):
             if len(shape) != 3:
                 raise ValueError(
-                    "expected features of shape (C', H, W) or (D,) beside the batch for ReviewKDLoss, "
+                    "expected features of shape (C', H, W) or (D,) without the batch for ReviewKDLoss, "
                     f"got {tuple(shape)}"
                 )
         super().build(*shapes)
@@ -126,9 +126,9 @@ class Fusion(nn.Module):
 
     Args:
         inputs: Channels of the student's map.
-        middle: Of what is passed on to the stage above.
-        outputs: Of the teacher's map.
-        deepest: Whether nothing comes from below.
+        middle: Channels of the fused map that is passed to the stage above.
+        outputs: Channels of the teacher's map.
+        deepest: Whether there is no deeper stage.
     """
 
     def __init__(self, inputs: int, middle: int, outputs: int, *, deepest: bool) -> None:
@@ -142,7 +142,7 @@ class Fusion(nn.Module):
         self.widen = nn.Sequential(widen, Normalisation(outputs))
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """A map like the teacher's, of that height and width, and what is passed on."""
+        """Return a map with the teacher's channels at this height and width, and the fused map."""
         x = through(self.narrow, x)
         if self.attention is not None:
             assert deeper is not None
@@ -155,7 +155,7 @@ class Fusion(nn.Module):
 
 
 class Normalisation(nn.BatchNorm2d):
-    """Batch normalisation that takes the running statistics where the batch has but one value per channel."""
+    """Batch normalisation with the running statistics if the batch has a single value per channel."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() > x.shape[1]:

@@ -1,4 +1,4 @@
-"""Modules of KD's relatives that weigh rows or classes anew, or measure the distance otherwise."""
+"""Modules of KD's relatives with other weights of rows or classes, or another distance."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TVDLoss(LogitLoss):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class WSLDLoss(LogitLoss):
-    """Module of `luce.wsld_loss`: KD with less weight on rows whose label the student knows already."""
+    """Module of `luce.wsld_loss`: KD with less weight on rows whose label the student already predicts."""
 
     function = staticmethod(reweighted.wsld_loss)
     uses_unlabelled = False
@@ -51,9 +51,7 @@ class WSLDLoss(LogitLoss):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class TfKDLoss(LogitLoss):
-    """Module of `luce.tfkd_loss`: KD from a virtual teacher. Called like the others; the teacher's logits may
-    be None.
-    """
+    """Module of `luce.tfkd_loss`: KD from a virtual teacher. The teacher's logits may be None."""
 
     function = staticmethod(reweighted.tfkd_loss)
     takes_teacher = False

@@ -1,4 +1,4 @@
-"""Module of RankDistil; the function of the same name says what it computes."""
+"""Module of RankDistil; the function of the same name defines the formula."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ class RankDistilLoss(LogitLoss):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        with torch.random.fork_rng(devices=()):  # checking the options draws rankings
+        with torch.random.fork_rng(devices=()):  # the check of the options draws rankings
             super().__post_init__()

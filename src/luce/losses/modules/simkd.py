@@ -15,11 +15,11 @@ __all__ = ["SimKDLoss"]
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class SimKDLoss(FeatureLoss):
-    """Mean-square error between the student's projected last map and the teacher's. Its weight is 1, alone.
+    """Mean-square error between the student's projected last map and the teacher's. Weight 1.
 
-    The loss learns nothing: the projector and the teacher's classifier are parts of the student, in training
-    and afterwards. `luce.methods.FeatureMethod` copies the classifier. The paper applies this loss to both
-    networks' ``neck``, without cross-entropy.
+    The loss has no parameters: the projector and the teacher's classifier are parts of the student, in
+    training and afterwards. `luce.methods.FeatureMethod` copies the classifier. The paper applies this loss
+    to both networks' ``neck``, without cross-entropy.
 
     Shape:
         One map of each network, ``(N, C', H, W)``, with equal channels; the larger is average-pooled to the

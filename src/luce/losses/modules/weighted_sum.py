@@ -1,4 +1,4 @@
-"""Losses composed in the open."""
+"""The weighted sum of losses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["WeightedSum"]
 
 
 class WeightedSum(nn.Module):
-    """A weighted sum of losses that keeps its terms apart; those of weight 0 are 0.
+    """A weighted sum of losses that also returns its terms; a term of weight 0 is 0 and is not computed.
 
     Args:
         terms: Name to ``(weight, loss)``; each loss is called as ``loss(student_logits, teacher_logits,
             target)`` and returns a scalar. Weights are at least 0.
         warmup: Name to the number of epochs over which that weight grows to its full size: in epoch *e* it
-            is multiplied by ``min(e / warmup, 1)``. The training loop tells the epoch by `set_epoch`.
+            is multiplied by ``min(e / warmup, 1)``. The training loop sets the epoch with `set_epoch`.
     Raises:
         ValueError: If there are no terms, a weight is negative, a term is called ``"loss"``, a loss is not
-            reduced to a scalar, or there is a warm-up of no term or of a negative number of epochs.
+            reduced to a scalar, or a warm-up names no term or a negative number of epochs.
     Example:
         >>> import torch
         >>> from luce import CrossEntropyLoss, KDLoss
@@ -47,7 +47,7 @@ class WeightedSum(nn.Module):
 
     @property
     def uses_unlabelled(self) -> bool:
-        """Whether a row without a label can teach anything: True if it can in any term that counts."""
+        """Whether a row without a label contributes to any term of a weight above 0."""
         return any(
             weight and (not isinstance(loss, LogitLoss) or loss.uses_unlabelled)
             for weight, loss in zip(self.weights.values(), self.losses.values(), strict=True)
@@ -55,7 +55,7 @@ class WeightedSum(nn.Module):
 
     @property
     def takes_teacher(self) -> bool:
-        """Whether any term looks at the teacher."""
+        """Whether any term depends on the teacher's logits."""
         return any(not isinstance(loss, LogitLoss) or loss.takes_teacher for loss in self.losses.values())
 
     @property
@@ -64,7 +64,7 @@ class WeightedSum(nn.Module):
         return bool(self._to_prepare)
 
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
-        """Let each term learn what it must know of the teacher; see `luce.losses.LogitLoss.prepare`."""
+        """Prepare each term that needs it; see `luce.losses.LogitLoss.prepare`."""
         return {
             f"{name}.{key}": value
             for name, loss in self._to_prepare.items()
@@ -73,7 +73,7 @@ class WeightedSum(nn.Module):
 
     @property
     def _to_prepare(self) -> dict[str, LogitLoss]:
-        """By name, those of the terms that count."""
+        """The terms of a weight above 0 that need preparation, by name."""
         return {
             name: loss
             for name, loss in self.losses.items()
@@ -81,7 +81,7 @@ class WeightedSum(nn.Module):
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """AnswerKind before each epoch, counted from 1; without it every weight has its full size."""
+        """Set the epoch, counted from 1; without it every weight has its full size."""
         self.epoch = epoch
         for loss in self.losses.values():
             if isinstance(loss, LogitLoss):
@@ -93,7 +93,7 @@ class WeightedSum(nn.Module):
         """The weighted terms by name, and their sum as ``"loss"``."""
         nothing = student_logits.new_zeros(())
         terms = {
-            # A term that is switched off may be infinite, and 0 * inf is not 0.
+            # A term of weight 0 is left out: it may be infinite, and 0 * inf is NaN.
             name: weight * self.losses[name](student_logits, teacher_logits, target) if weight else nothing
             for name, weight in (
                 (name, warmed_up(weight, self.warmup.get(name, 0.0), self.epoch))
@@ -107,7 +107,7 @@ class WeightedSum(nn.Module):
 
 
 def warmed_up(weight: float, warmup: float, epoch: int | None) -> float:
-    """A weight in an epoch of its warm-up; in full without an epoch or a warm-up.
+    """Return a weight in an epoch of its warm-up; the full weight without an epoch or a warm-up.
 
     >>> warmed_up(2.0, warmup=4, epoch=1)
     0.5
@@ -116,11 +116,11 @@ def warmed_up(weight: float, warmup: float, epoch: int | None) -> float:
 
 
 def losses_of(terms: Mapping[str, tuple[float, nn.Module]], warmup: Mapping[str, float]) -> nn.ModuleDict:
-    """The losses of terms ``(weight, loss)`` by name, if names, weights and warm-ups can be used.
+    """Return the losses of terms ``(weight, loss)`` by name, after checking names, weights and warm-ups.
 
     Raises:
-        ValueError: If there are no terms, one is called ``"loss"`` or as no module can be, a weight or a
-            warm-up is negative, or there is a warm-up of no term.
+        ValueError: If there are no terms, a name is ``"loss"`` or invalid for a module, a weight or a warm-up
+            is negative, or a warm-up names no term.
     """
     if not terms or "loss" in terms:
         raise ValueError(f'expected at least one term, none of them called "loss", got {sorted(terms)}')
