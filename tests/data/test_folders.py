@@ -61,6 +61,8 @@ def test_training_rows_vary_and_plain_ones_do_not(folder):
         batch = next(iter(data.loader(validation, batch_size=2, seed=None)))
         expected = torch.stack([it.train.plain[i][0] for i in batch["index"].tolist()])
         assert batch["input"].equal(expected)
+    kept, held = data.hold_out(train, 0.4, seed=0)
+    assert (kept.random, held.random) == (True, False)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
