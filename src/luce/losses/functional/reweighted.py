@@ -263,8 +263,8 @@ def tfkd_loss(
         student_logits: Shape ``(N, C)``, ``(N, C, ...)`` or, with ``class_dim=-1``, ``(..., C)``.
         target: Class indices, the shape of the logits without their class dimension. Rows without a label
             do not count.
-        correct_probability: The virtual teacher's probability of the label, strictly between 0 and 1; the rest
-            is divided evenly among the other classes that exist. The authors' code fixes it at 0.99.
+        correct_probability: The virtual teacher's probability of the label, strictly between 0 and 1; the
+            rest is divided evenly among the other classes that exist. The authors' code fixes it at 0.99.
         temperature: Positive, no unit. In the authors' settings 20 or 40.
         scale_by_temperature: Multiply by ``temperature**2``.
         ignore_index: Rows with this label do not count.
