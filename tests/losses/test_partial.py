@@ -501,7 +501,7 @@ def test_a_module_uses_the_weight_of_the_teacher_s_last_layer():
     for keep in ("weight_sim", "true_prob+weight_sim"):
         loss = luce.PartialKDLoss(keep=keep)
         assert loss.needs_preparation
-        with pytest.raises(RuntimeError, match=r"`use_weight\(weight\)` before the first batch"):
+        with pytest.raises(RuntimeError, match=r"`use_weight\(weight\)` to be called before the first batch"):
             loss(student, teacher, target)
         with pytest.raises(UserError, match=r"`use_weight\(weight\)` before training .* use `class_mean`"):
             loss.prepare(teacher, target)
