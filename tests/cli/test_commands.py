@@ -57,7 +57,7 @@ def test_every_command_helps(command: str, flag: str, luce) -> None:
     if command in RECIPE_COMMANDS:
         for option in ("--training.epochs", "--data.labels_per_class", "--student.name", "--training.lr"):
             assert option in answer.out
-        assert "Keep only so many labels" in " ".join(answer.out.split())  # the words under the field
+        assert "Number of labels to keep per c" in " ".join(answer.out.split())  # the text under the field
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

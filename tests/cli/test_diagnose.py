@@ -179,6 +179,13 @@ def test_landscapes_are_drawn_and_written_down(luce, place: Path) -> None:
     assert sorted(path.name for path in (place / "out").iterdir()) == ["shape.json", "shape.png"]
 
 
+def test_a_loss_that_needs_preparation_is_prepared_with_the_teacher(luce, place: Path) -> None:
+    answer = luce("landscape", "PLDLoss", "teacher_temperature=auto", "--points", "5", "--teacher", "4,1,0")
+    assert (answer.status, answer.err) == (0, "")
+    [grid] = json.loads((place / "runs/landscape.json").read_text())["landscapes"]
+    assert all(value is not None for row in grid["values"] for value in row)
+
+
 def test_teachers_of_landscapes(luce, place: Path) -> None:
     words = ("landscape", "KDLoss", "--points", "5")
     assert luce(*words, "--teacher", "[0, 3.5, -1]", "--label", "2").status == 0

@@ -189,7 +189,7 @@ def test_distilling_in_one_call(bert_folder: Path) -> None:
         ({"student": {"options": {"pad_token_id": 3}}}, "a network with padding token 0"),
         (
             {"student": {"options": {"vocab_size": 9}}},
-            "at least the 15 tokens of the tokenizer, got one of 9",
+            "at least the 15 tokens of the tokenizer, got 9",
         ),
         (
             {"student": {"options": {"num_hidden_layers": "two"}}},
