@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +20,8 @@ from torch.utils.data import TensorDataset
 import luce
 from luce.config import parse
 from luce.recipes import ComparisonRecipe, Recipe, build_method
+from luce.remote import wire
+from luce.remote.service import Service
 
 from . import pages
 
@@ -127,3 +131,12 @@ def test_relative_links_lead_somewhere(page: str) -> None:
     folder = (pages.ROOT / page).parent
     missing = [link for link in links if "://" not in link and not (folder / link).exists()]
     assert not [link for link in missing if not link.startswith("api/")]  # written by docs/hooks.py
+
+
+def test_the_messages_of_the_protocol_page_are_valid() -> None:
+    blocks = pages.blocks(pages.read("docs/black-box.md"), "json")
+    info, response, array = (json.loads(text) for _, text in blocks)
+    Service.read(info)
+    service = Service.read({**info, "model": response["model"]})
+    assert service.read_answers(response, rows=1).tolist() == [[0.0, pytest.approx(0.979)]]
+    assert array.keys() == wire.pack(np.zeros((1,), dtype=array["dtype"])).keys()

@@ -15,7 +15,7 @@ import pytest
 
 import luce
 from luce.errors import UserError
-from luce.remote.cache import AT_ONCE, Answers, key_of
+from luce.remote.cache import KEYS_PER_QUERY, AnswerCache, key_of
 
 MARK = b"the answer to one question"
 WRITER = f"""
@@ -23,10 +23,10 @@ import sys, types
 for name in ("luce", "luce.signals"):  # without the time that torch takes
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [{str(Path(luce.__file__).parent)!r} + "/signals" * (name != "luce")]
-from luce.remote.cache import Answers
-answers = Answers(sys.argv[1], "teacher", "me")
+from luce.remote.cache import AnswerCache
+answers = AnswerCache(sys.argv[1], "teacher", "me")
 for number in range(10**6):
-    answers.keep({{b"%d-%d" % (int(sys.argv[2]), number): b"x%d" % number}})
+    answers.save({{b"%d-%d" % (int(sys.argv[2]), number): b"x%d" % number}})
     print(number, flush=True)
 """
 
@@ -39,29 +39,29 @@ def writer(path: Path, name: int) -> subprocess.Popen[str]:
 
 def test_an_answer_is_found_under_its_teacher_alone(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "answers.sqlite"
-    Answers(path, "one").keep({b"k": b"1", b"l": b"2"})
-    other = Answers(path, "two")
+    AnswerCache(path, "one").save({b"k": b"1", b"l": b"2"})
+    other = AnswerCache(path, "two")
     assert other.find([b"k"]) == {}
-    other.keep({b"k": b"3"})
-    assert Answers(path, "one").find([b"k", b"l", b"m"]) == {b"k": b"1", b"l": b"2"}
-    assert Answers(path, "two").find([b"k", b"l"]) == {b"k": b"3"}
+    other.save({b"k": b"3"})
+    assert AnswerCache(path, "one").find([b"k", b"l", b"m"]) == {b"k": b"1", b"l": b"2"}
+    assert AnswerCache(path, "two").find([b"k", b"l"]) == {b"k": b"3"}
 
 
 def test_the_first_answer_stays_and_whoever_paid_is_known(tmp_path: Path) -> None:
-    answers = Answers(tmp_path / "a", "one", "first run")
-    answers.keep({b"k": b"1"})
+    answers = AnswerCache(tmp_path / "a", "one", "first run")
+    answers.save({b"k": b"1"})
     second = answers.account("second run")
-    second.keep({b"k": b"2", b"l": b"3"})
+    second.save({b"k": b"2", b"l": b"3"})
     assert second.find([b"k"]) == {b"k": b"1"}
     assert (answers.paid, second.paid) == (1, 2)  # they asked about one row at the same moment
-    assert Answers(tmp_path / "a", "one", "second run").paid == 2
-    assert Answers(tmp_path / "a", "two", "second run").paid == 0
+    assert AnswerCache(tmp_path / "a", "one", "second run").paid == 2
+    assert AnswerCache(tmp_path / "a", "two", "second run").paid == 0
 
 
 def test_many_keys_are_looked_up_in_parts() -> None:
-    answers = Answers(None, "one")
-    count = 2 * AT_ONCE + 7
-    answers.keep({b"%d" % number: b"" for number in range(count)})
+    answers = AnswerCache(None, "one")
+    count = 2 * KEYS_PER_QUERY + 7
+    answers.save({b"%d" % number: b"" for number in range(count)})
     assert len(answers.find(b"%d" % number for number in range(count + 5))) == count
 
 
@@ -87,7 +87,7 @@ def test_what_a_killed_process_has_kept_is_there(tmp_path: Path) -> None:
     os.kill(run.pid, signal.SIGKILL)
     said += [int(line) for line in run.stdout if line.endswith("\n")]
     run.wait()
-    answers = Answers(path, "teacher", "me")
+    answers = AnswerCache(path, "teacher", "me")
     found = answers.find(b"1-%d" % number for number in range(len(said) + 2))
     assert {b"1-%d" % number: b"x%d" % number for number in said}.items() <= found.items()
     assert len(said) <= len(found) <= len(said) + 1
@@ -97,11 +97,11 @@ def test_what_a_killed_process_has_kept_is_there(tmp_path: Path) -> None:
 def test_threads_and_processes_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
     runs = [writer(path, name) for name in (1, 2)]
-    answers = Answers(path, "teacher", "me")
+    answers = AnswerCache(path, "teacher", "me")
 
     def keep(name: int) -> None:
         for number in range(10):
-            answers.keep({b"%d-%d" % (name, number): b"x%d" % number})
+            answers.save({b"%d-%d" % (name, number): b"x%d" % number})
 
     threads = [threading.Thread(target=keep, args=(name,)) for name in (3, 4)]
     for thread in threads:
@@ -120,8 +120,8 @@ def test_threads_and_processes_share_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["no database", "torn", "truncated", "one bit"])
 def test_a_damaged_file_is_told_and_left_alone(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
-    answers = Answers(path, "one")
-    answers.keep({b"%d" % number: os.urandom(200) for number in range(500)} | {b"x": MARK})
+    answers = AnswerCache(path, "one")
+    answers.save({b"%d" % number: os.urandom(200) for number in range(500)} | {b"x": MARK})
     answers.close()
     whole = path.read_bytes()
     path.write_bytes(
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_told_and_left_alone(damage: str, tmp_path: Path) -> N
     before = path.read_bytes()
     assert before != whole
     with pytest.raises(UserError, match=r"the answers in .*answers.sqlite are damaged"):
-        Answers(path, "one").find([b"x"])
+        AnswerCache(path, "one").find([b"x"])
     assert path.read_bytes() == before
 
 
@@ -144,14 +144,14 @@ def test_other_files_are_not_touched(tmp_path: Path) -> None:
     with sqlite3.connect(path) as base:
         base.execute("CREATE TABLE mine (x)")
     before = path.read_bytes()
-    with pytest.raises(UserError, match="which holds something else"):
-        Answers(path, "one")
+    with pytest.raises(UserError, match="with other data"):
+        AnswerCache(path, "one")
     assert path.read_bytes() == before
     newer = tmp_path / "newer.sqlite"
-    Answers(newer, "one").close()
+    AnswerCache(newer, "one").close()
     with sqlite3.connect(newer) as base:
         base.execute("PRAGMA user_version = 99")
-    with pytest.raises(UserError, match="which holds another version"):
-        Answers(newer, "one")
-    with pytest.raises(UserError, match="cannot use the file of answers"):
-        Answers(tmp_path, "one")
+    with pytest.raises(UserError, match="with another version"):
+        AnswerCache(newer, "one")
+    with pytest.raises(UserError, match="cannot use the cache of answers"):
+        AnswerCache(tmp_path, "one")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luce.errors import MissingExtra, UserError
 from luce.remote import RemoteError, RemoteTeacher, transport
-from luce.remote.cache import Answers
+from luce.remote.cache import AnswerCache
 from luce.signals import BudgetError, LocalBlackBox
 
 from ..servers import CLASSES, TOKEN, Handler, Network, Reply, good, puppet, serving
@@ -161,7 +161,7 @@ def test_answers_of_another_model_kind_or_place_are_others(tmp_path: Path) -> No
 def test_what_was_answered_before_a_failure_is_kept(tmp_path: Path) -> None:
     cache = tmp_path / "answers.sqlite"
     with puppet(good, good, good, lambda handler, _: handler.json({"error": "no more"}, 403)) as server:
-        with pytest.raises(RemoteError, match=r"status 403, `no more`.*all answers before it are kept"):
+        with pytest.raises(RemoteError, match=r"status 403, `no more`.*earlier answers are cached"):
             ask(server.url, cache=cache, batch_size=2, concurrency=1).query(rows(20))
         server.script = [good]
         teacher = ask(server.url, cache=cache, batch_size=2)
@@ -206,13 +206,13 @@ def test_who_waits_to_ask_again_does_not_once_another_has_failed(monkeypatch: py
 
 def test_a_slow_disk_makes_no_answer_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are kept in another thread than that in which others are waited for."""
-    keep, threads = Answers.keep, set()
+    keep, threads = AnswerCache.save, set()
 
     def spy(*arguments: Any) -> None:
         threads.add(threading.current_thread().name)
         keep(*arguments)
 
-    monkeypatch.setattr(Answers, "keep", spy)
+    monkeypatch.setattr(AnswerCache, "save", spy)
     with puppet(good) as server:
         ask(server.url).query(rows(4))
     assert threads
@@ -319,16 +319,16 @@ REFUSED = {
     "no base64": (says({"probs": {"dtype": "float32", "shape": [1], "base64": "é"}}), "expected `base64`"),
     "dtype": (says({"probs": {"dtype": "object", "shape": [1], "base64": ""}}), "expected a `dtype` among"),
     "shape": (says({"probs": {"dtype": "uint8", "shape": [-1], "base64": ""}}), "expected `shape`"),
-    "long model": (says({"model": "x" * 10**5}), "of the model toy, got some of xxx"),
-    "model": (says({"model": "new", "probs": [[0.25] * 4] * 3}), "of the model toy, got some of new"),
-    "redirect": (says({}, 302, Location="http://elsewhere.test"), "sends us to http://elsewhere.test"),
+    "long model": (says({"model": "x" * 10**5}), "of the model toy, got answers of xxx"),
+    "model": (says({"model": "new", "probs": [[0.25] * 4] * 3}), "of the model toy, got answers of new"),
+    "redirect": (says({}, 302, Location="http://elsewhere.test"), "redirects to http://elsewhere.test"),
     "400": (says({"error": "no"}, 400), "status 400, `no`; it understands another protocol"),
     "401": (says({"error": "who"}, 401), "status 401, `who`; give the right token"),
     "403": (says({}, 403), "status 403"),
     "404": (says({}, 404), "it has no such page"),
     "413": (says({}, 413), "lower `teacher.batch_size`"),
-    "418": (says({}, 418), "it may be no server of answers"),
-    "later": (says({}, 429, Retry_After="3600"), "to be asked again in 3600 seconds"),
+    "418": (says({}, 418), "it may be no server of this protocol"),
+    "later": (says({}, 429, Retry_After="3600"), "the server demands to wait 3600 seconds"),
 }  # fmt: skip
 REPEATED = {
     "nan": (lambda h, _: h.text('{"probs": [[NaN, 0, 0, 0]]}'), "expected JSON, got"),
@@ -340,10 +340,10 @@ REPEATED = {
     "429": (says({"error": "slow down"}, 429), "status 429, `slow down`"),
     "500": (says({}, 500), "status 500"),
     "503": (lambda h, _: h.text("<h1>Bad", 503), "status 503, `<h1>Bad`"),
-    "drip": (drips, "no whole answer within 0.4 seconds"),
-    "drip of headers": (drips_headers, "no whole answer within 0.4 seconds"),
-    "hang up": (hangs_up, "no connection, or it broke off"),
-    "break off": (breaks_off, "no connection, or it broke off"),
+    "drip": (drips, "no complete response within 0.4 seconds"),
+    "drip of headers": (drips_headers, "no complete response within 0.4 seconds"),
+    "hang up": (hangs_up, "no connection, or a broken one"),
+    "break off": (breaks_off, "no connection, or a broken one"),
 }  # fmt: skip
 
 
@@ -367,14 +367,14 @@ def test_no_answer_is_asked_for_again_a_few_times(name: str) -> None:
     with puppet(reply) as server:
         teacher = ask(server.url)
         if "drip" in name:
-            teacher._line.timeout = 0.4
+            teacher._connection.timeout = 0.4
         with pytest.raises(RemoteError, match=message) as raised:
             teacher.query(rows(3))
-        assert "it was asked 3 times" in str(raised.value)
+        assert "it was requested 3 times" in str(raised.value)
         assert server.asked == [3, 3, 3]
         assert (teacher.cost["requests"], teacher.cost["retries"], teacher.queries) == (4, 2, 0)
         # One that comes to its senses loses nothing.
-        teacher._line.timeout = 30.0
+        teacher._connection.timeout = 30.0
         server.script = [good] if "drip" in name else [reply] * (len(server.asked) + 1) + [good]
         assert teacher.query(rows(3)).shape == (3, 4)
         assert teacher.queries == 3
@@ -427,7 +427,7 @@ def test_servers_that_introduce_themselves_badly(said: Any, message: str) -> Non
 
 def test_a_flood_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MOST_BYTES", 2**20)
-    with puppet(floods) as server, pytest.raises(RemoteError, match="an answer of more than 1048576 bytes"):
+    with puppet(floods) as server, pytest.raises(RemoteError, match="a response of more than 1048576 bytes"):
         ask(server.url).query(rows(3))
 
 
@@ -453,7 +453,7 @@ def test_a_server_that_asks_for_nonsense_is_asked_as_usual(after: str) -> None:
 
 def test_waits_grow_and_end() -> None:
     with puppet(good) as server:
-        line = ask(server.url)._line
+        line = ask(server.url)._connection
     waits = [line._wait(attempt, None) / transport.FIRST_WAIT for attempt in range(6)]
     assert all(2**n / 2 <= wait <= 2**n for n, wait in enumerate(waits))
     assert line._wait(100, None) <= transport.LONGEST_WAIT
@@ -463,7 +463,7 @@ def test_waits_grow_and_end() -> None:
 def test_nobody_there() -> None:
     with puppet(good) as server:
         url = server.url
-    with pytest.raises(RemoteError, match=r"no connection.*it was asked 3 times"):
+    with pytest.raises(RemoteError, match=r"no connection.*it was requested 3 times"):
         ask(url)
 
 

@@ -122,7 +122,7 @@ def test_requests_that_wait_together_are_predicted_together(monkeypatch: pytest.
         work.cancel()
         return answers
 
-    monkeypatch.setattr(luce_server, "AT_ONCE", 6)
+    monkeypatch.setattr(luce_server, "PREDICTION_BATCH", 6)
     sizes: list[int] = []
     inputs = torch.randn(21, 3)
     torch.testing.assert_close(torch.cat(asyncio.run(ask())), Network()(inputs).detach())
@@ -264,7 +264,7 @@ def test_a_large_request_is_refused_while_it_is_read() -> None:
 
 
 def test_a_slow_request_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luce_server, "SLOWEST", 0.2)
+    monkeypatch.setattr(luce_server, "RECEIVE_TIMEOUT", 0.2)
     with serving() as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as line:
@@ -284,7 +284,7 @@ POST = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"
 def test_who_brings_no_token_holds_no_connection(
     start: bytes, drip: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(luce_server, "SLOWEST", 0.2)
+    monkeypatch.setattr(luce_server, "RECEIVE_TIMEOUT", 0.2)
     monkeypatch.setattr(luce_server, "CONNECTIONS", 2)
     with serving() as url:
         host, port = url.removeprefix("http://").split(":")

@@ -98,8 +98,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         images: ``"generated"``; or for comparison ``"noise"``, uniform in the range of the data, or
             ``"real"``, training rows, both without alignment.
         image: Weight *w* of the alignment; None for 1 with generated images and 0 otherwise. The authors'
-        code
-            has 1. Their formula sums over an image's values, which is a weight of *n* here.
+            code has 1. Their formula sums over an image's values, which is a weight of *n* here.
         tau: Temperature of the logits that enter the generator. ``"auto"`` is the root mean square of the
             pool's centred answers, so that they spread like latents, and 5 for hard answers, which a student
             matches with a gap of 5 times `gain`. The authors' code has 5.

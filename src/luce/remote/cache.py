@@ -1,4 +1,4 @@
-"""Answers that were paid for, kept on disk as they arrive."""
+"""A cache of paid answers, written to disk as they arrive."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import numpy as np
 
 from ..errors import UserError
 
-OURS = 0x4C554345
-"""Tells our files from other people's SQLite files."""
+APPLICATION_ID = 0x4C554345
+"""Distinguishes caches of answers from other SQLite files."""
 VERSION = 1
-AT_ONCE = 500
-"""Keys in one look-up; SQLite allows a thousand in its older versions."""
+KEYS_PER_QUERY = 500
+"""Keys in one SQL query; older versions of SQLite allow a thousand."""
 
 TABLES = (
     "CREATE TABLE name (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
-    "CREATE TABLE answer (teacher INTEGER NOT NULL, row BLOB NOT NULL, told BLOB NOT NULL, "
+    "CREATE TABLE answer (teacher INTEGER NOT NULL, row BLOB NOT NULL, content BLOB NOT NULL, "
     "PRIMARY KEY (teacher, row)) WITHOUT ROWID",
     "CREATE TABLE spent (teacher INTEGER NOT NULL, account INTEGER NOT NULL, rows INTEGER NOT NULL, "
     "PRIMARY KEY (teacher, account)) WITHOUT ROWID",
-    f"PRAGMA application_id = {OURS}",
+    f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )
 
@@ -37,39 +37,39 @@ SEAL = 4
 """Bytes of an answer's checksum."""
 
 
-def sealed(key: bytes, told: bytes) -> bytes:
-    """An answer with a checksum behind it: SQLite looks after its own structures alone."""
-    return told + zlib.crc32(told, zlib.crc32(key)).to_bytes(SEAL, "little")
+def sealed(key: bytes, answer: bytes) -> bytes:
+    """Append a checksum to an answer: SQLite verifies its own structures only."""
+    return answer + zlib.crc32(answer, zlib.crc32(key)).to_bytes(SEAL, "little")
 
 
 def key_of(row: np.ndarray) -> bytes:
-    """What a row is found again by: a hash of its dtype, shape and bytes."""
+    """Return the key of a row: a hash of its dtype, shape and bytes."""
     form = f"{row.dtype.str}{row.shape}".encode()
     return hashlib.blake2b(row.tobytes(), digest_size=16, key=form[:64]).digest()
 
 
-class Answers:
-    """What one teacher has told, by the row's key, in a SQLite file that may hold other teachers' too.
+class AnswerCache:
+    """Answers of one teacher by row key, in a SQLite file that may also hold those of other teachers.
 
-    An answer is on the disk when `keep` returns, so that it survives the process, however it ends. Threads
-    and processes may share a file; two that ask about one row at the same moment may both pay for it.
+    An answer is on disk when `save` returns, so it survives the process, however that ends. Threads and
+    processes may share a file; two that query one row at the same moment may both pay for it.
 
     Args:
-        path: Of the file, made if it is not there; None keeps the answers in memory.
-        teacher: Whose answers: all that can change what is told about a row.
-        account: On whose account new ones go.
+        path: Of the file, created if missing; None keeps the answers in memory.
+        teacher: Identity of the teacher: everything that can change its answer to a row.
+        account: Name of the account that new answers are charged to.
     Raises:
         UserError: If the file is damaged, of another kind, or cannot be written. It is left as it is.
     Example:
-        >>> answers = Answers(None, "cnn at http://127.0.0.1:8000", account="me")
-        >>> answers.keep({b"row": b"cat"})
-        >>> answers.find([b"row", b"other"]), answers.paid
+        >>> cache = AnswerCache(None, "cnn at http://127.0.0.1:8000", account="me")
+        >>> cache.save({b"row": b"cat"})
+        >>> cache.find([b"row", b"other"]), cache.paid
         ({b'row': b'cat'}, 1)
     """
 
     def __init__(self, path: Path | str | None, teacher: str, account: str = "") -> None:
         self.path, self._lock = path, threading.Lock()
-        with self._told():
+        with self._guarded():
             if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(
@@ -81,40 +81,40 @@ class Answers:
             self._open()
         self.teacher, self._account = self._name(teacher), self._name(account)
 
-    def account(self, name: str) -> Answers:
-        """The same answers; new ones go on this account."""
+    def account(self, name: str) -> AnswerCache:
+        """Return the same cache with new answers charged to another account."""
         other = copy.copy(self)
         other._account = self._name(name)
         return other
 
     @property
     def paid(self) -> int:
-        """How many answers this account has paid for, in all processes; twice for one that came twice."""
-        with self._told():
-            found = self._base.execute(
+        """Number of answers charged to this account by all processes; one that arrived twice counts twice."""
+        with self._guarded():
+            row = self._base.execute(
                 "SELECT rows FROM spent WHERE teacher = ? AND account = ?", (self.teacher, self._account)
             ).fetchone()
-        return 0 if found is None else int(found[0])
+        return 0 if row is None else int(row[0])
 
     def find(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        """Those of the answers that are known."""
+        """Return the cached answers to these keys."""
         found: dict[bytes, bytes] = {}
         rest = iter(keys)
-        while some := list(islice(rest, AT_ONCE)):
-            marks = ",".join("?" * len(some))
-            with self._told():
+        while chunk := list(islice(rest, KEYS_PER_QUERY)):
+            marks = ",".join("?" * len(chunk))
+            with self._guarded():
                 found.update(
                     self._base.execute(
-                        f"SELECT row, told FROM answer WHERE teacher = ? AND row IN ({marks})",
-                        (self.teacher, *some),
+                        f"SELECT row, content FROM answer WHERE teacher = ? AND row IN ({marks})",
+                        (self.teacher, *chunk),
                     )
                 )
-        return {key: self._opened(key, told) for key, told in found.items()}
+        return {key: self._unsealed(key, content) for key, content in found.items()}
 
-    def keep(self, answers: Mapping[bytes, bytes]) -> None:
-        """Keep answers for good; those that are known already stay as they were."""
-        rows = [(self.teacher, key, sealed(key, told)) for key, told in answers.items()]
-        with self._told(), self._transaction():
+    def save(self, answers: Mapping[bytes, bytes]) -> None:
+        """Write answers to disk; those that are cached already stay unchanged."""
+        rows = [(self.teacher, key, sealed(key, answer)) for key, answer in answers.items()]
+        with self._guarded(), self._transaction():
             self._base.executemany("INSERT OR IGNORE INTO answer VALUES (?, ?, ?)", rows)
             self._base.execute(
                 "INSERT INTO spent VALUES (?, ?, ?) "
@@ -125,26 +125,26 @@ class Answers:
     def close(self) -> None:
         self._base.close()
 
-    def damaged(self, what: str) -> UserError:
+    def damaged(self, reason: str) -> UserError:
         return UserError(
-            f"the answers in {self.path} are damaged ({what}); the file is left as it is: restore a copy, or "
-            "move it away to pay for its answers again"
+            f"the answers in {self.path} are damaged ({reason}); the file is left unchanged: restore a copy, "
+            "or move it away to pay for its answers again"
         )
 
-    def _opened(self, key: bytes, told: bytes) -> bytes:
-        answer = told[:-SEAL]
-        if told != sealed(key, answer):
+    def _unsealed(self, key: bytes, content: bytes) -> bytes:
+        answer = content[:-SEAL]
+        if content != sealed(key, answer):
             raise self.damaged("the checksum of an answer")
         return answer
 
     def _open(self) -> None:
-        ours, version = (
+        application, version = (
             self._base.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
         )
         empty = self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if (ours, version) != (OURS, VERSION) and not empty:
-            what = "another version" if ours == OURS else "something else"
-            raise UserError(f"expected a file of answers, got {self.path}, which holds {what}")
+        if (application, version) != (APPLICATION_ID, VERSION) and not empty:
+            content = "another version" if application == APPLICATION_ID else "other data"
+            raise UserError(f"expected a cache of answers, got {self.path} with {content}")
         self._base.execute("PRAGMA journal_mode = WAL")
         self._base.execute("PRAGMA synchronous = FULL")  # an answer is on the disk before it is used
         if empty:
@@ -152,11 +152,11 @@ class Answers:
                 if self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
                     for statement in TABLES:
                         self._base.execute(statement)
-        if (found := self._base.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise self.damaged(found)
+        if (problem := self._base.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise self.damaged(problem)
 
     def _name(self, text: str) -> int:
-        with self._told(), self._transaction():
+        with self._guarded(), self._transaction():
             self._base.execute("INSERT OR IGNORE INTO name (text) VALUES (?)", (text,))
             return int(self._base.execute("SELECT id FROM name WHERE text = ?", (text,)).fetchone()[0])
 
@@ -171,15 +171,15 @@ class Answers:
         self._base.execute("COMMIT")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """One thread at a time, and what goes wrong in words."""
+    def _guarded(self) -> Iterator[None]:
+        """Admit one thread at a time, and turn errors of SQLite into messages."""
         with self._lock:
             try:
                 yield
             except (sqlite3.OperationalError, OSError) as error:
                 raise UserError(
-                    f"cannot use the file of answers {self.path} ({error}); free some space, or name another "
-                    "as `teacher.cache`"
+                    f"cannot use the cache of answers {self.path} ({error}); free some space, or name "
+                    "another as `teacher.cache`"
                 ) from error
             except sqlite3.DatabaseError as error:
                 raise self.damaged(str(error)) from error

@@ -20,35 +20,35 @@ from ..errors import UserError
 from ..signals.blackbox import FLOOR, AnswerKind, BlackBox, check_limits
 from ..signals.teachers import Batch
 from . import wire
-from .cache import Answers, key_of
+from .cache import AnswerCache, key_of
 from .service import Service
-from .transport import Cost, Line, RemoteError, checked_url
+from .transport import Connection, Cost, RemoteError, checked_url
 
 
 class RemoteTeacher(BlackBox):
-    """A black box behind HTTP, such as ``luce serve`` offers one.
+    """A black box behind HTTP, such as ``luce serve``.
 
-    Rows that are equal are asked about once; a row whose answer is known, never again. Every answer is put
-    into the cache as it arrives, so that whatever happens later nothing is paid for twice. A request that
-    was not answered (no connection, no answer in time, too many requests, an error of the server, something
-    that is no JSON) is repeated a few times, with growing waits; an answer that cannot be right is not.
+    Equal rows are queried once, and a row with a cached answer is not queried again. Every answer is written
+    to the cache as it arrives, so that nothing is paid for twice, whatever happens later. A request without a
+    valid response (no connection, a timeout, too many requests, a server error, a response that is not JSON)
+    is repeated a few times with growing waits; a response that cannot be correct is not repeated.
 
     Args:
         url: Of the server, such as ``http://127.0.0.1:8000``.
-        answers: What it is expected to tell; None takes what it says.
+        answers: Expected form of the answers; None accepts the server's.
         top_k: Likewise.
-        budget: Rows that may be asked about and paid for; None for any number. What is in the cache is free.
-        cache: File of the answers; see `luce.remote.cache.Answers`. None keeps them in memory.
-        account: On which queries are counted, across restarts if there is a cache.
-        concurrency: Requests on their way at one time.
-        batch_size: Most rows in a request.
-        timeout: Seconds from sending a request to the end of its answer.
-        retries: How often a request is repeated at most.
-        token: Sent as ``Authorization: Bearer``; kept nowhere.
+        budget: Largest number of rows to pay for; None for no limit. Cached answers are free.
+        cache: File of the answers; see `luce.remote.cache.AnswerCache`. None keeps them in memory.
+        account: Name of the account that counts the queries, across restarts if there is a cache.
+        concurrency: Largest number of simultaneous requests.
+        batch_size: Largest number of rows in a request.
+        timeout: Seconds from sending a request to the end of its response.
+        retries: Largest number of repetitions of a request.
+        token: Sent as ``Authorization: Bearer``; stored nowhere.
         floor: See `luce.signals.logits_from`; half of the last decimal where the server rounds.
     Raises:
-        UserError: On an option that makes no sense, or a cache that cannot be used.
-        RemoteError: If the server cannot be asked, or is not what is expected.
+        UserError: On an option out of range, or a cache that cannot be used.
+        RemoteError: If the server cannot be reached, or answers in another form than expected.
     """
 
     repeats_are_free = True
@@ -77,15 +77,15 @@ class RemoteTeacher(BlackBox):
                 f"positive `timeout`, got {concurrency}, {batch_size}, {retries} and {timeout}"
             )
         self.concurrency, self.cost_here = concurrency, Cost()
-        self._line = Line(self.url, token=token, timeout=timeout, retries=retries)
-        self._one_at_a_time = threading.Lock()
-        self.service = self._line.run(
-            lambda stop: self._line.ask("/v1/info", None, Service.read, stop, self.cost_here)
+        self._connection = Connection(self.url, token=token, timeout=timeout, retries=retries)
+        self._lock = threading.Lock()
+        self.service = self._connection.run(
+            lambda stop: self._connection.request("/v1/info", None, Service.read, stop, self.cost_here)
         )
-        for name, wanted in (("answers", answers), ("top_k", top_k)):
-            if wanted is not None and wanted != getattr(self.service, name):
+        for name, expected in (("answers", answers), ("top_k", top_k)):
+            if expected is not None and expected != getattr(self.service, name):
                 raise RemoteError(
-                    f"expected a server whose `{name}` is {wanted}, got {getattr(self.service, name)} from "
+                    f"expected a server whose `{name}` is {expected}, got {getattr(self.service, name)} from "
                     f"{self.url}"
                 )
         self.answers, self.top_k = self.service.answers, self.service.top_k
@@ -98,13 +98,13 @@ class RemoteTeacher(BlackBox):
         identity = json.dumps(
             [self.url, self.service.model, self.classes, self.answers, self.top_k, rounding]
         )
-        self.known = Answers(cache, identity, account)
-        self._at_end: int | None = None
+        self._cache = AnswerCache(cache, identity, account)
+        self._final_queries: int | None = None
 
     @property
     def queries(self) -> int:  # type: ignore[override]
-        """Also what other processes have paid for on this account."""
-        return self.known.paid if self._at_end is None else self._at_end
+        """Number of paid rows of this account, including those of other processes."""
+        return self._cache.paid if self._final_queries is None else self._final_queries
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -119,79 +119,80 @@ class RemoteTeacher(BlackBox):
         }
 
     def to(self, device: torch.device) -> None:
-        """Answers go wherever a batch is."""
+        """Do nothing: answers go to the device of the batch."""
 
     def account(self, name: str) -> RemoteTeacher:
         other = copy.copy(self)
         other.cost_here = Cost()
-        other.known = self.known.account(name)
+        other._cache = self._cache.account(name)
         return other
 
     def close(self) -> None:
-        """Hang up, for all accounts. Answers that are in the cache stay there."""
-        self._at_end = self.queries
-        self._line.close()
-        self.known.close()
+        """Close the connection for all accounts. The cached answers remain."""
+        self._final_queries = self.queries
+        self._connection.close()
+        self._cache.close()
 
     def price(self, batches: Iterable[Batch]) -> int:
         missing: set[bytes] = set()
         for batch in batches:
             keys = {key_of(row) for row in _rows(batch["input"])}
-            missing |= keys - self.known.find(keys).keys()
+            missing |= keys - self._cache.find(keys).keys()
         return len(missing)
 
     def query(self, inputs: Tensor) -> Tensor:
         """Return the answers to these rows, ``(N, ...)``; see `luce.signals.blackbox.answer`.
 
         Raises:
-            BudgetError: If the rows that are not known exceed the budget; nothing has been asked then.
-            RemoteError: If the server does not answer as it should; what it has answered is kept.
+            BudgetError: If the rows without a cached answer exceed the budget; no row has been queried then.
+            RemoteError: If the server fails or answers incorrectly; earlier answers are cached.
         """
         rows = _rows(inputs)
         keys = [key_of(row) for row in rows]
-        with self._one_at_a_time:
-            known = self.known.find(dict.fromkeys(keys))
-            missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        with self._lock:
+            answers = self._cache.find(dict.fromkeys(keys))
+            missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in answers}
             self.check_budget(len(missing))
             self.cost_here.cached += len(keys) - len(missing)
             if missing:
                 started = time.perf_counter()
                 try:
-                    known |= self._line.run(
-                        lambda stop: self._ask(list(missing), list(missing.values()), stop)
+                    answers |= self._connection.run(
+                        lambda stop: self._query(list(missing), list(missing.values()), stop)
                     )
                 finally:
                     self.cost_here.seconds += time.perf_counter() - started
         size = 4 * self.service.width
-        if any(len(known[key]) != size for key in keys):
-            raise self.known.damaged("an answer of the wrong length")
-        table = np.frombuffer(b"".join(known[key] for key in keys), dtype="<f4")
+        if any(len(answers[key]) != size for key in keys):
+            raise self._cache.damaged("an answer of the wrong length")
+        table = np.frombuffer(b"".join(answers[key] for key in keys), dtype="<f4")
         return torch.from_numpy(table.reshape(len(keys), self.service.width).astype(np.float32))
 
-    async def _ask(
+    async def _query(
         self, keys: Sequence[bytes], rows: Sequence[np.ndarray], stop: asyncio.Event
     ) -> dict[bytes, bytes]:
-        """Ask about rows, several requests at a time; after the first failure no new one is begun."""
+        """Query rows with several simultaneous requests; start no new one after the first failure."""
         gate = asyncio.Semaphore(self.concurrency)
         answers: dict[bytes, bytes] = {}
         failures: list[Exception] = []
 
-        async def ask(some: slice) -> None:
+        async def query(part: slice) -> None:
             async with gate:
                 if stop.is_set():
                     return
-                body = json.dumps({"inputs": wire.pack(np.stack(rows[some])), "encoding": "base64"}).encode()
-                count = len(keys[some])
+                body = json.dumps({"inputs": wire.pack(np.stack(rows[part])), "encoding": "base64"}).encode()
+                count = len(keys[part])
                 try:
-                    told = await self._line.ask(
+                    received = await self._connection.request(
                         "/v1/predict",
                         body,
                         lambda content: self.service.read_answers(content, count),
                         stop,
                         self.cost_here,
                     )
-                    new = dict(zip(keys[some], (row.tobytes() for row in told.astype("<f4")), strict=True))
-                    await asyncio.to_thread(self.known.keep, new)  # a slow disk delays no other answer
+                    contents = (row.tobytes() for row in received.astype("<f4"))
+                    new = dict(zip(keys[part], contents, strict=True))
+                    await asyncio.to_thread(self._cache.save, new)  # a slow disk delays no other answer
                 except Exception as error:
                     failures.append(error)
                     stop.set()
@@ -199,14 +200,14 @@ class RemoteTeacher(BlackBox):
                 answers.update(new)
 
         starts = range(0, len(keys), self.batch_size)
-        await asyncio.gather(*(ask(slice(start, start + self.batch_size)) for start in starts))
+        await asyncio.gather(*(query(slice(start, start + self.batch_size)) for start in starts))
         if failures:
             raise failures[0]
         return answers
 
 
 def _rows(inputs: Tensor) -> np.ndarray:
-    """Inputs as they are sent: float32, or bytes or token ids as they are."""
+    """Convert inputs to the dtypes of the protocol: float32, or unchanged bytes and token ids."""
     plain = inputs.detach().cpu()
     if plain.dtype is not torch.uint8:
         plain = plain.float() if plain.is_floating_point() else plain.long()

@@ -1,4 +1,4 @@
-"""A classifier behind HTTP, as a black box; docs/black-box.md has the protocol.
+"""A server that answers queries with a classifier; docs/black-box.md defines the protocol.
 
 Needs the extra ``serve``.
 """
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-AT_ONCE = 256
+PREDICTION_BATCH = 256
 """Rows that are predicted together, unless a single request has more."""
 
-SLOWEST = 30.0
-"""Seconds that the head of a request may take to arrive, and then its body."""
+RECEIVE_TIMEOUT = 30.0
+"""Seconds in which the head of a request must arrive, and then its body."""
 
 CONNECTIONS = 64
-"""At one time."""
+"""Largest number of simultaneous connections."""
 
 
 @dataclass(frozen=True)
 class ServiceOptions:
-    """What a server tells, and how much it takes.
+    """Form of a server's answers, and limits of a request.
 
     Attributes:
         answers: See `luce.signals.answer`.
-        top_k: How many classes ``"topk"`` tells.
-        decimals: Probabilities are rounded to so many; None for none.
-        max_batch: Most rows in a request.
-        max_request_bytes: Most bytes in one.
+        top_k: Number of classes in an answer of kind ``"topk"``.
+        decimals: Decimals of the probabilities; None for no rounding.
+        max_batch: Largest number of rows in a request.
+        max_request_bytes: Largest size of a request.
     """
 
     answers: AnswerKind = "probs"
@@ -66,24 +66,24 @@ class ServiceOptions:
             raise UserError("expected `max_batch` and `max_request_bytes` of at least 1")
 
     def answer(self, logits: Tensor) -> dict[str, np.ndarray]:
-        """What is told of these logits, by name."""
-        told = answer(logits, self.answers, self.top_k).numpy()
+        """Return the arrays that answer for these logits, by name."""
+        answers = answer(logits, self.answers, self.top_k).numpy()
         if self.answers == "probs":
-            return {"probs": self._rounded(told)}
+            return {"probs": self._rounded(answers)}
         if self.answers == "label":
-            return {"classes": told[:, 0].astype(np.int64)}
-        chosen, probs = np.split(told, 2, axis=1)
-        return {"classes": chosen.astype(np.int64), "probs": self._rounded(probs)}
+            return {"classes": answers[:, 0].astype(np.int64)}
+        best, probs = np.split(answers, 2, axis=1)
+        return {"classes": best.astype(np.int64), "probs": self._rounded(probs)}
 
     def _rounded(self, probs: np.ndarray) -> np.ndarray:
         return probs if self.decimals is None else probs.round(self.decimals)
 
 
 class Refusal(Exception):
-    """A request that is not answered.
+    """A request that is refused.
 
     Attributes:
-        status: Of HTTP.
+        status: HTTP status of the response.
     """
 
     def __init__(self, status: int, reason: str) -> None:
@@ -92,45 +92,45 @@ class Refusal(Exception):
 
 
 class Predictor:
-    """Asks a network about the rows of several requests together, in a thread beside that of the requests."""
+    """Predicts the rows of waiting requests together, in a thread of its own."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self.network, self.device = network.eval().to(device), device
         self.waiting: deque[tuple[Tensor, asyncio.Future[Tensor]]] = deque()
-        self.called = asyncio.Event()
+        self.wake = asyncio.Event()
 
     async def __call__(self, inputs: Tensor) -> Tensor:
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         self.waiting.append((inputs, future))
-        self.called.set()
+        self.wake.set()
         return await future
 
     async def work(self) -> None:
-        """Answer what is waiting, for ever."""
+        """Answer waiting requests, forever."""
         while True:
-            await self.called.wait()
-            self.called.clear()
+            await self.wake.wait()
+            self.wake.clear()
             while self.waiting:
-                some = [self.waiting.popleft()]
-                rows = len(some[0][0])
-                while self.waiting and rows + len(self.waiting[0][0]) <= AT_ONCE:
-                    some.append(self.waiting.popleft())
-                    rows += len(some[-1][0])
-                await self.answer(some)
+                group = [self.waiting.popleft()]
+                rows = len(group[0][0])
+                while self.waiting and rows + len(self.waiting[0][0]) <= PREDICTION_BATCH:
+                    group.append(self.waiting.popleft())
+                    rows += len(group[-1][0])
+                await self.answer(group)
 
-    async def answer(self, some: list[tuple[Tensor, asyncio.Future[Tensor]]]) -> None:
+    async def answer(self, group: list[tuple[Tensor, asyncio.Future[Tensor]]]) -> None:
         try:
-            logits = await asyncio.to_thread(self.predict, torch.cat([inputs for inputs, _ in some]))
-            parts = logits.split([len(inputs) for inputs, _ in some])
+            logits = await asyncio.to_thread(self.predict, torch.cat([inputs for inputs, _ in group]))
+            parts = logits.split([len(inputs) for inputs, _ in group])
         except Exception as error:  # networks fail in many ways
-            if len(some) > 1:  # each by itself, so that one request spoils no other
-                for one in some:
-                    await self.answer([one])
-            elif not some[0][1].done():
-                some[0][1].set_exception(error)
+            if len(group) > 1:  # one by one, so that a faulty request does not spoil others
+                for request in group:
+                    await self.answer([request])
+            elif not group[0][1].done():
+                group[0][1].set_exception(error)
             return
-        for (_, future), part in zip(some, parts, strict=True):
-            if not future.done():  # or nobody waits for it any more
+        for (_, future), part in zip(group, parts, strict=True):
+            if not future.done():  # done if the client has disconnected
                 future.set_result(part)
 
     @torch.no_grad()
@@ -142,18 +142,18 @@ class Predictor:
 
 
 def new_server(app: Starlette) -> uvicorn.Server:
-    """What runs the application, and hangs up on who does not ask."""
+    """Make a server of the application that closes idle connections."""
     uvicorn = import_optional("uvicorn", "serve")
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Impatient(H11Protocol):
-        """Ends a connection on which no whole head of a request has arrived in time.
+    class TimeoutProtocol(H11Protocol):
+        """Closes a connection on which no complete head of a request arrives in time.
 
-        uvicorn waits for one as long as there is now and then a byte, for the first one without end; and a
-        few connections are all that it takes.
+        uvicorn waits without a limit for the first head, and for later ones while bytes keep arriving, so
+        slow clients could occupy all connections.
         """
 
-        patience: asyncio.TimerHandle | None = None
+        timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -164,14 +164,14 @@ def new_server(app: Starlette) -> uvicorn.Server:
             super().on_response_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self.patience is not None:
-                self.patience.cancel()
+            if self.timer is not None:
+                self.timer.cancel()
             super().connection_lost(exc)
 
         def expect_request(self) -> None:
-            if self.patience is not None:
-                self.patience.cancel()
-            self.patience = self.loop.call_later(SLOWEST, self.give_up, self.cycle)
+            if self.timer is not None:
+                self.timer.cancel()
+            self.timer = self.loop.call_later(RECEIVE_TIMEOUT, self.give_up, self.cycle)
 
         def give_up(self, before: object) -> None:
             if self.cycle is before:
@@ -179,12 +179,12 @@ def new_server(app: Starlette) -> uvicorn.Server:
 
     config = uvicorn.Config(
         app,
-        http=Impatient,
+        http=TimeoutProtocol,
         log_level="warning",
         access_log=False,
         server_header=False,
         limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=int(SLOWEST),
+        timeout_keep_alive=int(RECEIVE_TIMEOUT),
         timeout_graceful_shutdown=5,
     )
     return uvicorn.Server(config)
@@ -211,7 +211,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def fingerprint(network: nn.Module, description: Mapping[str, Any]) -> str:
-    """A few characters that change with any weight, and with how inputs are normalised."""
+    """Return a short hash of all weights and of the description."""
     digest = hashlib.blake2b(json.dumps(dict(description), sort_keys=True).encode(), digest_size=6)
     for name, value in network.state_dict().items():
         digest.update(name.encode())
@@ -222,21 +222,21 @@ def fingerprint(network: nn.Module, description: Mapping[str, Any]) -> str:
 def build_app(
     network: nn.Module,
     description: Mapping[str, Any],
-    offer: ServiceOptions,
+    options: ServiceOptions,
     *,
     token: str,
     device: torch.device | None = None,
 ) -> Starlette:
-    """The application that answers; run it with any ASGI server.
+    """Build the application; run it with any ASGI server.
 
     Args:
-        network: From inputs as data has them to logits.
+        network: From unnormalised inputs to logits.
         description: ``model``, ``classes`` and ``input_shape``, as in a run's ``student.json``.
-        offer: What is told, and how much is taken.
-        token: That a request must bring.
-        device: To compute on; the CPU unless given.
+        options: Form of the answers, and limits of a request.
+        token: That a request must carry.
+        device: To compute on; None for the CPU.
     Raises:
-        UserError: If the offer does not go with the network.
+        UserError: If the options do not suit the network.
     """
     import_optional("starlette", "serve")
     from starlette.applications import Starlette
@@ -244,7 +244,7 @@ def build_app(
     from starlette.routing import Route
 
     shape = tuple(description["input_shape"])
-    check_answers(offer.answers, offer.top_k, len(description["classes"]))
+    check_answers(options.answers, options.top_k, len(description["classes"]))
     texts = any(isinstance(part, nn.Embedding) for part in network.modules())
     model = f"{description['model']}-{fingerprint(network, description)}"
     info = {
@@ -252,16 +252,16 @@ def build_app(
         "model": model,
         "classes": list(description["classes"]),
         "input_shape": list(shape),
-        "answers": offer.answers,
-        "top_k": offer.top_k,
-        "decimals": offer.decimals,
-        "max_batch": offer.max_batch,
-        "max_request_bytes": offer.max_request_bytes,
+        "answers": options.answers,
+        "top_k": options.top_k,
+        "decimals": options.decimals,
+        "max_batch": options.max_batch,
+        "max_request_bytes": options.max_request_bytes,
     }
     predictor = Predictor(network, device or torch.device("cpu"))
 
     def guarded(page: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
-        """A page for those who know the token; a refusal becomes its status."""
+        """Require the token, and turn a refusal into its status."""
 
         async def answer(request: Request) -> Response:
             try:
@@ -273,22 +273,22 @@ def build_app(
 
         return answer
 
-    async def introduce(_: Request) -> Any:
+    async def describe(_: Request) -> Any:
         return info
 
     async def predict(request: Request) -> Any:
-        content = await read_body(request, offer.max_request_bytes)
-        inputs, packed = await asyncio.to_thread(read_inputs, content, shape, offer.max_batch, texts)
+        content = await read_body(request, options.max_request_bytes)
+        inputs, packed = await asyncio.to_thread(read_inputs, content, shape, options.max_batch, texts)
         del content
         try:
             logits = await predictor(inputs)
         except Exception as error:
             print(f"luce serve: a prediction failed: {error}", file=sys.stderr)
             raise Refusal(500, "the network fails at these inputs") from error
-        told = offer.answer(logits)
+        answers = options.answer(logits)
         return {
             "model": model,
-            **{name: wire.pack(part) if packed else part.tolist() for name, part in told.items()},
+            **{name: wire.pack(part) if packed else part.tolist() for name, part in answers.items()},
         }
 
     async def health(_: Request) -> Response:
@@ -305,7 +305,7 @@ def build_app(
     return Starlette(
         routes=[
             Route("/healthz", health),
-            Route("/v1/info", guarded(introduce)),
+            Route("/v1/info", guarded(describe)),
             Route("/v1/predict", guarded(predict), methods=["POST"]),
         ],
         lifespan=working,
@@ -313,10 +313,10 @@ def build_app(
 
 
 def check_token(header: str | None, token: str) -> None:
-    """Compare in a time that tells nothing of the token.
+    """Compare tokens in constant time.
 
     Raises:
-        Refusal: If it is another one, or none.
+        Refusal: On another token, or none.
     """
     kind, _, given = (header or "").partition(" ")
     right = hmac.compare_digest(given.strip().encode(), token.encode())
@@ -324,51 +324,51 @@ def check_token(header: str | None, token: str) -> None:
         raise Refusal(401, "expected the header `Authorization: Bearer TOKEN` with the server's token")
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """A body, up to a size and a time.
+async def read_body(request: Request, limit: int) -> bytes:
+    """Read a body within limits of size and time.
 
     Raises:
         Refusal: If it is larger, as soon as that is known, or slower.
     """
     from starlette.requests import ClientDisconnect
 
-    too_large = Refusal(413, f"expected at most {most} bytes in a request; send fewer rows")
+    too_large = Refusal(413, f"expected at most {limit} bytes in a request; send fewer rows")
     announced = request.headers.get("content-length", "0")
-    if not announced.isdecimal() or len(announced) > 18 or int(announced) > most:
+    if not announced.isdecimal() or len(announced) > 18 or int(announced) > limit:
         raise too_large
 
     async def read() -> bytes:
         body = bytearray()
         async for part in request.stream():
             body += part
-            if len(body) > most:
+            if len(body) > limit:
                 raise too_large
         return bytes(body)
 
     try:
-        return await asyncio.wait_for(read(), SLOWEST)
+        return await asyncio.wait_for(read(), RECEIVE_TIMEOUT)
     except asyncio.TimeoutError as error:
-        raise Refusal(408, f"expected the request within {SLOWEST:g} seconds") from error
+        raise Refusal(408, f"expected the request within {RECEIVE_TIMEOUT:g} seconds") from error
     except ClientDisconnect as error:
-        raise Refusal(400, "expected a whole request") from error
+        raise Refusal(400, "expected a complete request") from error
 
 
 def read_inputs(content: bytes, shape: tuple[int, ...], max_batch: int, texts: bool) -> tuple[Tensor, bool]:
-    """The rows to answer, and whether the answer is wanted as base64.
+    """Parse the rows of a query, and whether its answer should be in base64.
 
     Raises:
-        Refusal: If they are not what the network takes.
+        Refusal: If the network cannot take them.
     """
     try:
-        question = wire.parse(content)
-        if unknown := question.keys() - {"inputs", "encoding"}:
-            raise ValueError(f"expected `inputs` and perhaps `encoding`, got {sorted(unknown)[0][:40]!r} too")
-        if "inputs" not in question:
+        query = wire.parse(content)
+        if unknown := query.keys() - {"inputs", "encoding"}:
+            raise ValueError(f"expected only `inputs` and `encoding`, got {sorted(unknown)[0][:40]!r} too")
+        if "inputs" not in query:
             raise ValueError("expected `inputs`")
-        encoding = question.get("encoding", "lists")
+        encoding = query.get("encoding", "lists")
         if encoding not in ("lists", "base64"):
             raise ValueError("expected `encoding` lists or base64")
-        array = wire.unpack(question["inputs"])
+        array = wire.unpack(query["inputs"])
         if array.shape[1:] != shape or not 1 <= len(array) <= max_batch:
             raise ValueError(
                 f"expected `inputs` of 1 .. {max_batch} rows of shape {shape}, got {array.shape}"

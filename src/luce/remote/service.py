@@ -1,4 +1,4 @@
-"""What a server of answers says of itself, and whether its answers can be right."""
+"""A server's description of itself, and checks of its answers against it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from ..signals.blackbox import AnswerKind, check_answers
 from . import wire
 
 TOLERANCE = 1e-3
-"""By which probabilities may sum to more or less than 1, beside what their rounding explains."""
+"""Allowed deviation of a sum of probabilities from 1, in addition to that of their rounding."""
 
 MOST_DECIMALS = 17
-"""Of a number of 64 bits."""
+"""Decimals of a 64-bit number."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What a server says of itself.
+    """A server's description of itself.
 
     Attributes:
-        model: Of whatever it says that can change an answer.
-        classes: How many.
-        names: Of the classes; None if it does not tell.
-        input_shape: Of one input; None if it does not tell.
-        answers: What it tells.
-        top_k: How many classes it tells.
-        decimals: To how many it rounds; None if it does not round.
-        max_batch: Rows that it takes at once.
+        model: Identifier that changes whenever an answer could.
+        classes: Number of classes.
+        names: Of the classes; None if unknown.
+        input_shape: Of one input; None if unknown.
+        answers: Form of the answers.
+        top_k: Number of classes in an answer of kind ``"topk"``.
+        decimals: Of the probabilities; None without rounding.
+        max_batch: Largest number of rows in a request.
     """
 
     model: str
@@ -44,15 +44,16 @@ class Service:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Service:
-        """Check what a server says of itself.
+        """Parse and check the response of ``/v1/info``.
 
         Raises:
-            ValueError: If it makes no sense.
+            ValueError: On a missing or invalid field.
         """
         if content.get("protocol") != wire.PROTOCOL:
             raise ValueError(f"expected `protocol` {wire.PROTOCOL}, got {content.get('protocol')!r}")
         model = content.get("model")
-        if not (isinstance(model, str) and model):  # nothing else tells answers of another one apart
+        # Without it the cache would mix the answers of different models.
+        if not (isinstance(model, str) and model):
             raise ValueError(f"expected `model` as a name, got {model!r}")
         names, classes = None, content.get("classes")
         if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
@@ -82,17 +83,17 @@ class Service:
 
     @property
     def width(self) -> int:
-        """Numbers in the answer about a row."""
+        """Numbers in the answer to a row."""
         return {"probs": self.classes, "topk": 2 * (self.top_k or 0), "label": 1}[self.answers]
 
     def read_answers(self, content: Mapping[str, Any], rows: int) -> np.ndarray:
-        """The answers about so many rows, float32; see `luce.signals.blackbox.answer`.
+        """Parse and check the answers to this number of rows, float32; see `luce.signals.blackbox.answer`.
 
         Raises:
-            ValueError: If they cannot be what this server should tell.
+            ValueError: If they do not fit the description.
         """
         if content.get("model", self.model) != self.model:
-            raise ValueError(f"expected answers of the model {self.model}, got some of {content['model']}")
+            raise ValueError(f"expected answers of the model {self.model}, got answers of {content['model']}")
         parts = []
         if self.answers != "probs":
             parts.append(self._classes(_field(content, "classes"), rows))
@@ -118,9 +119,9 @@ class Service:
 
     def _probs(self, array: np.ndarray, rows: int, width: int) -> np.ndarray:
         if array.shape != (rows, width):
-            what = "rows" if array.shape[:1] != (rows,) else "classes"
+            dimension = "rows" if array.shape[:1] != (rows,) else "classes"
             raise ValueError(
-                f"expected `probs` of {rows} rows and {width} classes, got other {what}: {array.shape}"
+                f"expected `probs` of {rows} rows and {width} classes, got other {dimension}: {array.shape}"
             )
         if array.dtype.kind != "f" and array.dtype.kind not in "iu":
             raise ValueError("expected numbers in `probs`")

@@ -1,4 +1,4 @@
-"""Requests that are repeated a few times, and no more; see docs/black-box.md."""
+"""HTTP requests with a limited number of repetitions; see docs/black-box.md."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from . import wire
 T = TypeVar("T")
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Seconds before a request is repeated: they double each time, less up to a half by chance."""
+"""Seconds before a repetition: they double each time, and a random part of up to half is subtracted."""
 
 LONGEST_RETRY_AFTER = 120.0
-"""Seconds that a server may ask us to wait; who wants more has to be asked another day."""
+"""Longest wait in seconds that a server may demand; a longer one ends the run."""
 
 MOST_BYTES = 64 * 2**20
-"""Of an answer."""
+"""Largest size of a response."""
 
 REPEATED = (408, 425, 429, 500, 502, 503, 504)
 
@@ -41,14 +41,14 @@ ADVICE = {
 
 
 class RemoteError(UserError):
-    """A server that cannot be asked, or does not answer as it should."""
+    """A server that cannot be reached, or answers incorrectly."""
 
 
 class _Unanswered(Exception):
-    """A request that may be repeated.
+    """A request without a valid response, which may be repeated.
 
     Attributes:
-        wait: Seconds that the server asks for; None if it does not.
+        wait: Seconds that the server demands; None if it demands none.
     """
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
@@ -58,13 +58,13 @@ class _Unanswered(Exception):
 
 @dataclass
 class Cost:
-    """What asking has cost in this process.
+    """Cost of the queries of this process.
 
     Attributes:
-        cached: Rows whose answer was there already.
-        requests: Sent, those that were repeated included.
-        retries: How many of them were repetitions.
-        seconds: Spent on asking.
+        cached: Rows with a cached answer.
+        requests: Requests sent, repetitions included.
+        retries: Repetitions.
+        seconds: Time spent on requests.
     """
 
     cached: int = 0
@@ -74,14 +74,14 @@ class Cost:
 
 
 def checked_url(url: str) -> str:
-    """The address of a server without a slash at its end.
+    """Return the address of a server without a final slash.
 
     Raises:
-        UserError: If it is none, or holds a secret, which would be written into recipes and caches.
+        UserError: If it is invalid, or contains a secret, which would be written to recipes and caches.
     """
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018  # or it complains of a port that is none
+        parts.port  # noqa: B018  # raises on an invalid port
     except ValueError as error:
         raise UserError(f"expected a URL such as https://example.org, got `{url}` ({error})") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -94,14 +94,14 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-class Line:
-    """To one server: a client, and a thread in which requests wait side by side.
+class Connection:
+    """A client of one server, with a thread that runs its simultaneous requests.
 
     Args:
         url: Of the server.
         token: Sent with every request.
-        timeout: Seconds from sending a request to the end of its answer, however slowly it drips.
-        retries: How often a request is repeated at most.
+        timeout: Seconds from sending a request to the end of its response.
+        retries: Largest number of repetitions of a request.
     """
 
     def __init__(self, url: str, *, token: str | None, timeout: float, retries: int) -> None:
@@ -115,7 +115,7 @@ class Line:
             token.isascii() and token.isprintable() and token.strip() == token != ""
         ):
             raise UserError(
-                "expected a token of plain characters, without spaces around it, got another or none"
+                "expected a token of plain characters, without spaces around it, got another or an empty one"
             )
         self.client = self.http.AsyncClient(
             headers={
@@ -123,24 +123,24 @@ class Line:
                 "Accept-Encoding": "identity",
                 **({} if token is None else {"Authorization": f"Bearer {token}"}),
             },
-            timeout=None,  # `ask` has one for the whole
-            follow_redirects=False,  # nobody else gets the token
+            timeout=None,  # `request` limits the whole
+            follow_redirects=False,  # no other server may receive the token
             trust_env=urlsplit(url).hostname not in ("127.0.0.1", "::1", "localhost"),
             limits=self.http.Limits(max_connections=None, keepalive_expiry=4.0),
         )
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self._serve, name="luce-remote", daemon=True).start()
-        self.chance = random.Random()  # not the generator that trainings draw from
+        self.chance = random.Random()  # the generators of the training must not move
 
     def _serve(self) -> None:
         self.loop.run_forever()
         self.loop.close()
 
     def run(self, work: Callable[[asyncio.Event], Awaitable[T]]) -> T:
-        """Do something in the thread of requests and wait for it.
+        """Run a coroutine in the thread of requests and wait for it.
 
         Args:
-            work: Gets an event that tells it to begin nothing new.
+            work: Receives an event; once it is set, no new request may start.
         """
         stop = asyncio.Event()
 
@@ -150,7 +150,7 @@ class Line:
         future = asyncio.run_coroutine_threadsafe(begin(), self.loop)
         try:
             return future.result()
-        except KeyboardInterrupt:  # what is on its way will be charged: it is waited for and kept
+        except KeyboardInterrupt:  # running requests are charged: wait for them and cache their answers
             self.loop.call_soon_threadsafe(stop.set)
             with suppress(Exception):
                 future.result(self.timeout)
@@ -161,7 +161,7 @@ class Line:
             asyncio.run_coroutine_threadsafe(self.client.aclose(), self.loop).result(self.timeout)
             self.loop.call_soon_threadsafe(self.loop.stop)
 
-    async def ask(
+    async def request(
         self,
         path: str,
         body: bytes | None,
@@ -169,16 +169,16 @@ class Line:
         stop: asyncio.Event,
         cost: Cost,
     ) -> T:
-        """What a page answers, repeating the request while there is no answer.
+        """Request a page, with repetitions while there is no valid response.
 
         Args:
             path: Of the page.
-            body: To post; None gets the page.
-            read: Makes something of the answer, or raises ValueError.
-            stop: Once it is set nothing is repeated.
-            cost: Is added to.
+            body: Sent by POST; None for GET.
+            read: Parses the response, or raises ValueError.
+            stop: Once it is set, nothing is repeated.
+            cost: Updated in place.
         Raises:
-            RemoteError: If there is no answer after all, or one that makes no sense.
+            RemoteError: If no attempt succeeds, or the response is incorrect.
         """
         page = f"{self.url}{path}"
         for attempt in range(self.retries + 1):
@@ -188,29 +188,31 @@ class Line:
                 content = await asyncio.wait_for(self._once(page, body), self.timeout)
                 break
             except asyncio.TimeoutError:
-                problem = _Unanswered(f"no whole answer within {self.timeout:g} seconds")
+                problem = _Unanswered(f"no complete response within {self.timeout:g} seconds")
             except self.http.TransportError as error:
-                problem = _Unanswered(f"no connection, or it broke off ({one_line(error)})")
+                problem = _Unanswered(f"no connection, or a broken one ({one_line(error)})")
             except _Unanswered as unanswered:
                 problem = unanswered
-            given_up = RemoteError(f"{page}: {problem}; it was asked {attempt + 1} times; {KEPT}")
+            given_up = RemoteError(f"{page}: {problem}; it was requested {attempt + 1} times; {KEPT}")
             if attempt == self.retries or stop.is_set():
                 raise given_up from problem
             wait = self._wait(attempt, problem.wait)
             if wait > LONGEST_RETRY_AFTER:
-                raise RemoteError(f"{page}: {problem}, and to be asked again in {wait:g} seconds; {KEPT}")
+                raise RemoteError(
+                    f"{page}: {problem}, and the server demands to wait {wait:g} seconds; {KEPT}"
+                )
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(stop.wait(), wait)
                 raise given_up from problem
         try:
             return read(content)
         except ValueError as error:
-            raise RemoteError(f"{page} answers what it should not: {str(error)[:300]}; {KEPT}") from error
+            raise RemoteError(f"{page} gave an incorrect response: {str(error)[:300]}; {KEPT}") from error
 
-    def _wait(self, attempt: int, wanted: float | None) -> float:
-        """Seconds before the next attempt, at least those that the server asks for."""
-        ours = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * self.chance.uniform(0.5, 1.0)
-        return ours if wanted is None else max(ours, wanted)
+    def _wait(self, attempt: int, demanded: float | None) -> float:
+        """Return the seconds before the next attempt, at least those that the server demands."""
+        backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * self.chance.uniform(0.5, 1.0)
+        return backoff if demanded is None else max(backoff, demanded)
 
     async def _once(self, page: str, body: bytes | None) -> dict[str, Any]:
         headers = {} if body is None else {"Content-Type": "application/json"}
@@ -222,16 +224,16 @@ class Line:
                 size += len(part)
                 if size > MOST_BYTES:
                     raise RemoteError(
-                        f"{page}: an answer of more than {MOST_BYTES} bytes; {ADVICE[413]}; {KEPT}"
+                        f"{page}: a response of more than {MOST_BYTES} bytes; {ADVICE[413]}; {KEPT}"
                     )
         content = b"".join(parts)
         if 300 <= status < 400:
             where = response.headers.get("location", "nowhere")
-            raise RemoteError(f"{page} sends us to {where[:200]}; give the final address as `teacher.url`")
+            raise RemoteError(f"{page} redirects to {where[:200]}; give the final address as `teacher.url`")
         if status in REPEATED:
             raise _Unanswered(f"status {status}, {_reason(content)}", _retry_after(response.headers))
         if status != 200:
-            advice = ADVICE.get(status, "it may be no server of answers")
+            advice = ADVICE.get(status, "it may be no server of this protocol")
             raise RemoteError(f"{page}: status {status}, {_reason(content)}; {advice}; {KEPT}")
         try:
             return wire.parse(content)
@@ -239,11 +241,11 @@ class Line:
             raise _Unanswered(str(error)) from error
 
 
-KEPT = "all answers before it are kept"
+KEPT = "earlier answers are cached"
 
 
 def _reason(content: bytes) -> str:
-    """What a server gives as reason, in a few words."""
+    """Return the reason that a server gives, shortened."""
     try:
         return f"`{one_line(Exception(wire.parse(content)['error']))[:160]}`"
     except (ValueError, KeyError):
@@ -251,7 +253,7 @@ def _reason(content: bytes) -> str:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of the header ``Retry-After``, which may also be a date."""
+    """Return the seconds of the header ``Retry-After``, which may also hold a date."""
     text = headers.get("retry-after")
     if text is None:
         return None

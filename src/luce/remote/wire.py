@@ -1,4 +1,4 @@
-"""How questions and answers travel: JSON, with arrays as nested lists or as base64; see docs/black-box.md."""
+"""The wire format: JSON, with arrays as nested lists or as base64; see docs/black-box.md."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NoReturn
 import numpy as np
 
 DTYPES = {"float32": "<f4", "uint8": "|u1", "int64": "<i8"}
-"""Of arrays in base64, by name; all little-endian."""
+"""NumPy dtypes of arrays in base64 by name; all little-endian."""
 
 PROTOCOL = 1
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        ValueError: If it is anything else, ``NaN`` and ``Infinity`` included, which are no JSON.
+        ValueError: On anything else, including ``NaN`` and ``Infinity``, which are not JSON.
     """
     try:
         value = json.loads(content, parse_constant=_no_json)
@@ -31,11 +31,11 @@ def parse(content: bytes) -> dict[str, Any]:
 
 
 def _no_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def quote(content: bytes) -> str:
-    """The beginning of something unexpected, for a message."""
+    """Quote the beginning of an unexpected response, for a message."""
     if not content:
         return "nothing"
     text = " ".join(content[:60].decode("utf-8", errors="replace").split())
@@ -43,7 +43,7 @@ def quote(content: bytes) -> str:
 
 
 def pack(array: np.ndarray) -> dict[str, Any]:
-    """An array as base64.
+    """Encode an array as base64.
 
     >>> pack(np.array([[1, 2]], dtype=np.uint8))
     {'dtype': 'uint8', 'shape': [1, 2], 'base64': 'AQI='}
@@ -57,10 +57,10 @@ def pack(array: np.ndarray) -> dict[str, Any]:
 
 
 def unpack(value: object) -> np.ndarray:
-    """An array of finite numbers, from nested lists (then float64 or int64) or from what `pack` makes.
+    """Decode an array of finite numbers from nested lists (to float64 or int64) or from the form of `pack`.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: On anything else.
     Example:
         >>> unpack({"dtype": "uint8", "shape": [1, 2], "base64": "AQI="})
         array([[1, 2]], dtype=uint8)
@@ -97,7 +97,7 @@ def _from_base64(value: dict[str, Any]) -> np.ndarray:
         data = base64.b64decode(text, validate=True)
     except ValueError as error:
         raise ValueError("expected `base64` without other characters") from error
-    form = np.dtype(DTYPES[dtype])
-    if len(data) != math.prod(shape) * form.itemsize:
+    numpy_dtype = np.dtype(DTYPES[dtype])
+    if len(data) != math.prod(shape) * numpy_dtype.itemsize:
         raise ValueError(f"expected the bytes of {dtype} in `shape` {shape[:8]}, got {len(data)}")
-    return np.frombuffer(data, dtype=form).reshape(shape)
+    return np.frombuffer(data, dtype=numpy_dtype).reshape(shape)
