@@ -175,7 +175,7 @@ def test_labels_and_row_numbers_go_to_the_losses_that_want_them() -> None:
     assert seen["index"] is rows["index"]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_a_compiled_student_learns_the_same(backend: str) -> None:
     torch.compiler.reset()
     gradients = []

@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -484,7 +480,9 @@ def test_students_that_cannot_be_differentiated() -> None:
         built(Stubborn(), teacher)
 
 
-@pytest.mark.parametrize("part", [slice(0, None), slice(0, 2)], ids=["whole", "a part"])
+@pytest.mark.parametrize(
+    "part", [pytest.param(slice(0, None), marks=pytest.mark.slow), slice(0, 2)], ids=["whole", "a part"]
+)
 def test_compiled_students_would_tell_nothing_in_forward_mode(part: slice) -> None:
     student, teacher = networks()
     hidden = torch.compile(student[part], backend="aot_eager")
@@ -528,46 +526,3 @@ def test_methods_that_cannot_be_taught_by() -> None:
 def test_wrong_values(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{option}`"):
         MetaDistil(LogitMethod(PLDLoss()), **{option: value})
-
-
-# Processes --------------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import torch, torch.distributed as dist
-from luce import KDLoss
-from luce.methods import LogitMethod, MetaDistil
-from luce.signals import LiveTeacher
-
-rank, world = int(sys.argv[1]), int(sys.argv[2])
-if world > 1:
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
-torch.manual_seed(0)
-student, teacher = torch.nn.Linear(6, 3).double(), torch.nn.Linear(6, 3).double()
-rows, quiz = ([{"input": torch.randn(8, 6).double(), "target": torch.randint(3, (8,))} for _ in range(2)]
-              for _ in range(2))
-part = slice(rank * 8 // world, (rank + 1) * 8 // world)
-mine = [[{name: value[part] for name, value in batch.items()} for batch in kind] for kind in (rows, quiz)]
-method = MetaDistil(LogitMethod(KDLoss()), teacher_lr=1.0, batches_per_round=2, clip_norm=None)
-method.build(student, LiveTeacher(teacher), rows[0], rows[0])
-method.before_round(student, *mine, 0.5)
-torch.save([method.teacher.state_dict(), method.record], sys.argv[4])
-if world > 1:
-    dist.destroy_process_group()  # or its threads may abort the process at its end
-"""
-
-
-def test_two_processes_teach_as_one_does(tmp_path: Path) -> None:
-    """Each with half of the rows."""
-
-    def start(rank: int, world: int) -> subprocess.Popen[bytes]:
-        arguments = [str(rank), str(world), str(tmp_path / "meeting"), str(tmp_path / f"{rank}-of-{world}")]
-        return subprocess.Popen([sys.executable, "-c", f"import sys\n{SCRIPT}", *arguments])
-
-    running = [start(0, 2), start(1, 2)]
-    exec(SCRIPT, {"sys": SimpleNamespace(argv=["", "0", "1", "", str(tmp_path / "0-of-1")])})
-    assert [process.wait(timeout=300) for process in running] == [0, 0]
-    alone, *halves = (torch.load(tmp_path / name) for name in ("0-of-1", "0-of-2", "1-of-2"))
-    for half in halves:
-        assert_close(half[0], alone[0], rtol=1e-9, atol=1e-12)
-        assert half[1]["drift"] == pytest.approx(alone[1]["drift"], rel=1e-4)
-    assert halves[0][1] == halves[1][1]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -361,55 +358,6 @@ def test_what_is_kept_is_enough_to_go_on() -> None:
             its.after_step(one, batch(7))
     assert same(method, other)
     assert {name.partition(".")[0] for name in method.state_dict()} == {"method", "peer_method", "peer"}
-
-
-# Several processes ------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import sys
-import torch
-from torch import distributed, nn
-from torch.testing import assert_close
-from luce import CrossEntropyLoss, KDLoss, WeightedSum
-from luce.methods import LogitMethod, MutualLearning
-
-def train(rank, size):
-    torch.manual_seed(1)
-    student = nn.Linear(5, 3)
-    torch.manual_seed(2 + rank)  # a peer that differs between the processes, until they share it
-    loss = WeightedSum({"task": (1.0, CrossEntropyLoss()), "kl": (1.0, KDLoss(temperature=1.0))})
-    peer = nn.Linear(5, 3)
-    method = MutualLearning(LogitMethod(loss), peer, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
-    inputs = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-    rows = {"input": inputs[rank::size], "target": (torch.arange(8) % 3)[rank::size]}
-    method.build(student, None, rows, rows)
-    with method.hooks(student, None):
-        for _ in range(3):
-            method.after_step(student, rows)
-    return peer.state_dict()
-
-alone = train(0, 1)
-distributed.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[1]), world_size=2)
-together = train(distributed.get_rank(), 2)
-assert_close(together, alone)
-for tensor in together.values():
-    both = [torch.empty_like(tensor) for _ in range(2)]
-    distributed.all_gather(both, tensor)
-    assert torch.equal(*both)
-distributed.destroy_process_group()  # or its threads may abort the process at its end
-"""
-
-
-def test_two_processes_train_one_peer(tmp_path: Path) -> None:
-    """As one process trains it on the rows of both."""
-    command = [sys.executable, "-c", SCRIPT]
-    place = (tmp_path / "meeting").as_uri()
-    started = [
-        subprocess.Popen([*command, rank, place], stderr=subprocess.PIPE, text=True) for rank in ("0", "1")
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
 
 
 # What is refused --------------------------------------------------------------------------------------------
