@@ -170,7 +170,7 @@ def test_what_a_recipe_may_not_say(content: dict[str, Any], message: str) -> Non
         ({"settings": {}}, r"expected at least one entry in `settings`"),
         ({"settings": {"a/b": {}}}, r"can name a folder.*got `a/b`"),
         ({"settings": {"..": {}}}, r"can name a folder.*got `\.\.`"),
-        ({"settings": {"teacher": {}}}, r"beside that of the teacher, got `teacher`"),
+        ({"settings": {"teacher": {}}}, r"other than `teacher`, got `teacher`"),
         ({"settings": {"a": {"loss": {}}}}, r"expected no `loss` in setting `a`"),
         ({"settings": {"a": {"method": "KD"}}}, r"expected no `method` in setting `a`"),
         ({"settings": {"a": 3}}, "expected `settings.a` as a mapping, got 3"),

@@ -299,7 +299,7 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("answers", ["probs", "label"])
+@pytest.mark.parametrize("answers", ["probs", pytest.param("label", marks=pytest.mark.slow)])
 def test_digits_are_learned_without_sending_one(answers: str, digits_teacher: Path, tmp_path: Path) -> None:
     changes = {
         "teacher": {"checkpoint": str(digits_teacher), "answers": answers},
