@@ -26,7 +26,7 @@ BRIEF = {
     "check": ["--examples", "3"],
 }
 # The data of other recipes cannot be downloaded here: their networks and losses run on digits.
-ON_DIGITS = ["--data.name", "sklearn:digits", "--settings.few-labels.data.labels_per_class", "5"]
+ON_DIGITS = ["--data.name", "sklearn:digits", "--settings.few-labels.data.labels_per_class", "20"]
 
 
 def read(page: str) -> str:
