@@ -48,7 +48,7 @@ def test_the_tag_is_that_of_the_newest_symbols(tmp_path: Path, symbols: bytes, p
 def build(target: str, source: Path, folder: Path, **environment: str) -> Path:
     """Run hatchling on a source tree, and return the one file that it built."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", os.fspath(folder)]
-    subprocess.run(command, cwd=source, env={**os.environ, **environment}, check=True, timeout=1200)
+    subprocess.run(command, cwd=source, env={**os.environ, **environment}, check=True, timeout=3600)
     (built,) = folder.iterdir()
     return built
 
