@@ -153,7 +153,7 @@ def test_wrappers_need_no_mention() -> None:
     assert find(DataParallel(Classifier(inner)), "module.body.stages.1") is module
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_a_network_that_is_compiled_afterwards(backend: str) -> None:
     torch.compiler.reset()
     model, paths = Classifier(network()), ["stages.0", "stages.2.0.act:input", "pool"]

@@ -96,9 +96,9 @@ def test_ids_are_unique_and_references_resolve(report):
     assert wanted <= set(ids)
 
 
-def test_the_page_is_the_same_every_time(folder):
-    first = write_html(folder).read_bytes()
-    assert write_html(folder).read_bytes() == first
+def test_the_page_is_the_same_every_time(report):
+    first = report.read_bytes()
+    assert write_html(report.parent).read_bytes() == first
 
 
 def test_hostile_names_stay_text(tmp_path, write_comparison):
@@ -156,7 +156,8 @@ def test_one_seed_and_one_epoch(tmp_path, write_run, write_comparison):
     assert "no interval, so no claim" in "".join(page.text)
 
 
-def test_a_failed_report_leaves_the_old_one(folder, monkeypatch):
+def test_a_failed_report_leaves_the_old_one(run_folder, monkeypatch):
+    folder = run_folder
     out = write_html(folder)
     before = out.read_bytes()
 
@@ -198,6 +199,7 @@ def browse(page, tmp_path, *options):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_shows_every_plot(report, tmp_path):
     # A script of the test's own, in a copy without the policy that forbids scripts, measures what is drawn.
@@ -218,6 +220,7 @@ def test_a_browser_shows_every_plot(report, tmp_path):
     assert int(re.search(r'data-overflow="(-?\d+)"', done.stdout)[1]) <= 0
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_has_nothing_to_complain_of(report, tmp_path):
     picture = tmp_path / "page.png"

@@ -33,6 +33,10 @@ def test_samples_are_shown_with_what_the_teacher_said(run_folder, shape) -> None
     (plot,) = plots.samples(run)
     assert plot.svg.count("data:image/png") == len(images)
     assert "class <0> (100.0%)" in plot.alt
+
+
+def test_the_page_shows_samples_with_escaped_names(run_folder) -> None:
+    write_samples(run_folder, np.arange(2 * 64).reshape(2, 1, 8, 8))
     page = write_html(run_folder).read_text()
     assert "Generated images and the teacher&#39;s answers" in page
     assert "class &lt;0&gt;" in page

@@ -154,7 +154,7 @@ def _strength(knowledge: Knowledge) -> dict[str, str]:
         "class relations, nats": f"{knowledge.class_relation_nats:.3f}",
         "instance relations, nats": f"{knowledge.instance_relation_nats:.3f}",
         "weight deviation": f"{knowledge.fresh_weight_spread:.4f}",
-        "wrong classes %": number(knowledge.missing),
+        "mass on wrong classes %": number(knowledge.missing),
         "accuracy %": number(knowledge.accuracy),
         "top probability %": number(knowledge.top_probability),
     }

@@ -111,8 +111,10 @@ def draw_png(size: tuple[float, float], paint: Callable[[Figure], None]) -> byte
     with _styled_figure(size) as figure:
         paint(figure)
         figure.savefig(full, format="png", dpi=130)
+    # Maximum coverage keeps the colour of a small mark, which a median cut would merge with its surroundings.
     # Dithering would speckle flat areas, and speckles compress badly.
-    image = Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    image = Image.open(full).convert("RGB")
+    image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(small, format="png", optimize=True)
     return small.getvalue()
 

@@ -113,8 +113,8 @@ def _comparison_table(comparison: Comparison) -> Table:
             "other columns are at the last epoch. Differences are paired by seed, with Student's t intervals "
             "one comparison at a time. * is beyond noise: p < 0.05 after Holm's correction for all "
             "comparisons of the setting (each method with the baseline, PLD with each method). With the "
-            "teacher: agreement of the first choice, KL divergence from it, Kendall's τ and overlap of the "
-            "top k. ECE is the expected calibration error."
+            "teacher: agreement of the predicted class, KL divergence from it, Kendall's τ and overlap of "
+            "the top k. ECE is the expected calibration error."
         ),
     )
 

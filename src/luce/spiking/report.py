@@ -268,8 +268,8 @@ def write_html(result: SpikingResult, path: Path) -> Path:
     sentences = answers(result)
     alts: Sequence[str] = (sentences[0], _spikes_by_layer(result), sentences[1])
     plots = [
-        draw(name, title, alt, (4.2, 3.0), partial(paint, result=result))
-        for (name, title, paint), alt in zip(PANELS, alts, strict=True)
+        draw(name, "", alt, (4.2, 3.0), partial(paint, result=result))  # the gallery's heading is its title
+        for (name, _, paint), alt in zip(PANELS, alts, strict=True)
     ]
     captions = (
         "A lower percentile lowers the thresholds: neurons fire earlier, and the largest activations "
