@@ -101,22 +101,24 @@ def draw(name: str, title: str, alt: str, size: tuple[float, float], paint: Call
 
 
 def draw_png(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
-    """Let ``paint`` fill a figure of ``size`` inches, and return it as a PNG with a palette of 256 colours.
-
-    The palette makes the file about a third of the size of full colour, with no difference to the eye.
-    """
-    from PIL import Image
-
-    full, small = io.BytesIO(), io.BytesIO()
+    """Let ``paint`` fill a figure of ``size`` inches, and return it as a PNG; see `as_png`."""
     with _styled_figure(size) as figure:
         paint(figure)
-        figure.savefig(full, format="png", dpi=130)
+        return as_png(figure)
+
+
+def as_png(figure: Figure, dpi: int = 130) -> bytes:
+    """Return a figure as a PNG with a palette of 256 colours, about a third of the size of full colour."""
+    from PIL import Image
+
+    full, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=dpi)
     # Maximum coverage keeps the colour of a small mark, which a median cut would merge with its surroundings.
     # Dithering would speckle flat areas, and speckles compress badly.
     image = Image.open(full).convert("RGB")
     image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    image.save(small, format="png", optimize=True)
-    return small.getvalue()
+    image.save(packed, format="png", optimize=True)
+    return packed.getvalue()
 
 
 def over_epochs(axes: Axes, unit: str) -> None:
