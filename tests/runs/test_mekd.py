@@ -66,7 +66,7 @@ def test_what_a_run_tells(make_recipe: Make, tmp_path: Path) -> None:
     assert {sample.pixels.shape for sample in samples} == {(1, 8, 8)}
     assert {sample.label for sample in samples} <= {"0", "1", "2", "3"}
     page = reports.write_html(tmp_path / "run").read_text()
-    assert "What the teacher was asked" in page
+    assert "Generated images and the teacher" in page
     assert page.count("data:image/png") == 24
 
 
@@ -169,7 +169,7 @@ def test_batches_of_one_row(make_recipe: Make, tmp_path: Path) -> None:
         ({"options": {"tau": -1}}, "`loss.pld`: expected `tau`"),
         ({"options": {"image": "much"}}, "`loss.pld`: expected `image`"),
         ({"options": {"query": 2}}, "unknown option of MEKD .*queries"),
-        ({"terms": {"task": {"loss": "CrossEntropyLoss"}}}, "`loss.pld`: expected a loss that looks at the"),
+        ({"terms": {"task": {"loss": "CrossEntropyLoss"}}}, "`loss.pld`: expected a loss that uses"),
         ({"terms": {"hint": {"loss": "FitNetLoss", "student": "body.0"}}}, "expected a LogitMethod for MEKD"),
     ],
     ids=str,
