@@ -863,7 +863,7 @@ def test_a_bad_option_is_refused_by_function_and_module_alike(loss, option, valu
     ("teacher", "error", "words"),
     [
         (normal(ROWS, CLASSES + 1), ValueError, rf"the {CLASSES} classes of `student`, got {CLASSES + 1}"),
-        (head(ROWS, classes=CLASSES + 1), ValueError, "`vocab_size` leaves out padding"),
+        (head(ROWS, classes=CLASSES + 1), ValueError, "`vocab_size` excludes padding"),
         (
             normal(ROWS + 1, CLASSES),
             ValueError,
@@ -903,7 +903,7 @@ def test_students_that_do_not_fit(loss):
         TypeError, match=r"`student.weight` of torch.bfloat16 like `student.hidden`, got torch.float64"
     ):
         loss(mixed, normal(ROWS, CLASSES))
-    with teacher_gradient(), pytest.raises(ValueError, match="takes the teacher for constant"):
+    with teacher_gradient(), pytest.raises(ValueError, match="treats the teacher as constant"):
         loss(head(ROWS), normal(ROWS, CLASSES))
 
 
