@@ -65,9 +65,9 @@ def mutual_learning(
     """
     if not isinstance(peer, dict | None):
         raise UserError(f"expected a mapping for `peer`, such as {{name: resnet20}}, got {peer!r}")
+    network = context.recipe.student if peer is None else parse(ModelOptions, peer)
     if peer is not None and "name" not in peer:
         raise UserError(f"expected a `name` for `peer`, or no `peer` for one like the student, got {peer!r}")
-    network = context.recipe.student if peer is None else parse(ModelOptions, peer)
     training = context.recipe.training
     if peer_lr is not None:
         checks.check_positive(peer_lr=peer_lr)
