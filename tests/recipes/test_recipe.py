@@ -149,8 +149,8 @@ def test_values_are_checked_and_converted() -> None:
         ({"loss": {"pld": "PLDLoss"}}, "expected `loss.pld` as a mapping, got 'PLDLoss'"),
         ({"training": {"lr": -1}}, r"expected `training\.lr` above 0, got -1"),
         ({"data": {"workers": -1}}, r"expected `data\.workers` of at least 0, got -1"),
-        ({"data": {"options": {"root": "x"}}}, r"expected no `root` among the `options` of the data"),
-        ({"student": {"options": {"classes": 3}}}, r"expected no `classes` among the `options` of the model"),
+        ({"data": {"options": {"root": "x"}}}, r"expected no `root` in the `options` of the data"),
+        ({"student": {"options": {"classes": 3}}}, r"expected no `classes` in the `options` of the model"),
         ({1: 2}, r"unknown recipe key `1`"),
     ],
 )  # fmt: skip
