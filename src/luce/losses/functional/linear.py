@@ -17,7 +17,7 @@ from ...ops.pld.options import Ties
 from .._linear_checks import check_linear, check_rest
 from .._reduce import Blocks, Reduction
 from .._teacher import refuse_teacher_gradient
-from .listwise import _pld_options
+from .listwise import PLDPlaces
 
 __all__ = ["linear_kd_loss", "linear_pld_loss"]
 
@@ -200,9 +200,8 @@ def linear_pld_loss(
             "expected no `top_k`, no `epsilon` and ties='stable' "
             "with TopKLogits: the kept classes are the places"
         )
-    options = _pld_options(
-        student.hidden, _dtype_holder(teacher), teacher_temperature, top_k, epsilon, tolerance, ties
-    )
+    places = PLDPlaces(top_k=top_k, epsilon=epsilon, tolerance=tolerance, ties=ties)
+    options = places.settle(student.hidden, _dtype_holder(teacher), teacher_temperature)
     return _reduced(
         partial(linear_pld, options=options, backend=backend),
         student,

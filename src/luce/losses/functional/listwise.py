@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,29 +46,38 @@ def teacher_order(teacher_logits: Tensor, *, class_dim: int = 1) -> Tensor:
     return teacher_logits.sort(dim=axis, descending=True, stable=True).indices
 
 
-def _pld_options(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    teacher_temperature: float,
-    top_k: int | None,
-    epsilon: float | None,
-    tolerance: float | None,
-    ties: Ties,
-) -> PldOptions:
-    checks.check_positive(teacher_temperature=teacher_temperature)
-    checks.check_top_k(top_k)
-    checks.check_choice("ties", ties, ("stable", "average"))
-    if epsilon is not None:
-        checks.check_between(0, 1, epsilon=epsilon)
-    if ties == "average" and (top_k is not None or epsilon is not None):
-        raise ValueError(
-            "expected ties='stable' with `top_k` or `epsilon`: they may cut a group of equals in two"
-        )
-    if tolerance is None:
-        tolerance = default_tolerance(student_logits, teacher_logits)
-    checks.check_not_negative(tolerance=tolerance)
-    places = EVERY_PLACE if top_k is None else top_k
-    return PldOptions(teacher_temperature, places, epsilon or 0.0, tolerance, ties == "average")
+@dataclass(eq=False, repr=False, kw_only=True)
+class PLDPlaces:
+    """Options of PLD about the places of its ranking, shared by its functions and modules; see `pld_loss`."""
+
+    top_k: int | None = None
+    epsilon: float | None = None
+    tolerance: float | None = None
+    ties: Ties = "stable"
+
+    def settle(
+        self, student_logits: Tensor, teacher_logits: Tensor, teacher_temperature: float
+    ) -> PldOptions:
+        """Check all options, and return them as the engines take them.
+
+        Raises:
+            ValueError: On a wrong value, or options that do not go together.
+        """
+        checks.check_positive(teacher_temperature=teacher_temperature)
+        checks.check_top_k(self.top_k)
+        checks.check_choice("ties", self.ties, ("stable", "average"))
+        if self.epsilon is not None:
+            checks.check_between(0, 1, epsilon=self.epsilon)
+        if self.ties == "average" and (self.top_k is not None or self.epsilon is not None):
+            raise ValueError(
+                "expected ties='stable' with `top_k` or `epsilon`: they may cut a group of equals in two"
+            )
+        tolerance = self.tolerance
+        if tolerance is None:
+            tolerance = default_tolerance(student_logits, teacher_logits)
+        checks.check_not_negative(tolerance=tolerance)
+        places = EVERY_PLACE if self.top_k is None else self.top_k
+        return PldOptions(teacher_temperature, places, self.epsilon or 0.0, tolerance, self.ties == "average")
 
 
 def pld_loss(
@@ -155,9 +167,8 @@ def pld_loss(
         ignore_index=ignore_index,
         unlabelled_index=unlabelled_index,
     )
-    options = _pld_options(
-        student_logits, teacher_logits, teacher_temperature, top_k, epsilon, tolerance, ties
-    )
+    places = PLDPlaces(top_k=top_k, epsilon=epsilon, tolerance=tolerance, ties=ties)
+    options = places.settle(student_logits, teacher_logits, teacher_temperature)
     if teacher_order is not None:
         checks.check_order(teacher_order, teacher_logits)
         teacher_order = blocks.laid_out(teacher_order)
@@ -182,19 +193,17 @@ def pld_error_bound(
     target: Tensor | None = None,
     *,
     teacher_temperature: float = 1.0,
-    top_k: int | None = None,
-    epsilon: float | None = None,
-    tolerance: float | None = None,
-    ties: Ties = "stable",
     ignore_index: int = -100,
     unlabelled_index: int = UNLABELLED,
     class_dim: int = 1,
     backend: Backend = "auto",
+    **places: Any,
 ) -> tuple[Tensor, Tensor]:
     """Bound, row by row, the error of `pld_loss` with these options against the full, sorted loss.
 
     Args:
         student_logits: As for `pld_loss`, and so are all other arguments.
+        places: `top_k`, `epsilon`, `tolerance` and `ties`, as for `pld_loss`.
     Returns:
         Two tensors of the rows' shape: the largest possible difference of the loss, in nats, and of its
         gradient, in the sum of absolute values, without rounding errors. 0 in rows that do not count.
@@ -216,9 +225,7 @@ def pld_error_bound(
         ignore_index=ignore_index,
         unlabelled_index=unlabelled_index,
     )
-    options = _pld_options(
-        student_logits, teacher_logits, teacher_temperature, top_k, epsilon, tolerance, ties
-    )
+    options = PLDPlaces(**places).settle(student_logits, teacher_logits, teacher_temperature)
     _, bound = pld_with_bound(
         blocks.student.detach(),
         blocks.given_teacher(),

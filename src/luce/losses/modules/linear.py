@@ -13,9 +13,9 @@ from ...labels import UNLABELLED
 from ...ops.engines import Backend
 from ...ops.linear import LinearLogits
 from ...ops.linear.stream import Teacher
-from ...ops.pld.options import Ties
 from .._reduce import Reduction
 from ..functional import linear
+from ..functional.listwise import PLDPlaces
 from .base import changed_options
 
 __all__ = ["LinearKDLoss", "LinearPLDLoss"]
@@ -74,7 +74,7 @@ class LinearKDLoss(LinearLoss):
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class LinearPLDLoss(LinearLoss):
+class LinearPLDLoss(LinearLoss, PLDPlaces):
     """Module of `luce.linear_pld_loss`: `luce.PLDLoss` without materialising the logits.
 
     Example:
@@ -85,8 +85,4 @@ class LinearPLDLoss(LinearLoss):
     function = staticmethod(linear.linear_pld_loss)
 
     teacher_temperature: float = 1.0
-    top_k: int | None = None
-    epsilon: float | None = None
-    tolerance: float | None = None
-    ties: Ties = "stable"
     unlabelled_index: int = UNLABELLED

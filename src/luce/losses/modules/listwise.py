@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...labels import UNLABELLED
 from ...ops.engines import Backend
-from ...ops.pld.options import Ties
 from ..functional import listwise
 from ..temperature import suggest_temperature
 from .base import LogitLoss
@@ -19,7 +18,7 @@ __all__ = ["ListMLELoss", "ListNetLoss", "PLDLoss", "PListMLELoss"]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class PLDLoss(LogitLoss):
+class PLDLoss(LogitLoss, listwise.PLDPlaces):
     """Module of `luce.pld_loss`: Plackett-Luce Distillation. Use it alone, without cross-entropy.
 
     With ``teacher_temperature="auto"`` the temperature is `luce.suggest_temperature` of the teacher's logits
@@ -38,10 +37,6 @@ class PLDLoss(LogitLoss):
     prepared_buffers = ("suggested_temperature",)
 
     teacher_temperature: float | Literal["auto"] = 1.0
-    top_k: int | None = None
-    epsilon: float | None = None
-    tolerance: float | None = None
-    ties: Ties = "stable"
     unlabelled_index: int = UNLABELLED
     backend: Backend = "auto"
 
