@@ -93,3 +93,20 @@ def test_a_checkpoint_fills_a_loss_that_was_not_prepared_and_the_reverse_leaves_
     assert_close(loss(*batch(3)), luce.pld_loss(*batch(3), teacher_temperature=2.0))
     loss.load_state_dict({"suggested_temperature": torch.tensor(3.0)})
     assert loss.options()["teacher_temperature"] == 3.0
+
+
+def test_a_suggested_temperature_lies_on_the_device_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that train on GPUs broadcast the buffers of a loss, which works on their devices only."""
+    monkeypatch.setattr("luce.losses.modules.listwise.suggest_temperature", lambda logits: 2.0)
+    loss = luce.PLDLoss(teacher_temperature="auto")
+    prepared = loss.prepare(torch.empty(3, 5, device="meta"), torch.empty(3, device="meta"))
+    assert prepared == {"teacher_temperature": 2.0}
+    assert loss.suggested_temperature.device.type == "meta"
+    assert loss.options()["teacher_temperature"] == 2.0
+
+
+def test_a_restored_temperature_compiles_without_a_break() -> None:
+    loss = luce.PLDLoss(teacher_temperature="auto")
+    loss.load_state_dict({"suggested_temperature": torch.tensor(2.0)})
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert_close(compiled(*batch(3)), luce.pld_loss(*batch(3), teacher_temperature=2.0))

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from luce.models import Classifier
 from luce.signals import CachedTeacher, LiveTeacher, Teacher
 from luce.training import Fit, TrainingError, TrainingOptions, fit
 from luce.training.engine import BestEpoch
-from luce.training.session import learning_rate
+from luce.training.session import Session, learning_rate
 
 FEATURES, CLASSES = 6, 5
 
@@ -390,6 +391,18 @@ class Watching(LogitMethod):
         self.rows += zip(batch["index"].tolist(), batch["target"].tolist(), strict=True)
         self.batches += 1
         return super().step(student, batch, signal)
+
+
+def test_a_checkpoint_of_another_device_is_loaded_to_that_of_the_training() -> None:
+    saved, resumed = (LogitMethod(PLDLoss(teacher_temperature="auto")) for _ in range(2))
+    saved.loss.prepare(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
+    session = object.__new__(Session)
+    session.method, session.method_optimizers = resumed, {}
+    session.schedules, session.average = [], None
+    session.accelerator = SimpleNamespace(device=torch.device("meta"))
+    session.load_state_dict({"step": 3, "method": saved.state_dict()})
+    assert [buffer.device.type for buffer in resumed.buffers()] == ["meta"]
+    assert resumed.loss.options() == saved.loss.options()
 
 
 @pytest.mark.parametrize(

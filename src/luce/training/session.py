@@ -241,6 +241,7 @@ class Session:
         for schedule in self.schedules:
             schedule.last_epoch = self.step
         self.method.load_state_dict(state["method"])
+        self.method.to(self.accelerator.device)  # buffers that loading made are on the device that saved them
         for name, optimizer in self.method_optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         if self.average is not None:

@@ -73,9 +73,9 @@ def dist_loss(
         row_weight: One weight per row, at least 0; it weighs the rows in both terms.
         reduction: ``"none"``, ``"mean"`` per kept row, or ``"sum"``.
     Returns:
-        Times ``temperature**2``; 0 for equal probabilities, however small, if no row and no class is constant
-        (a constant one has correlation 0). A class excluded in both networks does not exist and does not
-        count.
+        Times ``temperature**2``; 0 for equal probabilities if no row and no class is constant. A constant
+        one, or one whose probabilities are all below 1e-31, has correlation 0. A class excluded in both
+        networks does not exist and does not count.
     Raises:
         ValueError: On a wrong shape or value.
         TypeError: On a wrong dtype.

@@ -139,7 +139,7 @@ class FeatureLoss(Prepared):
             teacher_features: Call it for as many passes over them as it takes.
             train: Runs the optimization of a part that is trained before the student.
         Returns:
-            What was found, by name, as far as a reader of the run would want to know it.
+            Figures for the report of the run, by name.
         """
         return {}
 
@@ -201,11 +201,11 @@ class FeatureLoss(Prepared):
             raise ValueError(f"expected one feature of each network, as {name} takes, got {student}")
         least = 2 if self.stages == "consecutive" else 1
         if student < least or (self.stages == "pairs" and student % 2):
-            some = {
+            expected = {
                 "consecutive": "at least two, of consecutive stages,",
                 "pairs": "input and output of each stage in turn",
             }.get(self.stages, "at least one")
-            raise ValueError(f"expected {some} as features for {name}, got {student} of each network")
+            raise ValueError(f"expected {expected} as features for {name}, got {student} of each network")
         if self._shapes is not None and student != len(self._shapes[0]):
             raise ValueError(
                 f"expected {len(self._shapes[0])} features of each network, as {name} was built for, "

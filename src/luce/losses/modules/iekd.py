@@ -128,16 +128,16 @@ class IEKDLoss(FeatureLoss):
         checks.check_positive(lr=self.lr)
 
     def _make(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
-        ((ours, theirs),) = channels(student_shapes, teacher_shapes)
-        if ours < 2:
+        ((student, teacher),) = channels(student_shapes, teacher_shapes)
+        if student < 2:
             raise ValueError(
                 f"expected a feature of the student of at least 2 channels, to inherit and to explore, "
                 f"got {tuple(student_shapes[0])}"
             )
-        code, inheriting = self.code_channels or max(theirs // 2, 1), ours // 2
-        self.of_teacher = AutoEncoder(theirs, code, frozen=self.needs_preparation)
-        self.inheriting, self.exploring = coder(inheriting, code), coder(ours - inheriting, code)
-        order = torch.randperm(ours) if self.split == "random" else torch.arange(ours)
+        code, inheriting = self.code_channels or max(teacher // 2, 1), student // 2
+        self.of_teacher = AutoEncoder(teacher, code, frozen=self.needs_preparation)
+        self.inheriting, self.exploring = coder(inheriting, code), coder(student - inheriting, code)
+        order = torch.randperm(student) if self.split == "random" else torch.arange(student)
         self.inheriting_channels = nn.Buffer(order[:inheriting])
         self.exploring_channels = nn.Buffer(order[inheriting:])
         self._try(student_shapes, teacher_shapes)
@@ -165,9 +165,9 @@ class IEKDLoss(FeatureLoss):
         batches = teacher_features(batch_size=PREPARATION_BATCH, epochs=self.epochs, shuffle=True)
         train(self.of_teacher, batches, self._reconstruction_error, lr=self.lr)
         self.of_teacher.freeze(True)
-        found = self._quality(teacher_features)
-        self.prepared = torch.ones((), dtype=torch.bool)
-        return found
+        quality = self._quality(teacher_features)
+        self.prepared = torch.ones((), dtype=torch.bool, device=self.inheriting_channels.device)
+        return quality
 
     def _reconstruction_error(self, features: Tensors) -> Tensor:
         teacher = self._pooled(features)
@@ -193,8 +193,8 @@ class IEKDLoss(FeatureLoss):
         """Return the teacher's map, pooled to the size that it has when compared with the student's."""
         assert self._shapes is not None
         (teacher,) = features
-        beside = teacher.new_zeros(len(teacher), *self._shapes[0][0])
-        return _features.maps(beside, teacher)[1]
+        student = teacher.new_zeros(len(teacher), *self._shapes[0][0])
+        return _features.maps(student, teacher)[1]
 
     def _errors(self, restored: Tensor, teacher: Tensor) -> Tensor:
         """Return the reconstruction error of each entry."""

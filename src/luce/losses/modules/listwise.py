@@ -52,22 +52,19 @@ class PLDLoss(LogitLoss, listwise.PLDPlaces):
         if not self.needs_preparation:
             return {}
         # Of float32, so that a run resumes with the very temperature that it started with.
-        self.suggested_temperature = torch.tensor(suggest_temperature(teacher_logits), dtype=torch.float32)
-        self._known_temperature = None
-        return {"teacher_temperature": self._temperature()}
-
-    def _temperature(self) -> float:
-        # Read from the buffer once: on a GPU every reading would wait for the device.
-        if self._known_temperature is None and self.suggested_temperature is not None:
-            self._known_temperature = float(self.suggested_temperature)
-        return self._known_temperature or 1.0
+        suggested = torch.tensor(suggest_temperature(teacher_logits), dtype=torch.float32)
+        self._known_temperature = suggested.item()
+        self.suggested_temperature = suggested.to(teacher_logits.device)
+        return {"teacher_temperature": self._known_temperature}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *more)
-        self._known_temperature = None
+        # Not in `forward`, which would wait for a GPU and cannot be compiled with data-dependent numbers.
+        if self.suggested_temperature is not None:
+            self._known_temperature = self.suggested_temperature.item()
 
     def options(self) -> dict[str, object]:
-        suggested = {"teacher_temperature": self._temperature()} if self.needs_preparation else {}
+        suggested = {"teacher_temperature": self._known_temperature or 1.0} if self.needs_preparation else {}
         return {**super().options(), **suggested}
 
     def _how_to_prepare(self) -> str:

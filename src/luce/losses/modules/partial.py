@@ -53,8 +53,8 @@ class PartialKDLoss(LogitLoss):
 
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         if "class_mean" in self.keep:
-            bare = (target == self.ignore_index) | (target == self.unlabelled_index)
-            labels = target.masked_fill(bare, UNLABELLED)
+            unlabelled = (target == self.ignore_index) | (target == self.unlabelled_index)
+            labels = target.masked_fill(unlabelled, UNLABELLED)
             self.relation = partial.class_relations(teacher_logits, labels, temperature=self.temperature)
         elif self.needs_preparation:
             raise UserError(
