@@ -116,8 +116,8 @@ def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     for size in LEVELS:
         if size < min(student.shape[-2:]):
             weight /= 2
-            pooled = (F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
-            total, weights = total + weight * F.mse_loss(*pooled), weights + weight
+            small_student, small_teacher = (F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
+            total, weights = total + weight * F.mse_loss(small_student, small_teacher), weights + weight
     return total / weights
 
 
