@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Tests that run side by side; each uses one thread.
 WORKERS ?= 2
+# Tests of one xdist group share what they start, such as two processes that train.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: setup native sanitize demo demo-short test test-slow test-all check format docs docs-serve dist vision-test \
   bench-fashion bench gpu-check clean
@@ -41,14 +43,14 @@ demo-short: setup
 
 # At most five minutes on two cores: every formula, dtype, mask, gradient, resume and fault.
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Ahead-of-time compilation, large arrays, process launches, every command of the documentation.
 test-slow: setup
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(PYTEST) -m slow
 
 test-all: setup
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST)
 
 check: setup
 	$(BIN)/ruff check .

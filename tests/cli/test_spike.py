@@ -302,7 +302,7 @@ def test_a_network_that_answers_otherwise_is_not_kept(
     from luce.runs.export import write_onnx
 
     monkeypatch.setattr("luce.runs.export.AGREES", -1.0)
-    with pytest.raises(UserError, match="expected the same logits of onnxruntime as of PyTorch"):
+    with pytest.raises(UserError, match="expected the same logits from onnxruntime and PyTorch"):
         write_onnx(place / "s.onnx", Classifier(torch.nn.Linear(3, 2), [0.0], [1.0]), TINY)
     assert not list(place.iterdir())
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.xdist_group("two-processes-methods")  # the launch is shared
+
 META_DISTIL = """
 import torch, torch.distributed as dist
 from luce import KDLoss

@@ -232,7 +232,7 @@ def test_reports_do_without_the_teachers_figures(remote: Make, tmp_path: Path) -
     found = runs.read_run(tmp_path / "run")
     assert found.teacher is not None
     assert (found.teacher.accuracy, found.teacher.parameters, found.teacher.queries) == (None, None, ROWS)
-    assert f"a black box that was asked about {ROWS} rows" in write_html(tmp_path / "run").read_text()
+    assert f"a black box that answered {ROWS} queries" in write_html(tmp_path / "run").read_text()
     assert "teacher" not in markdown_table(found)
 
 

@@ -163,7 +163,7 @@ def test_terms_on_logits_and_on_features() -> None:
         ({"loss": "FitNetLoss", "student": []}, r"`loss\.x\.student` to name a module or a list.*got \[\]"),
         (
             {"loss": "FitNetLoss", "student": "a", "teacher": [3]},
-            r"`loss\.x\.teacher` to name.*or body\.0 for one that has but a number, got \[3\]",
+            r"`loss\.x\.teacher` to name.*or body\.0 for one that has only a number, got \[3\]",
         ),
         (
             {"loss": "FitNetLoss", "student": "a", "rely": 1},

@@ -21,6 +21,8 @@ from luce.runs import run
 
 from .two_processes import FEATURES, train_on_features
 
+pytestmark = pytest.mark.xdist_group("two-processes-runs")  # the launch is shared
+
 TASK = {"task": {"loss": "CrossEntropyLoss"}}
 KD = {"task": {"loss": "CrossEntropyLoss", "weight": 0.1}, "kd": {"loss": "KDLoss", "temperature": 4.0}}
 DML = {"task": {"loss": "CrossEntropyLoss"}, "kd": {"loss": "KDLoss"}, "mutual": {"method": "MutualLearning"}}
