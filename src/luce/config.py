@@ -136,7 +136,7 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
 
 
 def _noun(hint: Any) -> str:
-    """What a value of this type is called in errors."""
+    """Name the values of a type for an error message."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))

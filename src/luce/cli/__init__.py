@@ -51,18 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: The words after ``luce``; those of the process if None.
+        argv: Arguments after ``luce``; those of the process if None.
     Returns:
         The exit status: 0; 2 for an error that the user can mend; 1 for a defect, of Luce or of the loss that
         ``luce check`` tests; 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help", "help"):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if words else 2
-    if words[0] == "--version":
+        return 0 if argv else 2
+    if argv[0] == "--version":
         from .. import __version__
 
         print(f"luce {__version__}")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A console script lacks the working directory, where `python:` data and losses to check may be.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    name, *rest = words
+    name, *rest = argv
     try:
         return _run(name, rest)
     except KeyboardInterrupt:

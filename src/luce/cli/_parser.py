@@ -1,9 +1,9 @@
-"""The parser of all commands: from the words of a command line to the command's options, a dataclass.
+"""The parser of all commands: from the arguments of a command to its options, a dataclass.
 
 A field without a default is a positional argument; the last one may be a list and then takes all remaining
-words. Every other field is an option ``--name VALUE`` or ``--name=VALUE``; a bool needs no value, and a list
-may be written ``1,2,3``. Nested fields have dotted names. Fields of a recipe are options too, where a command
-has a field with the metadata of `recipe_fields`. The text under a field in the docstring is its help.
+arguments. Every other field is an option ``--name VALUE`` or ``--name=VALUE``; a bool needs no value, and a
+list may be written ``1,2,3``. Nested fields have dotted names. Fields of a recipe are options too, where a
+command has a field with the metadata of `recipe_fields`. The text under a field in the docstring is its help.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Layout:
 
 
 def parse_arguments(options: type[T], argv: Sequence[str], command: str) -> T:
-    """Build the options of a command from its words.
+    """Build the options of a command from its arguments.
 
     Raises:
         UserError: On an unknown or missing argument, or a value that the dataclass refuses.
@@ -92,13 +92,13 @@ def parse_arguments(options: type[T], argv: Sequence[str], command: str) -> T:
     content: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
     positional: list[str] = []
-    words = deque(argv)
-    while words:
-        word = words.popleft()
-        if re.fullmatch(r"[^-].*|-?|-[\d.].*", word, re.DOTALL):  # a number such as -1 is no option
-            positional.append(word)
+    remaining = deque(argv)
+    while remaining:
+        argument = remaining.popleft()
+        if re.fullmatch(r"[^-].*|-?|-[\d.].*", argument, re.DOTALL):  # a number such as -1 is no option
+            positional.append(argument)
             continue
-        flag, equals, text = word.partition("=")
+        flag, equals, text = argument.partition("=")
         path = flag[2:].split(".") if flag.startswith("--") else [flag]
         if path[0] in layout.options:
             nested, hint = content, type_at(options, path)
@@ -107,7 +107,7 @@ def parse_arguments(options: type[T], argv: Sequence[str], command: str) -> T:
         else:
             known = (*layout.options, *layout.recipe_names, "help", "debug")
             raise unknown_name("option", flag, [f"--{name}" for name in known])
-        _insert(nested, path, _read(flag, text if equals else _next_value(flag, hint, words), hint))
+        _insert(nested, path, _read(flag, text if equals else _next_value(flag, hint, remaining), hint))
     content |= _assign(options, layout, positional, command)
     if layout.recipe_field is not None:
         content[layout.recipe_field] = overrides
@@ -117,13 +117,13 @@ def parse_arguments(options: type[T], argv: Sequence[str], command: str) -> T:
         raise UserError(str(error)) from error
 
 
-def _next_value(flag: str, hint: Any, words: deque[str]) -> str:
-    """Take the value after an option off the words; ``true`` for a bool without one."""
-    if without_none(hint) is bool and (not words or words[0] not in ("true", "false")):
+def _next_value(flag: str, hint: Any, remaining: deque[str]) -> str:
+    """Take the value after an option off the remaining arguments; ``true`` for a bool without one."""
+    if without_none(hint) is bool and (not remaining or remaining[0] not in ("true", "false")):
         return "true"
-    if not words or words[0].startswith("--"):
+    if not remaining or remaining[0].startswith("--"):
         raise UserError(f"expected a value after `{flag}`")
-    return words.popleft()
+    return remaining.popleft()
 
 
 def _read(flag: str, text: str, hint: Any) -> Any:
@@ -149,20 +149,20 @@ def _insert(nested: dict[str, Any], path: list[str], value: Any) -> None:
     nested[last] = value
 
 
-def _assign(options: type[Any], layout: Layout, words: list[str], command: str) -> dict[str, Any]:
+def _assign(options: type[Any], layout: Layout, values: list[str], command: str) -> dict[str, Any]:
     """The positional arguments by name."""
     names = layout.positional
     takes_rest = bool(names) and typing.get_origin(field_types(options)[names[-1]]) in (list, tuple)
-    if len(words) < len(names):
-        missing = " and ".join(name.upper() for name in names[len(words) :])
+    if len(values) < len(names):
+        missing = " and ".join(name.upper() for name in names[len(values) :])
         raise UserError(f"expected {missing}; luce {command} --help describes the arguments")
-    if len(words) > len(names) and not takes_rest:
+    if len(values) > len(names) and not takes_rest:
         raise UserError(
-            f"unexpected argument `{words[len(names)]}`; luce {command} --help describes the arguments"
+            f"unexpected argument `{values[len(names)]}`; luce {command} --help describes the arguments"
         )
-    assigned: dict[str, Any] = dict(zip(names, words, strict=False))
+    assigned: dict[str, Any] = dict(zip(names, values, strict=False))
     if takes_rest:
-        assigned[names[-1]] = words[len(names) - 1 :]
+        assigned[names[-1]] = values[len(names) - 1 :]
     return assigned
 
 

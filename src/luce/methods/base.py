@@ -66,7 +66,7 @@ class TrainingRows(Protocol):
 
 
 class Method(nn.Module, ABC):
-    """What one training step does with the student, a batch and the teacher's signal.
+    """One training step on the student, a batch and the teacher's signal.
 
     The student's optimizer trains the parameters of a method along, except those of its own optimizers (see
     `OptimizesManually`). They are not exported with the student.
@@ -97,7 +97,7 @@ class Method(nn.Module, ABC):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this method or the methods that it wraps can do beside a step."""
+        """The capabilities of this method and of the methods that it wraps."""
         return Capabilities.of(self)
 
     def build(self, student: nn.Module, teacher: Teacher | None, sample: Batch, rows: Batch) -> None:

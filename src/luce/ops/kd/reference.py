@@ -124,7 +124,7 @@ def jsd(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Te
     """Generalized Jensen-Shannon divergence, the mixture holding ``beta`` of the teacher; ``(N,)`` nats."""
     pair = Pair.of(*softened(student, teacher, temperature))
     m = beta * pair.p + (1 - beta) * pair.q
-    # What can be divided by, twice in the gradient; the others count for nothing.
+    # The gradient divides by m twice, which must not overflow: smaller classes contribute 0.
     smallest = torch.finfo(m.dtype).tiny / torch.finfo(m.dtype).eps
     m = torch.where(m < smallest, 1, m)
 
@@ -141,7 +141,7 @@ def jsd(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Te
 
 
 def kl_limit(student: Tensor, teacher: Tensor) -> Tensor:
-    """What T^2 times either KL tends to as the temperature T grows; ``(N, C)`` logits to ``(N,)``.
+    """Return the limit of T^2 times either KL as the temperature T grows; ``(N, C)`` logits to ``(N,)``.
 
     Half the variance of the logits' differences, over the classes that both networks have.
     """

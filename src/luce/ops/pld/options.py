@@ -21,7 +21,7 @@ class PldOptions(NamedTuple):
     Attributes:
         teacher_temperature: Softens the weights, not the student.
         top_k: Number of places that count.
-        epsilon: Teacher's probability that the last places may have in order not to count; 0 for none.
+        epsilon: The last places do not count if their teacher probabilities sum to less than this.
         tolerance: How much leaving classes unsorted may change the loss, in nats, and the gradient's L1 norm.
         average_ties: Whether classes of equal logits share their places; else the lower index ranks first.
     """
