@@ -19,6 +19,10 @@ T = TypeVar("T")
 NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
 
 
+class Replacement(dict[str, Any]):
+    """A mapping that `merge` puts in place of an earlier one instead of merging both."""
+
+
 def parse(cls: type[T], content: Mapping[str, Any], prefix: str = "") -> T:
     """Build a dataclass from a nested mapping and check each value against the type of its field.
 
@@ -64,16 +68,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings into a new one; later values replace earlier ones.
+    """Merge nested mappings into a new one; later values, and a whole `Replacement`, replace earlier ones.
 
     >>> merge({"training": {"epochs": 3, "lr": 0.1}}, {"training": {"epochs": 5}})
     {'training': {'epochs': 5, 'lr': 0.1}}
+    >>> merge({"loss": {"pld": {"loss": "PLDLoss"}}}, {"loss": Replacement(kd={"loss": "KDLoss"})})
+    {'loss': {'kd': {'loss': 'KDLoss'}}}
     """
     merged = dict(base)
     for override in overrides:
         for key, value in override.items():
             old = merged.get(key)
-            merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+            if isinstance(value, Replacement):
+                merged[key] = dict(value)
+            else:
+                merged[key] = (
+                    merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+                )
     return merged
 
 

@@ -122,8 +122,8 @@ def test_a_teacher_where_there_should_be_none_and_none_where_there_should_be_one
 
 
 def test_a_comparison_is_no_recipe_of_a_run(write, refuses) -> None:
-    assert "unknown recipe key `methods`; did you mean `method`" in refuses("train", write(base=COMPARISON))
-    assert "unknown recipe key `loss`" in refuses("compare", write())
+    assert "expected the recipe of one run, got `methods` in" in refuses("train", write(base=COMPARISON))
+    assert "expected `methods`, got `loss` in" in refuses("compare", write())
 
 
 def test_debug_shows_where(write) -> None:
@@ -328,6 +328,10 @@ def test_folders_without_a_run(command: str, refuses, place: Path) -> None:
         assert folder in refuses(command, folder)
     assert "expected FOLDER" in refuses(command)
     assert "unknown option `--seeds`" in refuses(command, "--seeds")
+
+
+def test_evaluating_a_folder_without_a_recipe(refuses) -> None:
+    assert "expected the folder of a finished run, got nowhere" in refuses("evaluate", "nowhere")
 
 
 def test_a_run_without_its_student(teacher: Path, refuses) -> None:

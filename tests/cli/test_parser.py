@@ -134,6 +134,10 @@ def options(*words: str) -> Options:
         (["--training.lr=1", "--training.epochs", "3"], {"overrides": {"training": {"lr": 1, "epochs": 3}}}),
         (["--training.cpu", "--steps", "2"], {"overrides": {"training": {"cpu": True}}, "steps": 2}),
         (["--loss.kd.temperature", "-1"], {"overrides": {"loss": {"kd": {"temperature": -1}}}}),
+        (
+            ["--loss", "{kd: {loss: KDLoss}}", "--loss.kd.weight", "2"],
+            {"overrides": {"loss": {"kd": {"loss": "KDLoss", "weight": 2}}}},
+        ),
         (["--teacher.epochs", "1"], {"overrides": {"teacher": {"epochs": 1}}}),
         (["--teacher", "null"], {"overrides": {"teacher": None}}),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from luce import WeightedSum, losses
-from luce.config import merge, parse, read_yaml
+from luce.config import Replacement, merge, parse, read_yaml
 from luce.errors import UserError
 from luce.methods import FeatureMethod, LogitMethod, MetaDistil, Method
 from luce.recipes import ComparisonRecipe, Recipe, build_loss
@@ -335,5 +335,8 @@ def test_merging_changes_nothing() -> None:
     base, top = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "e": {"f": 5}}
     assert merge(base, top, {"a": {"c": None}}) == {"a": {"b": 4, "c": None}, "d": 3, "e": {"f": 5}}
     assert merge(base, {"a": 7}) == {"a": 7, "d": 3}
+    replaced = merge(base, {"a": Replacement(e=5)})
+    assert replaced == {"a": {"e": 5}, "d": 3}
+    assert type(replaced["a"]) is dict  # PyYAML's safe dump refuses subclasses
     assert base == {"a": {"b": 1, "c": 2}, "d": 3}
     assert top == {"a": {"b": 4}, "e": {"f": 5}}

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from ..config import field_types, parse, type_at, without_none
+from ..config import Replacement, field_types, parse, type_at, without_none
 from ..errors import UserError, unknown_name
 
 T = TypeVar("T")
@@ -134,9 +134,11 @@ def _read(flag: str, text: str, hint: Any) -> Any:
     if typing.get_origin(inner) in (list, tuple) and not text.startswith("["):
         text = f"[{text}]"
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"cannot read the value of `{flag}`: {' '.join(str(error).split())}") from error
+    # Merged into the recipe's mapping, `--loss '{kd: ...}'` would keep the recipe's other terms.
+    return Replacement(value) if isinstance(value, dict) else value
 
 
 def _insert(nested: dict[str, Any], path: list[str], value: Any) -> None:

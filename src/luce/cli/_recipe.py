@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import merge, parse, read_yaml
+from ..errors import UserError
+from ..recipes import ComparisonRecipe, Recipe
 
 T = TypeVar("T")
 
@@ -17,7 +19,7 @@ class RecipeOptions:
 
     Attributes:
         recipe: A YAML file, such as recipes/demo.yaml.
-        overrides: Fields of the recipe that the command line sets.
+        overrides: Fields of the recipe that the command line sets. A whole mapping replaces the recipe's.
         out: Folder of the results; runs/RECIPE if not given.
     """
 
@@ -32,9 +34,16 @@ class RecipeOptions:
 
 
 def load_recipe(cls: type[T], path: Path, overrides: dict[str, Any]) -> T:
-    """Read a recipe and lay fields from the command line over it.
+    """Read a recipe and override fields of it.
 
     Raises:
-        UserError: If the file cannot be read, or on an unknown field or a wrong value.
+        UserError: If the file cannot be read or is for another command, or on an unknown or wrong field.
     """
-    return parse(cls, merge(read_yaml(path), overrides))
+    content = merge(read_yaml(path), overrides)
+    if cls is Recipe and "methods" in content:
+        raise UserError(
+            f"expected the recipe of one run, got `methods` in {path}; to compare them: luce compare"
+        )
+    if cls is ComparisonRecipe and "loss" in content:
+        raise UserError(f"expected `methods`, got `loss` in {path}; for one run: luce distill or luce train")
+    return parse(cls, content)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..recipes import Recipe
 from ..runs import evaluate
 from ._parser import recipe_fields
@@ -31,5 +32,10 @@ class Options:
 
 def main(options: Options, _: str) -> None:
     """Evaluate, and print the metrics."""
+    if not (options.folder / "recipe.yaml").exists():
+        raise UserError(
+            f"expected the folder of a finished run, got {options.folder}; "
+            "luce train and luce distill write one"
+        )
     recipe = load_recipe(Recipe, options.folder / "recipe.yaml", options.overrides)
     print(json.dumps(evaluate(options.folder, recipe), indent=2))
