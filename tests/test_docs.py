@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 import luce
 from luce.config import parse
+from luce.conformance.laws import claimed_laws
 from luce.recipes import ComparisonRecipe, Recipe, build_method
 from luce.remote import wire
 from luce.remote.service import Service
@@ -131,6 +132,14 @@ def test_relative_links_lead_somewhere(page: str) -> None:
     folder = (pages.ROOT / page).parent
     missing = [link for link in links if "://" not in link and not (folder / link).exists()]
     assert not [link for link in missing if not link.startswith("api/")]  # written by docs/hooks.py
+
+
+def test_the_claims_of_the_conformance_page_are_known() -> None:
+    """Its commands need packages that are not installed, so that no other test parses them."""
+    claims = re.findall(r"--claims ([a-z_,]+)", pages.read("docs/conformance.md"))
+    assert len(claims) >= 15
+    for names in claims:
+        claimed_laws(names.split(","))
 
 
 def test_the_messages_of_the_protocol_page_are_valid() -> None:

@@ -23,10 +23,17 @@ class MissingExtra(UserError, ImportError):
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     """Return the error for a name that is not in `known`; it lists the closest matches, else all names."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    plain = _plain(str(name))  # `pld_loss` is too unlike `PLDLoss` for difflib
+    near = [n for n in known if _plain(n) == plain] or difflib.get_close_matches(
+        str(name), known, n=3, cutoff=0.5
+    )
     listed = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
     hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else f"known: {listed}"
     return UserError(f"unknown {kind} `{name}`; {hint}")
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
 
 
 def one_line(error: Exception) -> str:

@@ -131,7 +131,7 @@ def test_compare_and_report(write, luce, place: Path) -> None:
 def test_info(luce) -> None:
     answer = luce("info")
     assert (answer.status, answer.err) == (0, "")
-    for word in ("torch", "resnet20", "sklearn:digits", "pld_loss", "extra vision"):
+    for word in ("torch", "resnet20", "sklearn:digits", "PLDLoss", "extra vision"):
         assert word in answer.out
 
 

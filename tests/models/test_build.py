@@ -17,6 +17,8 @@ from luce.errors import MissingExtra, UserError
 def test_unknown_names_suggest_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown model `resnet21`; did you mean .*`resnet20`"):
         models.build("resnet21", classes=10)
+    with pytest.raises(UserError, match=r"`WRN-16-2`; did you mean `wrn_16_2`\?"):
+        models.build("WRN-16-2", classes=10)
     with pytest.raises(UserError, match=r"unknown source of models `tim`; did you mean `timm`"):
         models.build("tim:resnet18", classes=10)
 

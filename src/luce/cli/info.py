@@ -39,7 +39,7 @@ def main(_: Options, __: str) -> None:
     for extra, packages in EXTRAS.items():
         versions = [f"{package} {_version(package) or 'not installed'}" for package in packages]
         table.add_row(f"extra {extra}", ", ".join(versions))
-    table.add_row("losses", ", ".join(losses.functional.__all__))
+    table.add_row("losses", ", ".join(name for name in losses.modules.__all__ if name.endswith("Loss")))
     table.add_row("models", ", ".join(models.names()))
     table.add_row("data", ", ".join(data.names()))
     Console().print(table)

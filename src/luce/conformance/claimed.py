@@ -182,7 +182,9 @@ def temperature_scaled(subject: Subject, draw: Draw) -> None:
         "teacher's part of the gradient": parts,
     }.items():
         norm, expected = at_temperature.norm().item(), at_one.norm().item()
-        expect_close(f"norm of the {what} at T = {temperature:g}, by T = 1", norm, expected, 0.1, 1e-7)
+        expect_close(
+            f"norm of the {what} at T = {temperature:g} (expected: that at T = 1)", norm, expected, 0.1, 1e-7
+        )
 
 
 @law("truncated KL: verl#7855, verl#7856", claimed=True)

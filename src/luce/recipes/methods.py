@@ -184,8 +184,8 @@ def _paths(term: str, network: str, value: object) -> list[str]:
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
         raise UserError(
-            f"expected `loss.{term}.{network}` to name a module or a list of modules, such as stages.0, "
-            f"pool, or body.0 for one that has only a number, got {value!r}"
+            f"expected `loss.{term}.{network}` to name the modules whose outputs are compared, such as pool "
+            f"or [stages.0, stages.1], got {value!r}; write a module that has only a number as body.0"
         )
     return paths
 

@@ -66,7 +66,8 @@ class ModelOptions:
         name: Architecture, such as ``resnet20``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``,
             ``python:module.attr``.
         options: Further options of the model.
-        checkpoint: Initial weights: a run folder of Luce, a safetensors file or a .pt file of tensors.
+        checkpoint: Initial weights: a safetensors file, a .pt file of tensors, or a run folder of Luce, whose
+            network and normalisation replace the other fields.
         mean: Mean of each input channel that the network subtracts; None for that of the data.
         std: Standard deviation that it divides by, likewise.
     """
