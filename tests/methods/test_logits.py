@@ -44,6 +44,11 @@ def test_a_loss_on_features_is_refused() -> None:
         LogitMethod(FitNetLoss())
 
 
+def test_a_loss_can_be_called() -> None:
+    with pytest.raises(TypeError, match=r"expected a loss such as luce\.KDLoss\(\), .* got 'KDLoss'"):
+        LogitMethod("KDLoss")  # type: ignore[arg-type]
+
+
 def test_a_step_is_one_forward_pass_and_the_loss() -> None:
     student, rows, teacher_logits = nn.Linear(3, 4), batch(), torch.randn(6, 4)
     terms = LogitMethod(CE_AND_KD).step(student, rows, DenseSignal(teacher_logits))

@@ -24,7 +24,7 @@ class LogitMethod(Prepares):
             argument is None. A loss may have the attributes and methods of `luce.losses.LogitLoss`, such as
             ``uses_unlabelled``, ``prepare`` and ``set_epoch``.
     Raises:
-        TypeError: If it is a loss on features.
+        TypeError: If it is a loss on features, or cannot be called.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -34,6 +34,8 @@ class LogitMethod(Prepares):
                 f"expected a loss on logits, got {type(loss).__name__}, which compares features; "
                 "pass it to a luce.methods.FeatureMethod, which names the modules that compute them"
             )
+        if not callable(loss):
+            raise TypeError(f"expected a loss such as luce.KDLoss(), or a function, got {loss!r}")
         self.loss: Any = loss
         self.needs_teacher = getattr(loss, "takes_teacher", True)
         self.uses_unlabelled = getattr(loss, "uses_unlabelled", True)
