@@ -52,6 +52,7 @@ def rows(student: Tensor, teacher: Tensor) -> Two:
 
 
 def _wide(student: Tensor, teacher: Tensor) -> Two:
+    # Squares of float16 overflow from 256 on.
     dtype = wide_dtype(student, teacher)
     return student.to(dtype), teacher.detach().to(dtype)
 
@@ -68,6 +69,7 @@ def map_shape(shape: torch.Size) -> torch.Size:
 def same_size(a: Tensor, b: Tensor) -> Two:
     """Pool both maps to the smaller height and the smaller width of the two."""
     size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
+    # A pooling to the same size changes nothing, yet costs a copy and a backward pass.
     one, other = (x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
     return one, other
 
@@ -83,7 +85,9 @@ def scaled(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     Use it in functions that a positive factor on `x` does not change. Without it, products of two entries
     overflow float32 above 1.8e19 and vanish below 1e-23.
     """
+    # Detached: the factor cancels in the caller's result, and its gradient would be rounding errors.
     largest = x.detach().abs().amax(dim, keepdim=True)
+    # 0 / 1 keeps zeros; 0 / 0 would be NaN.
     return x / torch.where(largest == 0, 1, largest)
 
 
@@ -91,4 +95,5 @@ def unit(x: Tensor, dim: int) -> Tensor:
     """Divide `x` by its L2 norm along `dim`; a zero vector stays 0 and passes no gradient."""
     x = scaled(x, dim)
     square = x.square().sum(dim, keepdim=True)
+    # The inner `where` keeps the infinite slope of rsqrt at 0 out of the backward pass: 0 * inf is NaN.
     return x * torch.where(square == 0, 0, torch.where(square == 0, 1, square).rsqrt())

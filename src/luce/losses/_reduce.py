@@ -80,6 +80,7 @@ class Blocks:
         teacher = None if teacher_logits is None else _as_block(as_teacher(teacher_logits), axis)
         rows = student.shape[:1] + student.shape[2:]
 
+        # Weights in the wide dtype too: bfloat16 cannot represent 257, the sum of 257 weights of 1.
         wide = wide_dtype(student, teacher)
         weight = None
         if row_weight is not None:
@@ -95,7 +96,9 @@ class Blocks:
                 no_class = (target == UNLABELLED) & ~idle
                 if can_ask(target) and bool(no_class.any()):
                     raise checks.wrong_label(UNLABELLED, student.shape[1])
+                # -1 would now read as unlabelled; -2 stays outside the classes.
                 target = target.masked_fill(no_class, -2).masked_fill(target == unlabelled_index, UNLABELLED)
+            # To read `idle` would stall a GPU, so there the weights are made in any case.
             if not can_ask(idle) or bool(idle.any()):
                 weight = student.new_ones(rows, dtype=wide) if weight is None else weight
                 weight = weight.masked_fill(idle, 0)
@@ -131,10 +134,12 @@ class Blocks:
         checks.check_reduction(reduction)
         share = self._share(reduction, factor)
         if share is not None and share.requires_grad:  # operators give no gradient to their weights
+            # Rows of weight 0 stay out of the operator: 0 times their NaN would be NaN.
             values = share * rows((share != 0).to(share.dtype))
         else:
             values = rows(share)
         result = values.reshape(self.shape) if reduction == "none" else values.sum()
+        # Operators return NaN for a label outside the classes, so only a NaN is worth a check of all labels.
         if self.target is not None and self.labels_matter and can_ask(result) and _has_nan(result):
             self._check_labels()
         return result
@@ -144,6 +149,7 @@ class Blocks:
         if self.weight is None:
             rows = self.student.shape[:1] + self.student.shape[2:]
             if reduction == "mean":
+                # Without rows the mean is the empty sum, 0; a division by 0 would raise.
                 factor /= max(rows.numel(), 1)
             if factor == 1:
                 return None
@@ -151,6 +157,7 @@ class Blocks:
         if reduction != "mean":
             return self.weight if factor == 1 else self.weight * factor
         total = self.weight.sum()
+        # If all weights are 0 the mean is 0, where 0 / 0 would be NaN.
         return self.weight * (factor / torch.where(total == 0, 1, total))
 
     def _check_labels(self) -> None:
@@ -165,6 +172,7 @@ class Blocks:
         classes = self.student.shape[1]
         wrong = (self.target < UNLABELLED) | (self.target >= classes)
         if self.teacher is not None:
+            # Clamped: gather would raise an index error in place of the message about the label.
             named = self.target.clamp(0, classes - 1).unsqueeze(1)
             excluded = [
                 block.gather(1, named).squeeze(1) == -torch.inf for block in (self.student, self.teacher)
@@ -237,6 +245,7 @@ class Rows:
         )
         dtype = wide_dtype(blocks.student, blocks.teacher)
         student = as_matrix(blocks.student).to(dtype)
+        # The student in the teacher's place makes `present` depend on the student alone.
         teacher = student.detach() if blocks.teacher is None else as_matrix(blocks.teacher).to(dtype)
         if blocks.weight is None:
             weight = student.new_ones(student.shape[:1])
@@ -253,6 +262,7 @@ class Rows:
                 blocks._check_labels()
             else:  # without this a label outside the classes would pass for an unlabelled row
                 weight = weight.masked_fill(blocks._wrong_labels().reshape(-1), torch.nan)
+            # A row of weight 0 may carry any label, which must never become an index.
             labels = labels.masked_fill(weight == 0, UNLABELLED)
         return cls(student, teacher, labels, weight, blocks.shape)
 
@@ -272,6 +282,7 @@ class Rows:
         The sum and the mean of no rows are a differentiable zero.
         """
         checks.check_reduction(reduction)
+        # A value that does not count may be infinite, and 0 * inf is NaN.
         values = torch.where(self.weight == 0, 0, self.weight * values)
         if reduction == "none":
             return values.reshape(self.shape)
@@ -279,4 +290,5 @@ class Rows:
         if reduction == "sum":
             return total
         weight = self.weight.sum()
+        # Without rows that count the mean is a differentiable 0, where 0 / 0 would be NaN.
         return total / torch.where(weight == 0, 1, weight)

@@ -63,8 +63,10 @@ def suggest_temperature(teacher_logits: Tensor, *, first_place: float = 0.9, cla
     """
     checks.check_between(0, 1, first_place=first_place)
     rows = _rows(teacher_logits, class_dim)
+    # NaN > x is False: the search would silently end at COLDEST.
     if not math.isfinite(_first_place(rows, 1.0)):
         raise ValueError("expected `teacher_logits` without NaN and +inf and with at least one row")
+    # In the logarithm, so that the relative error is the same for all temperatures.
     low, high = math.log(COLDEST), math.log(HOTTEST)
     for _ in range(24):  # to a relative error of 1e-6
         middle = (low + high) / 2
@@ -83,9 +85,12 @@ def _rows(logits: Tensor, class_dim: int) -> Tensor:
 
 def _first_place(rows: Tensor, temperature: float) -> float:
     total = 0.0
+    # `split` raises on chunks of 0 rows, which more than CHUNK classes would give.
     for chunk in rows.split(max(1, CHUNK // rows.shape[1])):
+        # MPS has no float64.
         worth = chunk if chunk.device.type == "mps" else chunk.double()
         # With the maximum subtracted the largest term is 1, so the first choice's probability is 1 / sum.
         odds = ((worth - worth.amax(-1, keepdim=True)) / temperature).exp().sum(-1)
+        # A Python float is float64 on every device, so many chunks lose no digits.
         total += (1 / odds).sum().item()
     return total / len(rows) if len(rows) else math.nan

@@ -134,6 +134,7 @@ def hard_label_loss(
         teacher = blocks.given_teacher()
         # argmax would hide a NaN; a label outside the classes makes the row NaN.
         choice = teacher.argmax(dim=1).masked_fill(teacher.isnan().any(dim=1), -2)
+        # `cross_entropy` sees no teacher, but a float64 teacher widens the result as in the other losses.
         student = blocks.student.double() if teacher.dtype is torch.float64 else blocks.student
         return cross_entropy(student, choice, label_smoothing=0.0, weight=weight, backend=backend)
 
@@ -153,6 +154,7 @@ def _softened(
     checks.check_temperature(temperature, scale_by_temperature)
     factor = 1.0
     if temperature == math.inf:
+        # As written the loss would be inf**2 times a divergence of 0, which is NaN; the limit is finite.
         divergence, factor = kl_limit, share_of_limit
     else:
         divergence = partial(divergence, temperature=temperature)
@@ -334,6 +336,7 @@ def jsd_loss(
     blocks = Blocks.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
+    # For small differences JSD is beta * (1 - beta) times KL, hence its share of KL's limit.
     divergence, share = partial(jsd, beta=beta), beta * (1 - beta)
     return _softened(blocks, divergence, temperature, scale_by_temperature, reduction, backend, share)
 

@@ -90,11 +90,13 @@ def pkt_loss(student_features: Tensor, teacher_features: Tensor, *, eps: float =
     s, t = _features.vectors(student_features, teacher_features)
     with _features.full_precision(s):
         p_s, p_t = _neighbours(s), _neighbours(t)
+        # With eps in both, equal probabilities cost log 1 = 0, also where both are 0.
         return (p_t * ((p_t + eps) / (p_s + eps)).log()).mean()
 
 
 def _neighbours(x: Tensor) -> Tensor:
     close = (_cosines(x) + 1).clamp(min=0)  # rounding may take a cosine below -1
+    # Never 0: a row has cosine 1 with itself, or 0 if it is zero, and so counts at least 1.
     return close / close.sum(1, keepdim=True)
 
 
@@ -142,6 +144,7 @@ def rkd_loss(
         Park et al., Relational Knowledge Distillation, CVPR 2019, arXiv 1904.05068.
     """
     checks.check_not_negative(distance_weight=distance_weight, angle_weight=angle_weight)
+    # One factor for all rows: one per row would change distances and angles.
     s, t = (scaled(x, (0, 1)) for x in _features.vectors(student_features, teacher_features))
     with _features.full_precision(s):
         loss = s.sum() * 0  # with both weights 0 the result still has a gradient
@@ -156,8 +159,10 @@ def _distances(x: Tensor) -> Tensor:
     """Return the distances in units of their mean; 0 where all rows coincide."""
     # Distances from matrix products would cancel where rows are close.
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    # The N distances of rows to themselves are 0 and not counted; a single row would divide by 0.
     pairs = max(len(x) * (len(x) - 1), 1)
     mean = distances.sum() / pairs
+    # If all rows coincide, 0 / 0 would be NaN.
     return distances / torch.where(mean == 0, 1, mean)
 
 
@@ -167,10 +172,12 @@ PART = 2**24
 
 def _mean_of_angles(s: Tensor, t: Tensor) -> Tensor:
     rows = len(s)
+    # At least 1: `range` raises on a step of 0, which a very large batch would give.
     size = max(1, PART // (rows * max(rows, s.shape[1], t.shape[1])))
     if size >= rows:
         return _sum_of_angles(s, t, 0, rows) / rows**3
     parts = [
+        # Nothing is drawn inside, so saving the generators' states would only cost time.
         checkpoint(_sum_of_angles, s, t, start, start + size, use_reentrant=False, preserve_rng_state=False)
         for start in range(0, rows, size)
     ]
@@ -179,6 +186,7 @@ def _mean_of_angles(s: Tensor, t: Tensor) -> Tensor:
 
 def _sum_of_angles(s: Tensor, t: Tensor, start: int, stop: int) -> Tensor:
     """Return the sum over the triangles whose middle corner is one of these rows."""
+    # The side from a row to itself is 0 and stays 0 in `unit`: such triangles cost 0.
     cosines_s, cosines_t = (
         sides @ sides.mT for sides in (unit(x[None] - x[start:stop, None], dim=2) for x in (s, t))
     )
@@ -243,6 +251,7 @@ def cc_loss(
 
 def _taylor_kernel(x: Tensor, gamma: float, order: int) -> Tensor:
     cosines = _cosines(x)
+    # At p = 0 the power is 1 also for a cosine of 0: PyTorch's 0**0 is 1.
     terms = [(2 * gamma) ** p / math.factorial(p) * cosines**p for p in range(order + 1)]
     return math.exp(-2 * gamma) * torch.stack(terms).sum(0)
 
@@ -250,6 +259,7 @@ def _taylor_kernel(x: Tensor, gamma: float, order: int) -> Tensor:
 def consecutive_products(s: Tensor, t: Tensor) -> Tensor:
     """Return the consecutive form of `cc_loss` on embeddings ``(N, D)``; both may have a gradient."""
     apart = (s - t).abs()
+    # A single row has no pair, and would divide by 0.
     return (apart[:-1] * apart[1:]).sum() / max(len(apart) - 1, 1)
 
 

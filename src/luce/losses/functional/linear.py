@@ -53,6 +53,7 @@ def _reduced(
     )
     flat = teacher.reshape(-1, teacher.shape[-1]) if isinstance(teacher, Tensor) else teacher.flat()
     labels = {} if unlabelled_index is None else {"target": blocks.target}
+    # A gradient towards the row weights needs every row's value, so the operator must not sum them.
     summed = reduction != "none" and (row_weight is None or not row_weight.requires_grad)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -128,6 +129,7 @@ def linear_kd_loss(
         ignore_index=ignore_index,
         unlabelled_index=None,
         reduction=reduction,
+        # At infinite temperature `linear_kd` returns the limit, which already contains the square.
         factor=temperature**2 if scale_by_temperature and temperature != torch.inf else 1.0,
         chunk_rows=chunk_rows,
     )

@@ -108,6 +108,7 @@ def spectral_norm(
         matrix = matrix.mT  # the same singular values, and shorter vectors
     with _features.full_precision(matrix):
         image = matrix @ _top_direction(matrix.detach(), iterations, algorithm)
+        # Only the last product has a graph: its gradient is u v^T, and the iteration stores nothing.
         return (unit(image.detach(), dim=-2) * image).sum((-2, -1))
 
 
@@ -115,6 +116,7 @@ def spectral_norm(
 def _top_direction(matrix: Tensor, iterations: int, algorithm: Algorithm) -> Tensor:
     """Return approximate top right-singular vectors, ``(..., N, 1)``."""
     largest = matrix.abs().amax((-2, -1), keepdim=True)
+    # With entries of at most 1 the squared matrix below cannot overflow.
     matrix = matrix / torch.where(largest == 0, 1, largest)
     # Squaring costs digits, but only of the direction: the norm is that of the matrix itself along it.
     square = matrix.mT @ matrix
@@ -125,7 +127,9 @@ def _top_direction(matrix: Tensor, iterations: int, algorithm: Algorithm) -> Ten
         for _ in range(iterations):
             v = unit(v @ square, dim=-1)
         return v.mT
+    # Relative to the square's norm, by which a product multiplies the rounding errors of v.
     basis, rounding = v, 100 * torch.finfo(v.dtype).eps * torch.linalg.matrix_norm(square, keepdim=True)
+    # With `length` vectors the basis is complete; one more would be rounding errors.
     for step in range(1, min(iterations, length)):
         v = v @ square
         v = v - (v @ basis.mT) @ basis
@@ -197,6 +201,8 @@ def lipschitz_loss(
         )
         difference = s - t
         if relative:
+            # The inner `where` keeps the NaN of 0 / 0 out of the gradient of the branch that is not chosen.
             difference = torch.where(t == 0, 0, difference / torch.where(t == 0, 1, t))
+        # A power of two, so that the division is exact.
         terms.append(difference.square().mean() / 2 ** (len(stages) - k))
     return torch.stack(terms).sum()

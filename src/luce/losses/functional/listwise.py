@@ -43,6 +43,7 @@ def teacher_order(teacher_logits: Tensor, *, class_dim: int = 1) -> Tensor:
     """
     checks.check_logits("teacher_logits", teacher_logits)
     axis = checks.class_axis(teacher_logits, class_dim)
+    # Stable: the order of equal logits, common in 16 bits, must not depend on the device.
     return teacher_logits.sort(dim=axis, descending=True, stable=True).indices
 
 
@@ -355,8 +356,10 @@ def p_listmle_loss(
     order, places = _ranking(rows)
     k, length = places.cumsum(-1), places.sum(-1, keepdim=True)
     if normalize:  # scaled by 2**-C before the sum, so that no number of classes overflows
+        # In float32 places beyond the 149th underflow to 0: their share is below 2**-149.
         weights = places * (torch.exp2(-k) - torch.exp2(-length))
         total = weights.sum(-1, keepdim=True)
+        # A single class has the weight 2**0 - 1 = 0, and 0 / 0 would be NaN.
         weights = weights / torch.where(total == 0, 1, total)
     else:
         weights = places * (torch.exp2(length - k) - 1)
@@ -408,4 +411,5 @@ def listnet_loss(
     )
     p = (rows.teacher / temperature).softmax(-1)
     log_q = (rows.student / temperature).log_softmax(-1)
+    # At p = 0 the term is 0; 0 * -inf would be NaN.
     return rows.reduce(-(p * torch.where(p == 0, 0, log_q)).sum(-1), reduction)

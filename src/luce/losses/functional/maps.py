@@ -95,6 +95,7 @@ def at_loss(student_features: Tensor, teacher_features: Tensor, *, p: float = 2.
 
 
 def _attention(x: Tensor, p: float) -> Tensor:
+    # One factor per map cancels in `unit`; without it |x|**4 would overflow float32 above 4e9.
     return unit(scaled(x, (1, 2, 3)).abs().pow(p).mean(1).flatten(1), dim=1)
 
 
@@ -140,6 +141,7 @@ def nst_loss(
     with _features.full_precision(s):
         s, t = (unit(x.flatten(2), dim=2) for x in (s, t))
         tt, ss, st = ((a @ b.mT).pow(power).mean() for a, b in ((t, t), (s, s), (s, t)))
+        # tt has no gradient, but makes the loss 0 where both networks agree.
         return tt + ss - 2 * st
 
 
@@ -307,6 +309,7 @@ def ofd_loss(student_features: Tensor, teacher_features: Tensor, *, margin: Tens
     """
     s, t = _features.maps(student_features, teacher_features, like_channels=True)
     t = torch.maximum(t, _per_channel("margin", margin, s))
+    # Else the teacher's ReLU gives 0 and the student is already low enough: nothing to correct.
     counts = (s > t) | (t > 0)
     return torch.where(counts, s - t, 0).square().sum((1, 2, 3)).mean()
 
@@ -356,6 +359,7 @@ def mgd_loss(
     s, t = _features.maps(student_features, teacher_features, like_channels=True)
     rows, channels, height, width = s.shape
     shape = (rows, channels, 1, 1) if masked == "channels" else (rows, 1, height, width)
+    # `rand` may return 0 but never 1, so that >= keeps everything at a ratio of 0.
     kept = torch.rand(shape, device=s.device) >= mask_ratio
     generated = generate(s * kept)
     checks.check_like("generate(student_features)", generated, t, "it must keep the shape of the map")

@@ -84,8 +84,10 @@ def mlld_loss(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
     counts = rows.weight != 0
+    # Without rows that count there is no class, and 0 / 0 would be NaN.
     classes = (counts[:, None] & rows.present()).any(0).sum().clamp(min=1)
     total = rows.weight.sum()
+    # Mean weight 1, so that the sums over pairs of rows do not depend on the unit of the weights.
     weight = rows.weight * counts.sum() / torch.where(total == 0, 1, total)
     values = torch.zeros_like(rows.weight)
     for temperature in temperatures:
@@ -121,6 +123,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
+        # Through `product` again, so that second derivatives are in full precision too.
         return product(slope, b.T), product(a.T, slope)
 
 

@@ -24,13 +24,17 @@ def _spread(logits: Tensor, dim: int, unbiased: bool) -> tuple[Tensor, Tensor]:
     # The row is first mapped to [-1, 0], so that neither a common offset costs digits nor a square overflows.
     # Offset and factor cancel in the result and need no gradient.
     gap = (logits - logits.detach().amax(dim, keepdim=True)).masked_fill(~possible, 0)
+    # Excluded classes are 0 in `gap`, its maximum, and therefore never set the unit.
     unit = -gap.detach().amin(dim, keepdim=True)
+    # Any NaN or +inf in a row makes its unit NaN or infinite: inf - inf is NaN, and amin keeps NaN.
     broken = ~unit.isfinite()
     constant = (unit == 0) | broken
+    # Masked before the division: a NaN that is masked after it would still be NaN in the gradient.
     x = gap.masked_fill(broken, 0) / unit.masked_fill(constant, 1)
 
     count = possible.sum(dim, keepdim=True)
     x = (x - x.sum(dim, keepdim=True) / count.clamp(min=1)).masked_fill(~possible, 0)
+    # A row of one class would divide by C - 1 = 0.
     variance = x.square().sum(dim, keepdim=True) / (count - int(unbiased)).clamp(min=1)
     deviation = variance.masked_fill(constant, 1).sqrt()  # the slope of a root is infinite at 0
     z = (x / deviation).masked_fill(constant, 0).masked_fill(~possible, -torch.inf)
@@ -146,6 +150,7 @@ def normkd_loss(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
     student, teacher, variance = _standardized(rows, unbiased)
+    # The divergence may be infinite in a constant row, and 0 * inf is NaN.
     values = torch.where(variance == 0, 0, variance * forward_kl(student, teacher, t_norm))
     return rows.reduce(t_norm**2 * values, reduction)
 

@@ -111,14 +111,18 @@ def _end_of_the_order(s: Tensor, t: Tensor, channels: Channels, share: float) ->
     classes = s.shape[1]
     # Classes that do not exist must rank behind those that only the teacher excludes.
     ranked = t.clamp(min=torch.finfo(t.dtype).min).masked_fill(absent, -torch.inf)
+    # Stable: among equals at the cut every device must choose the lower class.
     order = ranked.argsort(dim=1, descending=True, stable=True)
     present = classes - absent.sum(1, keepdim=True)
     size = (torch.full_like(present, share) if isinstance(share, int) else (share * present).round()).long()
     most = min(classes, max(2, share if isinstance(share, int) else round(share * classes)))
+    # At least 2: a single class has no pair to compare.
     size = torch.minimum(size.clamp(2, most), present)
     place = torch.arange(most, device=s.device).reshape(-1, *[1] * (s.ndim - 2))
     first = present - size if channels == "bottom" else torch.zeros_like(size)
+    # Clamped since gather raises beyond the classes; places from `size` on are masked below.
     chosen = order.gather(1, (first + place).clamp(max=classes - 1))
+    # Negated so that NaN, which compares False, is undefined too.
     undefined = ~((s < torch.inf) & (t < torch.inf)).all(1, keepdim=True)
 
     def taken(x: Tensor) -> Tensor:
@@ -220,6 +224,7 @@ def ranking_logistic_loss(
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
+    # logsigmoid: in float32 log(1 + exp(-x)) overflows below -88.
     return rows.reduce(
         _mean_over_ordered_pairs(rows, lambda lead: -F.logsigmoid(steepness * lead)), reduction
     )
@@ -235,4 +240,5 @@ def _mean_over_ordered_pairs(rows: Rows, cost: Callable[[Tensor], Tensor]) -> Te
         return torch.stack([costs.sum((1, 2)), counts.sum((1, 2)).to(s.dtype)])
 
     total, pairs = sum_over_pairs(part, s, t)
+    # A teacher that ranks all classes equal has no pair: the loss is 0, where 0 / 0 would be NaN.
     return nan_if_undefined(total / pairs.clamp(min=1), s, t).to(rows.student.dtype)

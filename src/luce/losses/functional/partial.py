@@ -66,6 +66,7 @@ def class_relations(teacher_logits: Tensor, target: Tensor, *, temperature: floa
     classes = teacher_logits.shape[1]
     if target.numel() and int(target.max()) >= classes:
         raise checks.wrong_label(int(target.max()), classes)
+    # float64: sums over many rows in float32 would drop small probabilities. MPS has none.
     wide = torch.float32 if teacher_logits.device.type == "mps" else torch.float64
     sums = torch.zeros(classes, classes, dtype=wide, device=teacher_logits.device)
     size = max(1, CHUNK // classes)
@@ -73,6 +74,7 @@ def class_relations(teacher_logits: Tensor, target: Tensor, *, temperature: floa
         counts = labels >= 0
         sums.index_add_(0, labels[counts], (logits[counts].to(wide) / temperature).softmax(-1))
     rows = target[target >= 0].bincount(minlength=classes)
+    # A class without rows keeps zeros, where 0 / 0 would be NaN.
     return (sums / rows.clamp(min=1)[:, None]).to(wide_dtype(teacher_logits))
 
 
@@ -186,6 +188,7 @@ def partial_target(
         needs_teacher=False,
     )
     probs = _target(rows, keep, temperature, relation, label_smoothing, top_k, always_keep_true)
+    # The product keeps the NaN weight of a wrong label that could not be reported.
     probs = torch.where(rows.weight[:, None] == 0, 0, rows.weight[:, None] * probs)
     axis = checks.class_axis(teacher_logits, class_dim)
     return probs.reshape(*rows.shape, probs.shape[-1]).movedim(-1, axis)
@@ -341,11 +344,13 @@ def decomposed_kd_loss(
     log_q = (rows.student / temperature).log_softmax(-1)
     at_label = _at_label(rows)
     others = rows.present() & ~at_label
+    # Summed: 1 - p of the label is only rounding once p is near 1.
     rest = p.masked_fill(at_label, 0).sum(-1, keepdim=True)
     even = others * (rest / others.sum(-1, keepdim=True).clamp(min=1))
     share = torch.where(
         at_label, guidance_weight * p, (smooth_weight - relation_weight) * even + relation_weight * p
     )
+    # Excluded classes have share 0 and log_q = -inf, and 0 * -inf is NaN.
     values = -(share * torch.where(share == 0, 0, log_q)).sum(-1)
     return rows.reduce(values * temperature**2 if scale_by_temperature else values, reduction)
 
@@ -389,6 +394,7 @@ def _spread(mass: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     weights = weights.masked_fill(~places, 0)
     total = weights.sum(-1, keepdim=True)
     even = places.to(weights) / places.sum(-1, keepdim=True).clamp(min=1)
+    # A relation may be 0 on all classes that receive mass, and 0 / 0 is NaN.
     share = torch.where(total == 0, even, weights / torch.where(total == 0, 1, total))
     return mass.sum(-1, keepdim=True) * share
 
@@ -403,6 +409,7 @@ def _largest(teacher: Tensor, present: Tensor, first: Tensor, top_k: int | float
     order = teacher.masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(-1)
     if isinstance(top_k, float):
+        # A fraction below half a class would keep none.
         return rank < (top_k * present.sum(-1, keepdim=True)).round().clamp(min=1)
     return rank < top_k
 
@@ -434,6 +441,7 @@ def _relation_of(rows: Rows, relation: Tensor | None, keep: str) -> Tensor:
             f"expected `relation` of shape {(classes, classes)}, a row for each class of the logits, "
             f"got {tuple(relation.shape)}"
         )
+    # Clamped: on CUDA a wrong label would trip a device-side assert, after which the process is lost.
     weights = relation.detach().to(rows.teacher)[rows.labels().clamp(0, classes - 1)]
     negative = weights < 0
     if can_ask(negative) and bool(negative.any()):

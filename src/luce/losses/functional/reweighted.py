@@ -22,6 +22,7 @@ def _is_target(rows: Rows) -> Tensor:
 
 def _surprise(logits: Tensor, is_target: Tensor) -> Tensor:
     """Return the cross-entropy with the label, ``(N,)`` nats."""
+    # Not a product with a one-hot: 0 times the -inf of an excluded class is NaN.
     return -torch.where(is_target, logits.log_softmax(-1), 0).sum(-1)
 
 
@@ -88,6 +89,7 @@ def nkd_loss(
         needs_label=True,
     )
     is_target = _is_target(rows)
+    # log_softmax: in float32 a softmax is 0, and its logarithm -inf, 104 nats below the maximum.
     log_q, p = rows.student.log_softmax(-1), rows.teacher.softmax(-1)
     values = _cross_entropy(torch.where(is_target, p, 0), log_q)
     if gamma:  # at weight 0 the term is left out: it may be infinite, and 0 * inf is NaN
@@ -96,6 +98,7 @@ def nkd_loss(
         student, teacher = (
             (logits / temperature).masked_fill(is_target, lowest) for logits in (rows.student, rows.teacher)
         )
+        # Where the label is the only class its softmax here is 1 and must not count.
         others = teacher.softmax(-1).masked_fill(is_target, 0)
         values = values + gamma * temperature**2 * _cross_entropy(others, student.log_softmax(-1))
     return rows.reduce(values, reduction)
@@ -103,6 +106,7 @@ def nkd_loss(
 
 def _cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
     """Return minus the sum of ``p log q``, with ``0 log 0 = 0`` in value and gradient."""
+    # At p = 0 the term is 0; 0 * -inf would be NaN.
     return -(p * torch.where(p == 0, 0, log_q)).sum(-1)
 
 
@@ -223,9 +227,11 @@ def wsld_loss(
         needs_label=True,
     )
     is_target = _is_target(rows)
+    # Detached: a weight with a gradient would itself be minimised.
     of_student, of_teacher = (
         _surprise(logits, is_target) for logits in (rows.student.detach(), rows.teacher)
     )
+    # expm1: 1 - exp(-x) has no digits left below 6e-8. 1e-7: a certain teacher's surprise is 0.
     weight = -torch.expm1(-of_student / (of_teacher + 1e-7))
     divergence = forward_kl(rows.student, rows.teacher, temperature)
     values = torch.where(weight == 0, 0, weight * divergence)  # also where the divergence is infinite
@@ -303,6 +309,7 @@ def tfkd_loss(
     )
     is_target = _is_target(rows)
     others = (rows.present() & ~is_target).sum(-1, keepdim=True).to(rows.student.dtype)
+    # If the label is the only class, log(0) would make the rest +inf.
     rest = math.log1p(-correct_probability) - others.clamp(min=1).log()
     virtual = torch.where(is_target, math.log(correct_probability), rest)
     values = forward_kl(

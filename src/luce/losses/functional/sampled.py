@@ -81,11 +81,13 @@ def rankdistil_loss(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )
     order = teacher_order(rows.teacher)
+    # float32 would draw a uniform of exactly 0 once in 2**24 draws, and rank that class last.
     t = widened(rows.teacher / temperature).gather(-1, order)
     s = (rows.student / temperature).gather(-1, order)
     draws = _draws(t, sample_size, seed)
     can_be_drawn = (t != -torch.inf)[:, None].expand_as(draws).gather(-1, draws)
     undefined = ~t[:, :1].isfinite()  # a sort puts NaN first
+    # Weight 0 for a class that the teacher excludes: it stays in each suffix but is no choice.
     places = can_be_drawn.to(s.dtype).masked_fill(undefined[:, None], torch.nan)
     u = s[:, None].expand_as(draws).gather(-1, draws)
     nll = ranking_nll(u.flatten(0, 1), places.flatten(0, 1), top_k)
@@ -100,5 +102,7 @@ def _draws(t: Tensor, sample_size: int, seed: int | None) -> Tensor:
     else:
         uniform = seeded_uniform(t, sample_size, seed)
     gumbel = -(-uniform.log()).log()
+    # Relative to the maximum: a large common offset would absorb the digits of the noise.
     perturbed = (t - t[:, :1])[:, None] + gumbel.transpose(-2, -1)
+    # Stable: excluded classes tie at -inf, and each device must order them alike.
     return perturbed.argsort(dim=-1, descending=True, stable=True)
