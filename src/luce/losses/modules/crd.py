@@ -111,6 +111,7 @@ class CRDLoss(FeatureLoss):
             raise ValueError("expected labelled rows of at least two classes for CRDLoss, got fewer")
         # The rows of a class are contiguous in the banks, so that a draw from all other classes is an offset.
         place = torch.full((size,), NOWHERE)
+        # Stable: all processes and a resumed run must give a row the same place, as banks are saved by place.
         place[index[target.argsort(stable=True)]] = torch.arange(len(index))
         if self._shapes is not None:
             known = self.get_buffer("place").cpu(), self.get_buffer("count").cpu()
@@ -119,6 +120,7 @@ class CRDLoss(FeatureLoss):
                     "expected the rows that this CRDLoss was built for, got others; make another one"
                 )
             return
+        # Not saved: `register_rows` makes them anew before `build`.
         self.place = nn.Buffer(place, persistent=False)
         self.count = nn.Buffer(count, persistent=False)
         self.first = nn.Buffer(count.cumsum(0) - count, persistent=False)
@@ -130,9 +132,11 @@ class CRDLoss(FeatureLoss):
             raise ValueError("expected `register_rows` to be called before `build` of CRDLoss")
         self.student_embedding = nn.Linear(student_shapes[0][0], self.width)
         self.teacher_embedding = nn.Linear(teacher_shapes[0][0], self.width)
+        # A uniform number in [-b, b] has the variance b**2 / 3, so rows start with a length near 1.
         bound = math.sqrt(3 / self.width)
         self.student_bank = nn.Buffer(torch.empty(self.rows, self.width).uniform_(-bound, bound))
         self.teacher_bank = nn.Buffer(torch.empty(self.rows, self.width).uniform_(-bound, bound))
+        # NaN until the first batch sets Z; a buffer, so that a resumed run keeps the Z of its first batch.
         self.student_log_z = nn.Buffer(torch.tensor(torch.nan))
         self.teacher_log_z = nn.Buffer(torch.tensor(torch.nan))
 
@@ -156,6 +160,7 @@ class CRDLoss(FeatureLoss):
             loss = self._nce(student[known], self.teacher_bank, self.student_log_z, chosen)
             loss = loss + self._nce(teacher[known], self.student_bank, self.teacher_log_z, chosen)
             if self.training:
+                # With rows that are in no bank: gathering needs equally many rows from each process.
                 place = self._gathered(place)
                 self._move(self.student_bank, place, self._gathered(student.detach()))
                 self._move(self.teacher_bank, place, self._gathered(teacher.detach()))
@@ -173,6 +178,7 @@ class CRDLoss(FeatureLoss):
         first, count = self.first[target, None], self.count[target, None]
         positive = place[:, None]
         if self.positive == "relax":
+            # randint takes one bound for all rows; a remainder of 62 bits is uniform to within rows / 2**62.
             positive = first + torch.randint(2**62, positive.shape, device=place.device) % count
         other = torch.randint(2**62, (len(place), self.drawn), device=place.device) % (self.rows - count)
         return torch.cat([positive, torch.where(other < first, other, other + count)], dim=1)
@@ -185,16 +191,20 @@ class CRDLoss(FeatureLoss):
             # All products, then a gather: a copy of K embeddings for each row would take more memory.
             scores = (leaf @ bank.T / self.temperature).gather(1, chosen)
             self._settle(log_z, scores.detach())
+            # In logarithms: exp(1 / temperature) overflows float32 at temperatures below 0.0113.
             log_odds = scores - log_z - math.log(self.drawn / self.rows)
             cost = F.softplus(-log_odds[:, :1]).sum() + F.softplus(log_odds[:, 1:]).sum()
+            # A batch without known rows costs 0, where 0 / 0 would be NaN.
             cost = cost / max(len(anchor), 1)
             (gradient,) = torch.autograd.grad(cost, leaf)
+        # The second term is 0 and carries the gradient that was computed before the banks move.
         return cost.detach() + (gradient * (anchor - anchor.detach())).sum()
 
     def _settle(self, log_z: Tensor, scores: Tensor) -> None:
         """Set Z from the first scores."""
         if log_z.isnan():
             mean = scores.flatten().logsumexp(0) - math.log(max(scores.numel(), 1))
+            # The same Z in each process: different ones would average gradients of different losses.
             means = self._gathered(mean[None])
             of_all = means.logsumexp(0) - math.log(len(means)) + math.log(self.rows)
             if of_all.isfinite():  # there was a row
@@ -206,6 +216,7 @@ class CRDLoss(FeatureLoss):
     @torch.no_grad()
     def _move(self, bank: Tensor, place: Tensor, embedding: Tensor) -> None:
         place, embedding = place[place != NOWHERE], embedding[place != NOWHERE]
+        # An assignment with repeated indices keeps only one of the values, and not always the same.
         places, at, times = place.unique(return_inverse=True, return_counts=True)
         mean = bank.new_zeros(len(places), self.width).index_add_(0, at, embedding) / times[:, None]
         bank[places] = _features.unit(self.momentum * bank[places] + (1 - self.momentum) * mean, dim=1)

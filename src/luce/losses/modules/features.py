@@ -122,6 +122,7 @@ class FeatureLoss(Prepared):
         for group, name in zip(shapes, ("student", "teacher"), strict=True):
             for shape in group:
                 checks.check_feature_shape(f"a feature of the {name}", shape, self.takes)
+        # Set before `_make`, whose trial pass checks it, and taken back if that fails.
         self._shapes = shapes
         try:
             self._make(*shapes)
@@ -176,7 +177,9 @@ class FeatureLoss(Prepared):
     def _try(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         """Compute the loss of one row of these shapes, so that wrong shapes raise before training."""
         features = [[torch.zeros(1, *shape) for shape in group] for group in (student_shapes, teacher_shapes)]
+        # The mode is restored, since `build` may come after `train` or `eval`.
         training = self.training
+        # In training mode a batch of one row of zeros would move running statistics or fail to normalise.
         self.eval()
         self.forward(*features)
         self.train(training)

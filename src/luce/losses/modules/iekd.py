@@ -138,6 +138,7 @@ class IEKDLoss(FeatureLoss):
         self.of_teacher = AutoEncoder(teacher, code, frozen=self.needs_preparation)
         self.inheriting, self.exploring = coder(inheriting, code), coder(student - inheriting, code)
         order = torch.randperm(student) if self.split == "random" else torch.arange(student)
+        # Buffers: a resumed run must keep a random split, or the encoders would get other channels.
         self.inheriting_channels = nn.Buffer(order[:inheriting])
         self.exploring_channels = nn.Buffer(order[inheriting:])
         self._try(student_shapes, teacher_shapes)
@@ -166,6 +167,7 @@ class IEKDLoss(FeatureLoss):
         train(self.of_teacher, batches, self._reconstruction_error, lr=self.lr)
         self.of_teacher.freeze(True)
         quality = self._quality(teacher_features)
+        # Last, so that an auto-encoder that `_quality` rejects never counts as prepared.
         self.prepared = torch.ones((), dtype=torch.bool, device=self.inheriting_channels.device)
         return quality
 
@@ -179,6 +181,7 @@ class IEKDLoss(FeatureLoss):
         error, size, entries = 0.0, 0.0, 0
         for features in teacher_features(batch_size=PREPARATION_BATCH):
             teacher = self._pooled(features)
+            # Python's floats are float64: a float32 sum over all batches would lose digits.
             error += self._errors(self.of_teacher(teacher), teacher).sum().item()
             size += self._errors(torch.zeros_like(teacher), teacher).sum().item()
             entries += teacher.numel()
@@ -209,6 +212,7 @@ class IEKDLoss(FeatureLoss):
         if self.training:
             self._check_prepared()
             _check_normalisable(student)
+        # Both losses detach the code, so that an online encoder learns from its reconstruction alone.
         code = self.of_teacher.encode(teacher)
         inherited = through(self.inheriting, student[:, self.inheriting_channels])
         explored = through(self.exploring, student[:, self.exploring_channels])
@@ -248,11 +252,13 @@ class AutoEncoder(nn.Module):
         self.freeze(frozen)
 
     def freeze(self, frozen: bool) -> None:
+        # Set before `train`, which reads it.
         self.frozen = frozen
         self.requires_grad_(not frozen)
         self.train(not frozen)
 
     def train(self, mode: bool = True) -> AutoEncoder:
+        # In training mode each batch's statistics would change the code that the student follows.
         return super().train(mode and not self.frozen)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ class FitNetLoss(FeatureLoss):
         return nn.Sequential(*layers, *([nn.ReLU()] if self.relu else []))
 
     def _stage(self, stage: int, student: Tensor, teacher: Tensor) -> Tensor:
+        # Not pooled: the regressor itself brings the student's map to the teacher's size.
         s, t = _features.maps(student, teacher, pooled=False)
         return maps.fitnet_loss(through(self.regressors[stage], s), t)
 
@@ -128,12 +129,14 @@ class VIDLoss(FeatureLoss):
         pairs = channels(student_shapes, teacher_shapes)
         self.regressors = nn.ModuleList([_three_convolutions(s, t) for s, t in pairs])
         start = self.initial_variance - EPS
+        # log(expm1(start)) would overflow a float above 709.
         raw = start + math.log(-math.expm1(-start))  # the inverse of softplus
         self.raw_variances = nn.ParameterList([torch.full((t,), raw) for _, t in pairs])
         self._try(student_shapes, teacher_shapes)
 
     def variance(self, stage: int) -> Tensor:
         """Return the variance of the prediction of each of the teacher's channels, ``(C',)``."""
+        # In float32 softplus is 0 below -104, and the loss divides by the variance.
         return F.softplus(self.raw_variances[stage]) + EPS
 
     def _stage(self, stage: int, student: Tensor, teacher: Tensor) -> Tensor:
@@ -255,6 +258,7 @@ class OFDLoss(FeatureLoss):
 
     def _connected(self, stage: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The student's projected map, the teacher's at the same size, and the margins."""
+        # Margins come from the whole map: pooling would mix negative values with positive ones.
         _, whole = _features.maps(student, teacher, pooled=False)
         margin = self.margins[stage](whole)
         s, t = _features.maps(student, teacher)
@@ -286,9 +290,11 @@ class Margin(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """Return the margins ``(C',)``; in training mode after updating the means with a map."""
         if self.training:
+            # First: the means below divide by the number of batches, this one included.
             self.batches += 1
             self.negative += (feature.clamp(max=0).mean((0, 2, 3)) - self.negative) / self.batches
             self.share += ((feature < 0).to(feature.dtype).mean((0, 2, 3)) - self.share) / self.batches
+        # A channel that was never negative: 0 / 1 is 0, where 0 / 0 would be NaN.
         return self.negative / torch.where(self.share == 0, 1, self.share)
 
 

@@ -54,6 +54,7 @@ class PartialKDLoss(LogitLoss):
     def prepare(self, teacher_logits: Tensor, target: Tensor) -> dict[str, float]:
         if "class_mean" in self.keep:
             unlabelled = (target == self.ignore_index) | (target == self.unlabelled_index)
+            # Other marks of unlabelled rows may be above -1, and would count as classes.
             labels = target.masked_fill(unlabelled, UNLABELLED)
             self.relation = partial.class_relations(teacher_logits, labels, temperature=self.temperature)
         elif self.needs_preparation:

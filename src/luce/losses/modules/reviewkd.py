@@ -114,6 +114,7 @@ def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = _features.maps(student, teacher, pooled=False, like_channels=True)
     total, weights, weight = F.mse_loss(student, teacher), 1.0, 1.0
     for size in LEVELS:
+        # Pooling to a square map's own size would count its error twice.
         if size < min(student.shape[-2:]):
             weight /= 2
             small_student, small_teacher = (F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
@@ -136,6 +137,7 @@ class Fusion(nn.Module):
         narrow = nn.Conv2d(inputs, middle, 1, bias=False)
         widen = nn.Conv2d(middle, outputs, 3, padding=1, bias=False)
         for convolution in (narrow, widen):
+            # a=1 gives the gain 1 of a linear layer: no ReLU follows.
             nn.init.kaiming_uniform_(convolution.weight, a=1)
         self.narrow = nn.Sequential(narrow, Normalisation(middle))
         self.attention = None if deepest else nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid())
@@ -160,6 +162,7 @@ class Normalisation(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() > x.shape[1]:
             return super().forward(x)
+        # With one value per channel the variance is 0, and PyTorch raises in training mode.
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
