@@ -74,6 +74,7 @@ class Place:
     def forward(self, network: nn.Module, inputs: Tensor) -> tuple[Tensor, Place]:
         """Return the logits and the state after the pass; the network itself stays unchanged."""
         _set_random_state(self.random, self.device)
+        # Clones: batch normalisation updates buffers in place, and this state must serve again.
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         logits = forward_with(network, {**self.parameters, **buffers}, inputs)
         return logits, Place(self.parameters, buffers, _random_state(self.device))
@@ -121,12 +122,15 @@ def look_ahead(
         for batch, answers in zip(batches, teacher_logits, strict=True):
             logits, after = place.forward(student, batch["input"])
             slope, teacher = slope_on_logits(loss, logits, answers, batch)
+            # Detached: the pilot's step needs the slope's value, and its graph is kept for the teacher.
             gradient = _gradient(logits, place.values, slope.detach())
             steps.append((place, batch, slope, teacher))
+            # The mean, as in the student's own step under DDP, so that all processes have the same pilot.
             place = after.moved(mean_over_processes(gradient), step_size)
         quiz_loss, adjoint = _quiz(student, place, quiz)
 
         cotangents: list[Tensor] = []
+        # Backwards: each step needs the adjoint of the parameters after it.
         for place, batch, _, teacher in reversed(steps[1:]):
             with _twice_differentiable(), teacher_gradient():
                 logits, _ = place.forward(student, batch["input"])
@@ -156,11 +160,13 @@ def derivative_along(network: nn.Module, place: Place, direction: Sequence[Tenso
     """Return the derivative of the logits along a direction of the parameters, in forward mode."""
     with forward_ad.dual_level(), _twice_differentiable(), _Constants():
         duals = {
+            # Detached: forward mode carries the derivative, and a backward graph would only take memory.
             name: forward_ad.make_dual(value.detach(), change.detach())
             for (name, value), change in zip(place.parameters.items(), direction, strict=True)
         }
         logits, _ = Place(duals, place.buffers, place.random).forward(network, inputs)
         change = forward_ad.unpack_dual(logits).tangent
+    # No tangent: the logits depend on no trained parameter.
     return torch.zeros_like(logits) if change is None else change
 
 
@@ -182,6 +188,7 @@ def _quiz(student: nn.Module, place: Place, quiz: Sequence[Batch]) -> tuple[Tens
     with _without_dropout(student):
         for batch in quiz:
             logits, _ = place.forward(student, batch["input"])
+            # Divided here, so that the gradients of the batches need only be added.
             value = cross_entropy_loss(logits, batch["target"]) / len(quiz)
             gradient = [a + b for a, b in zip(gradient, _gradient(value, place.values), strict=True)]
             total = total + value.detach()

@@ -233,6 +233,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         if self.images == "generated":
             self.generator = Generator(classes, self.shape, self.gan_width).requires_grad_(False).eval()
         latent_shape = (classes,) if self.images == "generated" else self.shape
+        # Of their final sizes: a checkpoint is loaded without another preparation, and its shapes must fit.
         self.pool: Tensor = nn.Buffer(torch.zeros(self.plan.pool, *latent_shape))
         self.answers: Tensor = nn.Buffer(torch.zeros(self.plan.pool, classes))
         self.temperature: Tensor = nn.Buffer(torch.ones(()))
@@ -303,6 +304,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         if not torch.isfinite(span).all():
             raise UserError("expected training images of finite numbers for MEKD, got NaN or infinity")
         self.low = low.view_as(self.low).to(self.low)
+        # A constant channel has the span 0, and 0 / 0 would be NaN.
         self.span = torch.where(span > 0, span, 1.0).view_as(self.span).to(self.span)
 
     def _train_generator(self, teacher: Teacher, rows: TrainingRows, queries: int) -> dict[str, float]:
@@ -324,9 +326,11 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
             confidence = made.new_zeros(len(made))
             if number >= first_query and queries:
                 count = min(queries, len(made))
+                # Detached: a black box passes no gradient back.
                 images = self._in_range(made[:count].detach())
                 confidence[:count] = _confidence(self._ask(teacher, images))
                 queries -= count
+            # The generator's step needs no gradients of the discriminator's weights.
             discriminator.requires_grad_(False)
             log_odds = discriminator(made)
             loss = fooling_loss(log_odds) + self.alpha * information_loss(log_odds, confidence)
@@ -368,6 +372,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         answers = as_first(lambda: teacher.signal(batch).logits)
         if not torch.isfinite(answers).all():
             raise UserError("expected answers of finite numbers from the teacher, got NaN or infinity")
+        # Where there are several processes `as_first` returns CPU tensors.
         return answers.to(self.low)
 
     def _set_temperature(self) -> float:
@@ -378,6 +383,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
             self.temperature.fill_(HARD_TAU)
         else:
             spread = _centred(self.answers).square().mean().sqrt()
+            # If all answers are flat, a division by 0 would make the latents NaN.
             self.temperature.copy_(torch.where(spread > 0, spread, 1.0))
         return self.teacher_latents(self.answers).square().mean().sqrt().item()
 
@@ -392,6 +398,7 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
     def alignment(self, student_logits: Tensor, teacher_latents: Tensor) -> Tensor:
         """Return the mean absolute difference of the images generated from both, in [0, 2]."""
         with torch.autocast(student_logits.device.type, enabled=False):
+            # Outside autocast: bfloat16 keeps 8 bits of images in [-1, 1], and the loss is their difference.
             student_images = self.generator(_centred(student_logits.to(self.temperature)) / self.temperature)
             with torch.no_grad():
                 teacher_images = self.generator(teacher_latents)
@@ -405,13 +412,13 @@ class MEKD(Prepares, GeneratesInputs, WrappedMethod[LogitMethod]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.order = self.order[
-            :0
-        ]  # a checkpoint does not hold the order: a resumed epoch must draw the same
+        # A checkpoint does not hold the order, and a resumed epoch must draw the same.
+        self.order = self.order[:0]
         self.method.set_epoch(epoch)
 
     def step(self, student: nn.Module, batch: Batch, signal: Signal | None) -> dict[str, Tensor]:
         """Return the terms on the logits, and ``"image"`` for the alignment; see the class for the batch."""
+        # Batch normalisation may raise on a single row in training mode.
         number = max(2, len(batch["target"]))
         with torch.autocast(self.low.device.type, enabled=False):
             if self.queries is None:
@@ -460,6 +467,7 @@ def information_loss(log_odds: Tensor, confidence: Tensor) -> Tensor:
         >>> round(information_loss(torch.zeros(2), torch.tensor([1.0, 0.5])).item(), 6)
         0.51986
     """
+    # (N,) times (N, 1) would broadcast to (N, N) without an error.
     if log_odds.shape != confidence.shape:
         raise ValueError(
             f"expected as many weights as log-odds, of shape {tuple(log_odds.shape)}, "

@@ -157,6 +157,7 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
             raise UserError(f"expected a teacher that can be trained for MetaDistil, got {description}")
         self.method.build(student, teacher, sample, rows)
         self.original = teacher
+        # A copy: the guard compares with the original and may restore its weights.
         self.teacher = copy.deepcopy(teacher.network).requires_grad_(True).eval()
         parameters, rate, decay = self.teacher.parameters(), self.teacher_lr, self.teacher_weight_decay
         self.optimizer: torch.optim.Optimizer = (
@@ -188,6 +189,7 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
             )
         steps = min(self.batches_per_round, 2)
         try:
+            # Step size 0: this tests only whether all derivatives exist. Two steps reach the second ones.
             look_ahead(student, loss, [sample] * steps, [teacher_logits] * steps, [sample], 0.0)
             forward, back = both_ways(student, place, logits, slope.detach(), sample["input"])
         except (NotImplementedError, RuntimeError) as error:
@@ -248,6 +250,7 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
 
     def _part(self, batch: Batch) -> Batch:
         """Return the first rows of a batch, whose order is random; at least two, for batch normalisation."""
+        # Batch normalisation may raise on a single row in training mode.
         rows = max(2, math.ceil(self.rows * len(batch["target"])))
         return {name: value[:rows] for name, value in batch.items()}
 
@@ -259,9 +262,12 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
         parameters = list(self.teacher.parameters())
         gradients = torch.autograd.grad(answers, parameters, cotangents, allow_unused=True)
         used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        # DDP wraps the student alone, so the teacher's gradients are averaged here.
         for (parameter, _), mean in zip(used, mean_over_processes([g for _, g in used]), strict=True):
             parameter.grad = mean
+        # With a limit of inf nothing is clipped, and only the norm is computed.
         norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm or math.inf)
+        # For this step only: the schedule sets the rate from its own base and would undo a lasting factor.
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] *= SLOWER ** self.record["restored"]
@@ -282,12 +288,16 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
         for name, count in counts.items():
             self.record[name] = MEMORY * self.record[name] + count
         rows, lost, gained = (self.record[name] for name in ("rows", "lost", "gained"))
+        # The difference of two counts of rare, independent events has their sum as its variance.
         noise = 2 * math.sqrt(lost + gained)
+        # A teacher of NaN may seem right: argmax then returns the place of a NaN.
         if math.isfinite(self.record["drift"]) and lost - gained - noise <= self.max_drop * rows:
             return
         assert self.original.network is not None
         self.teacher.load_state_dict(self.original.network.state_dict())
+        # Momentum of the discarded weights would drive the restored ones the same way.
         self.optimizer.state.clear()
+        # The cache may hold casts of the discarded weights.
         torch.clear_autocast_cache()
         self.record |= dict.fromkeys(("rounds", "rows", "lost", "gained", "drift"), 0.0)
         self.record["restored"] += 1
@@ -302,10 +312,12 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
             values = [len(before), (was_right & ~is_right).sum(), (is_right & ~was_right).sum()]
             drift = kd_loss(now, before, temperature=1.0, reduction="sum")
             counts += torch.tensor([float(value) for value in (*values, drift)])
+        # On the model's device, since NCCL reduces no CPU tensors; all processes must decide alike.
         (counts,) = mean_over_processes([counts.to(drift.device)])
         return dict(zip(("rows", "lost", "gained", "drift"), counts.tolist(), strict=True))
 
     def get_extra_state(self) -> dict[str, float]:
+        # A copy, saved with the checkpoint: a resumed guard must keep its counts and its slower rate.
         return dict(self.record)
 
     def set_extra_state(self, state: dict[str, float]) -> None:

@@ -125,6 +125,7 @@ class MutualLearning(StepsAfter, OptimizesManually, CoTrains, WrappedMethod[Meth
                 torch.manual_seed(int(torch.randint(2**62, ())))
                 self.peer = self.new_peer()
             assert self.peer is not None
+            # Processes may have drawn different weights, and only gradients are averaged later.
             share_weights(self.peer.to(device))
             weights, peer_weights = [*student.parameters()], [*self.peer.parameters()]
             if len(weights) == len(peer_weights) and all(map(torch.equal, weights, peer_weights)):
@@ -170,7 +171,9 @@ class MutualLearning(StepsAfter, OptimizesManually, CoTrains, WrappedMethod[Meth
         with torch.autocast(terms["loss"].device.type, enabled=False):  # as the student's backward pass
             terms["loss"].backward()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # An unused parameter has no gradient in any process, so all of them average the same list.
         learning = [parameter for parameter in parameters if parameter.grad is not None]
+        # DDP wraps the student alone. Before clipping: the limit is for the norm of the mean.
         means = mean_over_processes([parameter.grad for parameter in learning])
         for parameter, mean in zip(learning, means, strict=True):
             parameter.grad = mean
@@ -183,6 +186,7 @@ class MutualLearning(StepsAfter, OptimizesManually, CoTrains, WrappedMethod[Meth
 
 def exchanged(method: Method) -> Method:
     """Copy a method for the other direction, in which student and teacher exchange places."""
+    # A deep copy: parts that a loss learns must not be shared between the directions.
     other = copy.deepcopy(method)
     for part in other.modules():
         if isinstance(part, FeatureMethod):
