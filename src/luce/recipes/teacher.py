@@ -71,6 +71,7 @@ def _load_network(
     train: Teacher = live if box is None else box
     if options.cache_outputs:
         if box is not None:
+            # Before the first query: a budget that ends halfway would be spent for nothing.
             box.check_budget(box.price(in_order(inputs.train)))
         train = cache(train, inputs.train, device)
     # Not through the box: test figures compare with the whole output and must cost no queries.
@@ -150,6 +151,7 @@ def check_service(box: RemoteTeacher, loaded: Data) -> None:
             f"expected a teacher for the {len(names)} classes of `{loaded.name}`, got one for "
             f"{service.classes} from {box.url}"
         )
+    # Only another order is refused: different names may well mean the same classes.
     if service.names is not None and service.names != names and sorted(service.names) == sorted(names):
         raise UserError(
             f"expected a teacher with the classes of `{loaded.name}` in their order, {', '.join(names[:5])} "
@@ -199,6 +201,7 @@ def cache(
     teacher: Teacher, examples: Examples, device: torch.device, batch_size: int = EVALUATION_BATCH
 ) -> CachedTeacher:
     """Query a teacher about all rows once and keep its answers."""
+    # Lazily: the device holds one batch at a time, not the data set.
     batches = (
         {name: part.to(device) for name, part in batch.items()} for batch in in_order(examples, batch_size)
     )
@@ -214,6 +217,7 @@ def _token(options: TeacherOptions) -> str | None:
     if options.token_env is not None:
         if options.token_env not in os.environ:
             raise UserError(f"expected the token in `{options.token_env}`, and there is no such variable")
+        # A line break at the end, as editors and shells add one, is not valid in an HTTP header.
         return os.environ[options.token_env].strip()
     if options.token_file is not None:
         try:

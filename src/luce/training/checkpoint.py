@@ -37,13 +37,16 @@ def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> No
     aside, final = folder / ".checkpoint.part", folder / f"checkpoint-{epoch}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
+    # No process may write before the remains of an interrupted save are removed.
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(aside))
         accelerator.wait_for_everyone()  # each process writes its random state
         if accelerator.is_main_process:
             torch.save(extra, aside / "luce.pt")
+            # Listed before the new checkpoint has its name, or it would be deleted with the older ones.
             older = _checkpoints(folder)
+            # Renamed when complete, and older ones deleted after: an interruption leaves a whole one.
             os.replace(aside, final)
             for path in older:
                 shutil.rmtree(path)
@@ -52,6 +55,7 @@ def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> No
         raise UserError(
             f"cannot write a checkpoint to {folder} ({files.reason(error)}); free some space"
         ) from error
+    # No process may go on, and perhaps end the run, while the checkpoint is still incomplete.
     accelerator.wait_for_everyone()
 
 
@@ -86,6 +90,7 @@ def clear(folder: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
+    # By number: as text checkpoint-10 comes before checkpoint-9.
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -95,6 +100,7 @@ def export(path: Path, weights: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
+    # Clones: safetensors refuses tensors that share memory, as tied weights do.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     files.write(path, lambda aside: save_file(plain, aside))
 

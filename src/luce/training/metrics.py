@@ -33,7 +33,9 @@ def collect(
             outputs = [student(batch["input"])]
             if teacher is not None:
                 outputs.append(teacher.signal(batch).logits)
+        # Drops the rows that were repeated so that all processes have equally many.
         gathered = accelerator.gather_for_metrics((*outputs, batch["target"]))
+        # On the CPU, since the logits of a whole test set may not fit on the device.
         rows.append(tuple(part.cpu() for part in gathered))
     *logits, target = (torch.cat(column) for column in zip(*rows, strict=True))
     return logits[0].float(), logits[1].float() if teacher is not None else None, target
@@ -71,12 +73,14 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
     result: dict[str, Any] = {
         "accuracy": scores["accuracy"],
         "nll": scores["loss"],
+        # torchmetrics raises below 2 classes.
         "calibration_error": multiclass_calibration_error(
             probabilities, target, num_classes=max(classes, 2), n_bins=BINS
         ).item(),
         "reliability": _reliability(probabilities, target),
     }
     if teacher_logits is not None:
+        # At most half of the classes: the overlap of all of them is always 1.
         topk = max(1, min(5, classes // 2))
         first = [
             F.one_hot(logits.topk(topk).indices, classes).sum(1)
@@ -88,8 +92,11 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
         result["topk"] = topk
         result["topk_overlap"] = ((first[0] * first[1]).sum(-1) / topk).mean().item()
         size = min(max(2, round(END * classes)), classes)
+        # Stable: which of several equal classes fall into an end must not depend on the device.
         order = teacher_logits.argsort(dim=-1, descending=True, stable=True)
+        # float64: the differences of nearly equal probabilities cancel in float32.
         slope = (student_logits.double().softmax(-1) - teacher_logits.double().softmax(-1)).abs()
+        # Equal networks have shares of 0, where 0 / 0 would raise.
         total = slope.sum().item() or 1.0
         for end, ranked in (("top", order[:, :size]), ("bottom", order[:, -size:])):
             students, teachers = student_logits.gather(-1, ranked), teacher_logits.gather(-1, ranked)
@@ -103,12 +110,14 @@ def _kendall_tau(student_logits: Tensor, teacher_logits: Tensor) -> float:
     from torchmetrics.functional.regression import kendall_rank_corrcoef
 
     columns = student_logits[:KENDALL_ROWS].T, teacher_logits[:KENDALL_ROWS].T
+    # A row that either network ranks as all equal has no tau: it is NaN.
     return cast(Tensor, kendall_rank_corrcoef(*columns)).nanmean().item()
 
 
 def _reliability(probabilities: Tensor, target: Tensor) -> list[dict[str, float]]:
     confidence, choice = probabilities.max(-1)
     correct = (choice == target).float()
+    # A confidence of exactly 1 would open a bin of its own.
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     return [
         {

@@ -71,6 +71,7 @@ class Session:
         self.batch_size = options.batch_size
         self.seed = options.seed
         self.held_out = held_out
+        # A parameter in two optimizers would be moved twice in each step.
         with_own_optimizer = {
             parameter
             for optimizer in self.method_optimizers.values()
@@ -85,6 +86,7 @@ class Session:
         self.student, self.optimizer, self.batches = accelerator.prepare(
             student, make_optimizer(options, self.parameters), batches
         )
+        # Rounded up: Accelerate also steps at the end of an epoch, on an incomplete group of batches.
         steps = math.ceil(len(self.batches) / options.accumulate)
         self.schedules = [
             LambdaLR(optimizer, learning_rate(options, steps))
@@ -93,6 +95,7 @@ class Session:
         self.average: AveragedModel | None = None
         self.evaluated: Classifier = student
         if options.ema is not None:
+            # With buffers: running statistics of the last step belong to other weights than the average.
             self.average = AveragedModel(
                 student, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True
             )
@@ -129,6 +132,7 @@ class Session:
 
         def note(terms: Mapping[str, Tensor]) -> None:
             for name, value in terms.items():
+                # Detached, or every step's graph would be kept; `item` would stall a GPU in each step.
                 sums[name] = sums.get(name, 0) + value.detach()
                 times[name] = times.get(name, 0) + 1
 
@@ -173,9 +177,12 @@ class Session:
             with accelerator.autocast():
                 signal = None if self.teacher is None else signal_of(self.teacher, batch)
                 terms = self.checked(checked_step(self.method, self.student, batch, signal))
+            # In units of full batches, so that a row of a short batch weighs as much as any other.
             accelerator.backward(len(batch["target"]) / self.batch_size * terms["loss"])
             if accelerator.sync_gradients:
+                # Averaged and scaled before clipping: the limit is for the norm of the mean over all rows.
                 self.share_gradients()
+                # `accelerator.backward` divided by the number of micro-batches, which need not be full.
                 self.scale_gradients(accelerator.gradient_accumulation_steps / accumulated)
                 if self.clip_norm is not None:
                     accelerator.clip_grad_norm_(self.parameters, self.clip_norm)
@@ -193,6 +200,7 @@ class Session:
         """Yield full batches of the held-out rows for this process, without end; none without such rows."""
         if self.held_out is None:
             return
+        # Without min, few rows would make no full batch, and the remainder by 0 below would raise.
         loader = data.loader(
             self.held_out, batch_size=min(self.batch_size, len(self.held_out)), seed=self.seed, drop_last=True
         )
@@ -239,6 +247,7 @@ class Session:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         for schedule in self.schedules:
+            # The count is all that a schedule needs: the optimizer's state contains the rate itself.
             schedule.last_epoch = self.step
         self.method.load_state_dict(state["method"])
         self.method.to(self.accelerator.device)  # buffers that loading made are on the device that saved them
@@ -267,6 +276,7 @@ def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> 
             parameters,
             lr=options.lr,
             momentum=options.momentum,
+            # SGD raises on Nesterov's method without momentum.
             nesterov=options.momentum > 0,
             weight_decay=options.weight_decay,
         )
@@ -286,8 +296,10 @@ def learning_rate(options: TrainingOptions, steps_per_epoch: int) -> Callable[[i
 
     def factor(step: int) -> float:
         if step < warmup:
+            # From 1 / warmup on: the first step would be lost at rate 0.
             return (step + 1) / warmup
         if options.schedule == "cosine":
+            # A warm-up over the whole training leaves no steps, and 0 / 0 would raise.
             return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
         if options.schedule == "step":
             return options.gamma ** sum(step >= epoch * steps_per_epoch for epoch in options.milestones)
