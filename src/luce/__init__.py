@@ -60,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES, "distill"})
+    return sorted({*__all__, *_SUBMODULES, "__version__"})
