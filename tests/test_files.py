@@ -129,6 +129,7 @@ for limit in (%s):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
 def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
     """Python, PyTorch and safetensors each fail in a way of their own."""

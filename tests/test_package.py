@@ -145,6 +145,7 @@ for names in groups.values():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.slow
 def test_every_dotted_name_is_reachable_after_import_luce() -> None:
     names = {**dotted_names(), "luce.nowhere.Thing": {"no page"}}
     assert len(names) > 100

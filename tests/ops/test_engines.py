@@ -138,6 +138,7 @@ def run_without(tmp_path, program):
     )
 
 
+@pytest.mark.slow
 def test_luce_works_without_its_native_library(tmp_path):
     """Nor is Triton imported before it is used."""
     done = run_without(

@@ -86,6 +86,7 @@ def test_the_recipes_of_digits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 0 < result["best"]["test"]["accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_the_demo_runs(tmp_path: Path) -> None:
     content = shortened(read_yaml(next(path for path in RECIPES if path.stem == "demo")))
     recipe = parse(ComparisonRecipe, merge(content, {"seeds": [0]}))

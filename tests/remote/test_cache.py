@@ -94,6 +94,7 @@ def test_what_a_killed_process_has_kept_is_there(tmp_path: Path) -> None:
     assert answers.paid == len(found)
 
 
+@pytest.mark.slow
 def test_threads_and_processes_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
     runs = [writer(path, name) for name in (1, 2)]

@@ -27,7 +27,7 @@ from luce.signals import answer
 
 from ..servers import DESCRIPTION, TOKEN, Network, serving
 
-BODIES = int(os.environ.get("LUCE_FUZZ_BODIES", "800"))
+BODIES = int(os.environ.get("LUCE_FUZZ_BODIES", "300"))
 """Of the fuzz; 10000 take about half a minute."""
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 ROWS = [[0.5, -1.0, 2.0], [1, 0, 3]]

@@ -71,7 +71,10 @@ def make(make_recipe: Make, toy: ModuleType) -> Make:
 # Recipes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("FitNet", "CRD") else pytest.param(name, marks=pytest.mark.slow) for name in TERMS],
+)
 def test_distilling_through_features(
     name: str, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

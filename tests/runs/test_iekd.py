@@ -82,7 +82,10 @@ class Interrupt(BaseException):
     """What no handler of ours may swallow."""
 
 
-@pytest.mark.parametrize(("autoencoder", "batch"), [("prepared", 1), ("prepared", 8), ("online", 8)])
+@pytest.mark.parametrize(
+    ("autoencoder", "batch"),
+    [pytest.param("prepared", 1, marks=pytest.mark.slow), ("prepared", 8), ("online", 8)],
+)
 def test_an_interrupted_run_prepares_once_and_ends_in_the_same_numbers(
     autoencoder: str,
     batch: int,

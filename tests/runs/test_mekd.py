@@ -190,6 +190,7 @@ def test_what_cannot_work_is_told_before_training(
         run(with_mekd(make_recipe, **changes), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_comparison_with_the_same_budgets(toy: object, tmp_path: Path) -> None:
     """Everybody is tried before the first run, without a query, and asks as often as it says."""
 
@@ -299,7 +300,8 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("answers", ["probs", pytest.param("label", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", ["probs", "label"])
 def test_digits_are_learned_without_sending_one(answers: str, digits_teacher: Path, tmp_path: Path) -> None:
     changes = {
         "teacher": {"checkpoint": str(digits_teacher), "answers": answers},

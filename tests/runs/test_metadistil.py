@@ -95,7 +95,7 @@ class Interrupt(BaseException):
     ],
     ids=["sgd, two steps a round", "adamw, from the second epoch", "restored", "bf16", "prepared"],
 )
-@pytest.mark.parametrize("batch", [3, 7])
+@pytest.mark.parametrize("batch", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_in_the_same_numbers(
     batch: int,
     changes: dict[str, Any],

@@ -167,7 +167,7 @@ class Interrupt(BaseException):
     """What no handler of ours may swallow."""
 
 
-@pytest.mark.parametrize("batch", [1, 7, 10])
+@pytest.mark.parametrize("batch", [*(pytest.param(cut, marks=pytest.mark.slow) for cut in (1, 10)), 7])
 def test_an_interrupted_run_ends_in_the_same_numbers(
     batch: int,
     make_recipe: Make,

@@ -21,7 +21,8 @@ from luce.runs import run
 
 from .two_processes import FEATURES, train_on_features
 
-pytestmark = pytest.mark.xdist_group("two-processes-runs")  # the launch is shared
+# One launch of two processes that train in turn. tests/methods/test_processes.py keeps a fast launch.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two-processes-runs")]
 
 TASK = {"task": {"loss": "CrossEntropyLoss"}}
 KD = {"task": {"loss": "CrossEntropyLoss", "weight": 0.1}, "kd": {"loss": "KDLoss", "temperature": 4.0}}
