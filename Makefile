@@ -41,7 +41,7 @@ demo: setup
 demo-short: setup
 	$(BIN)/luce compare recipes/demo.yaml --out runs/demo-short --seeds '[0, 1]' --training.epochs 5 --teacher_training.epochs 5
 
-# At most five minutes on two cores: every formula, dtype, mask, gradient, resume and fault.
+# Every formula, dtype, mask, gradient, resume and fault, in under ten minutes on two cores.
 test: setup
 	$(PYTEST) -m "not slow"
 
