@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ def _one_thread_and_fixed_seed() -> None:
     """Workers of pytest-xdist share the cores, and a failure must come back when it is asked for."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _messages_of_luce_are_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """So that `caplog.text` holds what `luce.log` says, of either kind."""
+    caplog.set_level(logging.INFO, "luce")
 
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -30,7 +30,7 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     Raises:
         UserError: If writing or renaming fails; an existing file keeps its content.
     """
-    if not _is_main_process():
+    if not is_main_process():
         return
     # In the same folder, so on the same file system, where a rename is atomic.
     temporary = path.with_name(f".{path.name}.part")
@@ -46,7 +46,8 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Return whether this process is the only one, or the first of those that were launched together."""
     # From the launcher's variables: Accelerate's state, once created, would fix the device of later runs.
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 

@@ -163,7 +163,7 @@ def test_features_of_a_black_box(make_recipe: Make, tmp_path: Path) -> None:
 
 
 def test_a_remembered_server_is_asked_once_about_each_row(
-    remote: Make, network: Counting, tmp_path: Path, make_recipe: Make, capsys: pytest.CaptureFixture[str]
+    remote: Make, network: Counting, tmp_path: Path, make_recipe: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     result = run(remote({"cache_outputs": True, "budget": 100}), tmp_path / "one")
     assert network.asked == ROWS
@@ -171,7 +171,7 @@ def test_a_remembered_server_is_asked_once_about_each_row(
     assert (teacher["queries"], teacher["cached"], teacher["budget"]) == (ROWS, 0, 100)
     assert (teacher["test"], teacher["parameters"]) == (None, None)
     assert "agreement" not in result["last"]["test"]
-    assert f"{ROWS} rows to query now (0 are cached); budget 100, 0 of it used" in capsys.readouterr().err
+    assert f"{ROWS} rows to query now (0 are cached); budget 100, 0 of it used" in caplog.text
     # KD learns from probabilities what it learns from logits.
     plain = run(make_recipe(loss=KD, teacher={"mean": [0.0], "std": [1.0]}), tmp_path / "plain")
     assert result["train"]["loss"] == pytest.approx(plain["train"]["loss"], rel=1e-3)
@@ -190,10 +190,10 @@ def test_a_server_that_is_asked_anew_is_asked_once_too(
 
 
 def test_rows_that_change_cost_each_time(
-    remote: Make, network: Counting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    remote: Make, network: Counting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     result = run(remote(data={"augment": "crop_flip"}, training={"epochs": 2}), tmp_path / "run")
-    assert f"up to {ROWS} rows x 2 epochs, which change each time; no budget" in capsys.readouterr().err
+    assert f"up to {ROWS} rows x 2 epochs, which change each time; no budget" in caplog.text
     assert ROWS < result["teacher"]["queries"] == network.asked <= 2 * ROWS
 
 

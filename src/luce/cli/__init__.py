@@ -7,10 +7,12 @@ that returns the exit status, or None for 0.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 COMMANDS = {
@@ -72,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")
     name, *rest = argv
     try:
-        return _run(name, rest)
+        with _messages_on_stderr(name):
+            return _run(name, rest)
     except KeyboardInterrupt:
         print("luce: stopped; run the same command again to resume from the last checkpoint", file=sys.stderr)
         return 130
@@ -90,6 +93,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         print(f"luce {name}: unexpected {reason}; --debug shows where, please report it", file=sys.stderr)
         return 1
+
+
+class _Messages(logging.Handler):
+    """Prints each message of `luce.log` once; a comparison repeats those of its runs."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__()
+        self.command, self.printed = command, set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = "warning: " if record.levelno >= logging.WARNING else ""
+        line = f"luce {self.command}: {kind}{record.getMessage()}"
+        if line not in self.printed:
+            self.printed.add(line)
+            print(line, file=sys.stderr)
+
+
+@contextmanager
+def _messages_on_stderr(command: str) -> Iterator[None]:
+    logger, handler = logging.getLogger("luce"), _Messages(command)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _run(name: str, argv: Sequence[str]) -> int:

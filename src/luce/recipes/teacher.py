@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .. import models
+from .. import log, models
 from ..data import Data, Examples
 from ..errors import UserError
 from ..methods import Method
@@ -191,10 +190,9 @@ def with_budget_account(inputs: RunInputs, recipe: Recipe, method: Method, folde
 
 
 def announce(box: BlackBox, plan: str) -> None:
-    """Print the queries that are about to be made and the budget that is left."""
-    if processes().is_main_process:
-        limit = "no budget" if box.budget is None else f"budget {box.budget}, {box.queries} of it used"
-        print(f"teacher {box.address} answers with {box.answers}: {plan}; {limit}", file=sys.stderr)
+    """State the queries that are about to be made and the budget that is left."""
+    limit = "no budget" if box.budget is None else f"budget {box.budget}, {box.queries} of it used"
+    log.info(f"teacher {box.address} answers with {box.answers}: {plan}; {limit}")
 
 
 def cache(

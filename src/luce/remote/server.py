@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import json
 import socket
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import log
 from ..errors import UserError, import_optional
 from ..signals.blackbox import AnswerKind, answer, check_answers
 from . import wire
@@ -283,7 +283,7 @@ def build_app(
         try:
             logits = await predictor(inputs)
         except Exception as error:
-            print(f"luce serve: a prediction failed: {error}", file=sys.stderr)
+            log.warning(f"a prediction failed: {error}")
             raise Refusal(500, "the network fails at these inputs") from error
         answers = options.answer(logits)
         return {

@@ -1,0 +1,31 @@
+"""Messages reach the error stream of a command, once, and from the main process alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from luce import cli, log
+
+
+def test_a_command_prints_each_message_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*_: object) -> int:
+        log.info("read 3 files")
+        log.info("read 3 files")
+        log.warning("two are empty")
+        return 0
+
+    monkeypatch.setattr(cli, "_run", command)
+    assert cli.main(["train"]) == 0
+    assert capsys.readouterr().err == "luce train: read 3 files\nluce train: warning: two are empty\n"
+    assert not [handler for handler in log.LOGGER.handlers if isinstance(handler, cli._Messages)]
+
+
+def test_other_processes_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    log.warning("seen by rank 0 alone")
+    assert not caplog.records
