@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 
+import luce
 from luce import files
 from luce.errors import UserError
+from luce.training import checkpoint
+
+fcntl = pytest.importorskip("fcntl")
 
 
 def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
@@ -76,7 +88,7 @@ def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_folder_goes_with_the_work_that_failed(tmp_path: Path) -> None:
     def stopped(folder: Path, leaves: Path | None = None) -> None:
-        with files.folder_for_work(folder):
+        with files.locked(folder):
             assert folder.is_dir()
             if leaves is not None:
                 leaves.write_text("")
@@ -91,9 +103,161 @@ def test_a_folder_goes_with_the_work_that_failed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         stopped(folder, leaves=tmp_path / "a" / "mine")
     assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "mine"]
-    with files.folder_for_work(folder):
+    with files.locked(folder):
         pass
     assert folder.is_dir()
+
+
+HOLDER = """
+import sys, types
+sys.modules["luce"] = types.ModuleType("luce")  # without the time that torch takes
+sys.modules["luce"].__path__ = [sys.argv[1]]
+from pathlib import Path
+from luce import files
+with files.locked(Path(sys.argv[2])):
+    print("holds", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of a folder until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(Path(luce.__file__).parent), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holds\n"
+    with process:
+        yield process
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_a_folder_has_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    with holder(folder) as other:
+        for act in (lambda: files.locked(folder).__enter__(), lambda: files.write_text(folder / "x", "x")):
+            with pytest.raises(UserError) as caught:
+                act()
+            assert re.fullmatch(
+                f"another process works in {folder}: pid {other.pid} on host {socket.gethostname()} since "
+                r"\S+; wait until it ends, or choose another folder",
+                str(caught.value),
+            )
+        other.communicate("")
+    assert not folder.exists() or not list(folder.iterdir())
+    with files.locked(folder):
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_a_lock_ends_with_its_process_and_what_that_left_goes(tmp_path: Path) -> None:
+    with holder(tmp_path) as other:
+        other.kill()
+    assert (tmp_path / ".lock").read_text().startswith(f"pid {other.pid} on host ")
+    (tmp_path / ".checkpoint.part").mkdir()
+    for name in (".writable", ".student.onnx.part", ".report.html.4711", ".checkpoint.part/luce.pt", "mine"):
+        (tmp_path / name).write_text("")
+    assert files.content(tmp_path) == {"mine"}
+    with files.locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"pid {os.getpid()} on host ")
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "mine"}
+
+
+def test_a_thread_locks_a_folder_again_and_another_thread_does_not(tmp_path: Path) -> None:
+    def refused() -> str:
+        with pytest.raises(UserError, match=f"pid {os.getpid()} on host") as caught:
+            files.write_text(tmp_path / "x", "x")
+        return str(caught.value)
+
+    with ThreadPoolExecutor(1) as pool, files.locked(tmp_path), files.locked(tmp_path):
+        files.write_text(tmp_path / "a", "a")
+        with files.locked(tmp_path):
+            assert "another process works" in pool.submit(refused).result()
+        assert (tmp_path / ".lock").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_process_does_not_keep_the_lock_of_a_killed_one(tmp_path: Path) -> None:
+    fork = "import os, time; os.fork() or print(os.getpid(), flush=True); time.sleep(60)"
+    script = HOLDER.replace("sys.stdin.read()", fork)
+    arguments = [sys.executable, "-c", script, str(Path(luce.__file__).parent), str(tmp_path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holds\n"
+        child = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        try:
+            os.kill(child, 0)  # still lives
+            with files.locked(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder removes the file between the opening and the locking by the next."""
+    flock, calls = fcntl.flock, iter([True, False])
+
+    def late(descriptor: int, how: int) -> None:
+        if next(calls):
+            (tmp_path / ".lock").unlink()
+        flock(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with files.locked(tmp_path):
+            assert (tmp_path / ".lock").read_text().startswith(f"pid {os.getpid()} ")
+    assert next(calls, None) is None
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with files.locked(tmp_path):
+        files.write_text(tmp_path / "a", "a")
+    assert caplog.messages == [
+        f"{tmp_path} cannot be locked (No locks available); start no second process in it"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "file")
+    for text in ("one", "two"):
+        files.write_text(tmp_path / "link", text)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far" / "file").read_text() == "two"
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask")
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_files_have_the_permissions_that_the_user_asks_for(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        files.write_json(tmp_path / "a.json", {})
+        checkpoint.export(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+        checkpoint.save(tmp_path, Accelerator(cpu=True), 1, {})
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 3
+    for path in written:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
 LIMITED = """

@@ -44,8 +44,11 @@ def main(options: Options, command_line: str) -> None:
     from ..analysis import page
     from ..reports import terminal_table
 
-    with nullcontext() if options.out is None else files.folder_for_work(options.out):
+    with nullcontext() if options.out is None else files.locked(options.out):
         report = diagnose(options, command=command_line)
+        if options.out is not None:
+            files.write_json(options.out / "diagnose.json", page.as_json(report))
+            page.write_html(report, options.out / "diagnose.html")
     if options.json:
         print(json.dumps(page.as_json(report), indent=2))
     else:
@@ -58,8 +61,5 @@ def main(options: Options, command_line: str) -> None:
         ]
         for sentence in sentences:
             console.print(Text(f"\n{sentence}"))
-    if options.out is not None:
-        files.write_json(options.out / "diagnose.json", page.as_json(report))
-        page.write_html(report, options.out / "diagnose.html")
-        if not options.json:
-            print(f"\npage: {options.out / 'diagnose.html'}\nfigures: {options.out / 'diagnose.json'}")
+    if options.out is not None and not options.json:
+        print(f"\npage: {options.out / 'diagnose.html'}\nfigures: {options.out / 'diagnose.json'}")

@@ -39,11 +39,12 @@ def main(options: Options, command_line: str) -> None:
     from ..training.progress import progress_bars
 
     out = options.out or options.run / "spiking"
-    with files.folder_for_work(out), progress_bars() as progress:
-        result = spike(options.run, options, command=command_line, progress=progress)
-    files.write_json(out / "spike.json", report.as_json(result))
-    files.write_bytes(out / "spike.png", report.picture(result))
-    report.write_html(result, out / "spike.html")
+    with files.locked(out):
+        with progress_bars() as progress:
+            result = spike(options.run, options, command=command_line, progress=progress)
+        files.write_json(out / "spike.json", report.as_json(result))
+        files.write_bytes(out / "spike.png", report.picture(result))
+        report.write_html(result, out / "spike.html")
     console = Console()
     console.print(terminal_table(report.table(result)))
     for sentence in (*report.answers(result), *(" ".join(warning) for warning in report.warnings(result))):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from .. import files
 from ..config import parse, read_yaml
 from ..errors import UserError
 from ..models.loaders import fresh_weights_expected
@@ -36,7 +37,8 @@ def compare(
     Returns:
         Number of runs, and how many of them were finished before.
     Raises:
-        UserError: As `luce.runs.run`; all recipes are checked before the first run starts.
+        UserError: As `luce.runs.run`; all recipes are checked before the first run starts. If another process
+            works in the folder.
     """
     grid = {
         folder / setting / method / f"seed-{seed}": (setting, recipe.recipe(setting, method, seed))
@@ -49,12 +51,25 @@ def compare(
     for _, one in to_check:
         with name_method(one.method):
             build_method(one)
-    grows = extends(folder, recipe)
-    if not grows:
+    if not extends(folder, recipe):
         folder_matches(folder, "comparison.yaml", asdict(recipe), command=command)
+        if all((place / "result.json").exists() for place in grid):
+            return len(grid), len(grid)
+    with files.locked(folder):
+        return len(grid), _run_missing(recipe, folder, command, progress, grid, to_check)
+
+
+def _run_missing(
+    recipe: ComparisonRecipe,
+    folder: Path,
+    command: str,
+    progress: Progress | None,
+    grid: dict[Path, tuple[str, Recipe]],
+    to_check: list[tuple[str, Recipe]],
+) -> int:
+    """Run the recipes of the grid that are not finished, and return how many were."""
+    grows = extends(folder, recipe)
     finished = sum((place / "result.json").exists() for place in grid)
-    if finished == len(grid) and not grows:
-        return len(grid), finished
     inputs = {setting: prepare_data(one) for setting, one in dict(to_check).items()}
     _dry_runs(to_check, inputs)
     if recipe.teacher_training is not None:
@@ -79,7 +94,7 @@ def compare(
             with fresh_weights_expected():
                 run(one, place, shared[setting], accelerator=accelerator, progress=progress)
             bar.advance()
-    return len(grid), finished
+    return finished
 
 
 def _dry_runs(recipes: list[tuple[str, Recipe]], inputs: dict[str, RunInputs]) -> None:

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import nn
 from torch.utils.data import Dataset
 
+from .. import files
 from ..config import parse
 from ..data import Examples
 from ..data.sources import as_source
@@ -55,7 +56,7 @@ def distill(
     Returns:
         One record per epoch in ``history``, and the best epoch with its weights.
     Raises:
-        UserError: On an unknown option, data that cannot be read, or a folder of another training.
+        UserError: On an unknown option, data that cannot be read, or a folder of another training or process.
     Example:
         >>> import luce, torch
         >>> from torch.utils.data import TensorDataset
@@ -68,12 +69,13 @@ def distill(
     settings = parse(TrainingOptions, options)
     train, validation = _examples(train_data), None if val_data is None else _examples(val_data)
     place = None if folder is None else Path(folder)
-    if place is not None:
-        claim_folder(place, "training.yaml", asdict(settings))
+    lock = nullcontext() if place is None else files.locked(place)
     bars: AbstractContextManager[Progress | None] = progress_bars() if show_progress else nullcontext()
     method = loss if isinstance(loss, Method) else LogitMethod(PLDLoss() if loss is None else loss)
     set_seed(settings.seed)
-    with bars as progress:
+    with lock, bars as progress:
+        if place is not None:
+            claim_folder(place, "training.yaml", asdict(settings))
         return fit(
             Classifier(student),
             method,

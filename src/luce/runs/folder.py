@@ -18,7 +18,7 @@ def folder_matches(folder: Path, name: str, recipe: dict[str, Any], **notes: str
     """Return whether a folder belongs to this recipe; False for a free one.
 
     A folder is free that is empty, or that holds only the recipe and the environment of a run that never
-    trained.
+    trained. Temporary files of Luce do not count.
 
     Args:
         folder: To be used for this recipe.
@@ -28,12 +28,12 @@ def folder_matches(folder: Path, name: str, recipe: dict[str, Any], **notes: str
     Raises:
         UserError: If it holds another recipe, or other files.
     """
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    present = files.content(folder)
     if name in present and {**read_yaml(folder / name), **notes} == yaml.safe_load(
         _as_yaml({**recipe, **notes})
     ):
         return True
-    if present and present != {name, "environment.json"}:
+    if present not in (set(), {"environment.json"}, {name, "environment.json"}):
         content = f"another recipe, {name}" if name in present else "other files"
         raise UserError(f"{folder} already holds {content}; choose another folder (--out), or delete it")
     return False

@@ -51,12 +51,28 @@ def run(
         The content of ``result.json``.
     Raises:
         UserError: If the folder cannot be written or holds another recipe, or a part of the recipe cannot be
-            loaded or does not fit the others.
+            loaded or does not fit the others; if another process works in the folder.
     """
-    result_file = folder / "result.json"
-    if folder_matches(folder, "recipe.yaml", asdict(recipe)) and result_file.exists():
-        return json.loads(result_file.read_text(encoding="utf-8"))
+    if (finished := _finished(recipe, folder)) is not None:  # may be in a folder that is only read
+        return finished
+    with files.locked(folder):
+        return _finished(recipe, folder) or _train(recipe, folder, inputs, accelerator, progress)
 
+
+def _finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """Return the result of a finished run; None for a folder that is free or holds an interrupted one."""
+    if folder_matches(folder, "recipe.yaml", asdict(recipe)) and (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return None
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    inputs: RunInputs | None,
+    accelerator: Accelerator | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
     build_method(recipe)  # refuses wrong terms before anything is loaded
     accelerator = accelerator or new_accelerator(recipe.training, folder)
     inputs = inputs or prepare_data(recipe)
@@ -108,7 +124,7 @@ def run(
         "teacher": None if inputs.teacher is None else inputs.teacher.summary,
         "best": best,
     }
-    files.write_json(result_file, result)
+    files.write_json(folder / "result.json", result)
     checkpoint.clear(folder)
     processes().wait_for_everyone()  # the next run may read files that only the main process writes
     return result

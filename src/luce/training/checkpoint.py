@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,8 +45,11 @@ def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> No
             torch.save(extra, aside / "luce.pt")
             # Listed before the new checkpoint has its name, or it would be deleted with the older ones.
             older = _checkpoints(folder)
+            mode = (aside / "luce.pt").stat().st_mode
+            for path in aside.iterdir():
+                files.settle(path, mode)
             # Renamed when complete, and older ones deleted after: an interruption leaves a whole one.
-            os.replace(aside, final)
+            files.rename(aside, final)
             for path in older:
                 shutil.rmtree(path)
     except files.FAILURES as error:

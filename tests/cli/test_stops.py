@@ -1,0 +1,87 @@
+"""Folders that another process uses, and what a killed process leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import luce as package
+from luce import files
+from luce.errors import UserError
+
+from .conftest import Answer
+
+COMPARISON = {
+    "title": "",
+    "question": "",
+    "baseline": "KD",
+    "methods": {"KD": {"kd": {"loss": "KDLoss"}}},
+    "seeds": [0],
+    "settings": {"all": {}},
+    "teacher": {"checkpoint": "runs/teacher"},
+    "teacher_training": None,
+}
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Let another thread hold the lock of a folder, which refuses this one as another process would."""
+    lock = files.locked(folder)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lock.__enter__).result()
+        try:
+            yield
+        finally:
+            pool.submit(lock.__exit__, None, None, None).result()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_no_command_writes_into_a_folder_where_another_process_works(
+    write: Callable[..., str], refuses: Callable[..., str], teacher: Path, place: Path
+) -> None:
+    recipe = write("student.yaml")
+    comparison = {key: value for key, value in COMPARISON.items() if value is not None}
+    base = {"data": {"name": "sklearn:iris"}, "student": {"name": "mlp"}, "training": {"epochs": 1}}
+    compared = write("compared.yaml", base={**base, **comparison})
+    before = {path: path.read_bytes() for path in teacher.iterdir()}
+    with held(place / "out"), held(teacher), held(teacher / "spiking"):
+        for command in (
+            ("train", recipe, "--out", "out"),
+            ("distill", recipe, "--teacher.checkpoint", "runs/teacher", "--out", "out"),
+            ("compare", compared, "--out", "out"),
+            ("diagnose", "runs/teacher", "sklearn:iris", "--out", "out"),
+            ("landscape", "PLDLoss", "--points", "3", "--out", "out/picture.png"),
+            ("export", "runs/teacher", "--format", "packed"),
+            ("spike", "runs/teacher"),
+            ("report", "runs/teacher"),
+        ):
+            assert "another process works in " in refuses(*command), command
+        rows = TensorDataset(torch.rand(8, 4), torch.arange(8) % 2)
+        with pytest.raises(UserError, match="another process works in out:"):
+            package.distill(torch.nn.Linear(4, 2), torch.nn.Linear(4, 2), rows, folder="out", epochs=1)
+        assert [path.name for path in (place / "out").iterdir()] == [".lock"]
+        assert list((teacher / "spiking").iterdir()) == [teacher / "spiking" / ".lock"]
+    shutil.rmtree(teacher / "spiking")
+    assert {path: path.read_bytes() for path in teacher.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "left", [".writable", ".recipe.yaml.part", ".lock", "environment.json", ".4711.part"]
+)
+def test_what_a_command_killed_in_its_first_moments_leaves_stops_no_other(
+    left: str, write: Callable[..., str], luce: Callable[..., Answer], place: Path
+) -> None:
+    (place / "out").mkdir()
+    (place / "out" / left).write_text("half")
+    assert luce("train", write(), "--out", "out", "--training.epochs", "1").status == 0
+    assert json.loads((place / "out" / "environment.json").read_text())["python"]
+    assert not [path for path in (place / "out").iterdir() if path.name.startswith(".")]
