@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,14 +51,14 @@ def load_image_folder(path: str, root: Path | None, *, image_size: int = 224) ->
     open_test, test_targets = _list_images(test_folder, classes)
     return describe(
         f"imagefolder:{path}",
-        LazyImages(open_train, train_targets, training, evaluation),
-        LazyImages(open_test, test_targets, evaluation),
+        LazyImages(open_train, train_targets, training, evaluation, files=open_train.args),
+        LazyImages(open_test, test_targets, evaluation, files=open_test.args),
         classes=classes,
         licence="unknown",
     )
 
 
-def _list_images(folder: Path, classes: list[str]) -> tuple[Callable[[int], Image.Image], Tensor]:
+def _list_images(folder: Path, classes: list[str]) -> tuple[partial[Image.Image], Tensor]:
     files: list[bytes] = []
     targets: list[int] = []
     for label in [label for label, name in enumerate(classes) if (folder / name).is_dir()]:

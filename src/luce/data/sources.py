@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,6 +86,7 @@ class LazyImages(Source):
         targets: Class of every row, shape ``(N,)``.
         transform: From an image to the input tensor; may be random.
         plain_transform: Deterministic replacement, required if ``transform`` is random.
+        files: A folder, and the names in it of the files of all rows in order; None if rows are no files.
     """
 
     def __init__(
@@ -93,11 +95,14 @@ class LazyImages(Source):
         targets: Tensor,
         transform: Callable[[Image.Image], Tensor],
         plain_transform: Callable[[Image.Image], Tensor] | None = None,
+        *,
+        files: tuple[Path, np.ndarray] | None = None,
     ) -> None:
         self.open_image = open_image
         self.targets = targets
         self.transform = transform
         self.plain_transform = plain_transform
+        self.files = files
 
     def read(self, index: int) -> Tensor:
         return self.transform(self.open_image(index))
@@ -106,7 +111,7 @@ class LazyImages(Source):
     def plain(self) -> Source:
         if self.plain_transform is None:
             return self
-        return LazyImages(self.open_image, self.targets, self.plain_transform)
+        return LazyImages(self.open_image, self.targets, self.plain_transform, files=self.files)
 
 
 class Wrapped(Source):
