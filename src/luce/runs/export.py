@@ -18,10 +18,11 @@ from .. import files, models
 from ..errors import UserError, import_optional, one_line
 from ..models.binary import baked, binary_layers, binary_parts
 from ..training import checkpoint
+from ..training.weights import PACKED as FORMAT
 
 Description = dict[str, Any]
 
-FORMAT, VERSION = "luce-packed", "1"
+VERSION = "1"
 SIGNS, SCALE = ".signs", ".scale"
 AGREES = 1e-3
 """Largest difference of two engines' logits, relative to the largest logit: they sum in different orders."""

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import files, models
 from ..errors import UserError
 from .processes import processes
+from .weights import load_weights as load_weights
+from .weights import read_weights as read_weights
 
 State = dict[str, Any]
 
@@ -105,48 +106,6 @@ def export(path: Path, weights: Mapping[str, Tensor]) -> None:
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     files.write(path, lambda aside: save_file(plain, aside))
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return tensors by name from a safetensors or PyTorch file, without executing code from it.
-
-    Wrappings of other tools are removed: a ``state_dict`` or ``model`` entry, and ``module.`` prefixes.
-
-    Raises:
-        UserError: If the file cannot be read or holds anything but tensors by name.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read the checkpoint {path} ({files.reason(error)})") from error
-    except Exception as error:  # the unpickler raises anything
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors, which Luce does not load; "
-            "save its state_dict as safetensors"
-        ) from error
-    for wrapping in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
-            content = content[wrapping]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise UserError(f"expected {path} to hold tensors by name, as state_dict() gives them")
-    return {name.removeprefix("module."): value for name, value in content.items()}
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load weights into a plain network; all names and shapes must agree.
-
-    Raises:
-        UserError: If the file cannot be read or its tensors are not those of the network.
-    """
-    try:
-        model.load_state_dict(read_weights(path))
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise UserError(f"the checkpoint {path} does not fit the network: {'; '.join(lines[:3])}") from error
 
 
 def build(
