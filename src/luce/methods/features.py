@@ -14,10 +14,12 @@ from ..losses import FeatureLoss
 from ..losses.modules import WeightedSum
 from ..losses.modules.weighted_sum import losses_of, warmed_up
 from ..models.hooks import Features, find
+from ..models.modes import in_evaluation
 from ..signals import Signal, Teacher
 from ._processes import gather_rows
 from .base import Batch, Prepares, TrainingRows
 from .logits import LogitMethod, Loss
+from .observation import observe
 from .preparation import train_by_sgd
 
 
@@ -176,6 +178,7 @@ class FeatureMethod(Prepares):
             )
         with self._student.capture() as features:
             logits = student(batch["input"])
+        observe(batch, signal, features)
         terms = {} if self.logits is None else self.logits.terms(logits, batch, signal)
         total = terms.pop("loss", logits.new_zeros(()))
         if self.logits is not None and not terms:
@@ -230,11 +233,6 @@ def reuse_classifier(student: nn.Module, teacher: Teacher, *, loss: str) -> None
 @contextmanager
 def without_side_effects(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Leave buffers, gradients, modes and random states unchanged by the forward passes of a block."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    generators = [device] if device.type == "cuda" else []
+    with in_evaluation(network), torch.random.fork_rng(generators), torch.no_grad():
+        yield

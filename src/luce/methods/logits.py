@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..losses import FeatureLoss
 from ..signals import Signal, Teacher
 from .base import Prepares, TrainingRows
+from .observation import observe
 
 Loss: TypeAlias = Callable[..., Tensor | dict[str, Tensor]]
 
@@ -65,6 +66,7 @@ class LogitMethod(Prepares):
         self, student_logits: Tensor, batch: Mapping[str, Tensor], signal: Signal | None
     ) -> dict[str, Tensor]:
         """Return the terms of the loss for logits that the student has computed already."""
+        observe(batch, signal, {})
         teacher_logits = None if signal is None else signal.logits
         value = self.loss(student_logits, teacher_logits, batch["target"])
         return value if isinstance(value, dict) else {"loss": value}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import UserError
 from ..losses.functional import kd_loss
+from ..models.copies import copy_of
 from ..signals import DenseSignal, Signal, Teacher
 from ._processes import mean_over_processes
 from .base import Batch, CoTrains, LooksAhead, OptimizesManually, WrappedMethod
@@ -158,7 +158,8 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
         self.method.build(student, teacher, sample, rows)
         self.original = teacher
         # A copy: the guard compares with the original and may restore its weights.
-        self.teacher = copy.deepcopy(teacher.network).requires_grad_(True).eval()
+        own = copy_of(teacher.network, "the teacher that MetaDistil trains")
+        self.teacher = own.requires_grad_(True).eval()
         parameters, rate, decay = self.teacher.parameters(), self.teacher_lr, self.teacher_weight_decay
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=decay)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..errors import UserError
+from ..models.copies import copy_of
+from ..models.modes import rest, resting
 from ..signals import LearningTeacher, Signal, Teacher
 from ._processes import mean_over_processes, share_weights
 from .base import Batch, CoTrains, Method, OptimizesManually, StepsAfter, WrappedMethod
@@ -107,6 +108,7 @@ class MutualLearning(StepsAfter, OptimizesManually, CoTrains, WrappedMethod[Meth
         self.new_optimizer, self.clip_norm = optimizer, clip_norm
         self.optimizer: torch.optim.Optimizer | None = None
         self._teachers: tuple[Teacher, Teacher] | None = None
+        self.resting: list[nn.Module] = []
 
     @property
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
@@ -125,6 +127,7 @@ class MutualLearning(StepsAfter, OptimizesManually, CoTrains, WrappedMethod[Meth
                 torch.manual_seed(int(torch.randint(2**62, ())))
                 self.peer = self.new_peer()
             assert self.peer is not None
+            self.resting = resting(self.peer)
             # Processes may have drawn different weights, and only gradients are averaged later.
             share_weights(self.peer.to(device))
             weights, peer_weights = [*student.parameters()], [*self.peer.parameters()]
@@ -151,6 +154,12 @@ class MutualLearning(StepsAfter, OptimizesManually, CoTrains, WrappedMethod[Meth
                 yield
             finally:
                 self._teachers = None
+
+    def train(self, mode: bool = True) -> MutualLearning:
+        """Set the mode as for any module, except for modules of the peer that stay in evaluation mode."""
+        super().train(mode)
+        rest(self.resting)
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         self.method.set_epoch(epoch)
@@ -187,7 +196,7 @@ class MutualLearning(StepsAfter, OptimizesManually, CoTrains, WrappedMethod[Meth
 def exchanged(method: Method) -> Method:
     """Copy a method for the other direction, in which student and teacher exchange places."""
     # A deep copy: parts that a loss learns must not be shared between the directions.
-    other = copy.deepcopy(method)
+    other = copy_of(method, "the peer's losses in mutual learning")
     for part in other.modules():
         if isinstance(part, FeatureMethod):
             part.terms = {

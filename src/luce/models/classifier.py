@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
 
 from ..errors import UserError
 from .network import logits_of
 from .text import attends_to_padding
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Dtypes that layers compute in; 8-bit floats only store weights."""
 
 
 class Classifier(nn.Module):
     """Raw inputs to logits: normalise, run the network, take its logits.
 
     Data is not normalised when loaded, so teacher and student can each use the normalisation that they were
-    trained with. The network is unchanged under ``body``; its state dict has no keys of this wrapper.
+    trained with. The network is unchanged under ``body``; its state dict has no keys of this wrapper. Inputs
+    of a floating dtype are converted to that of the network's first weight; integers, such as token ids, are
+    not.
 
     Args:
         body: From normalised inputs to logits, or to an object with ``.logits``.
@@ -57,7 +64,16 @@ class Classifier(nn.Module):
 
     def normalised(self, inputs: Tensor) -> Tensor:
         """Return the inputs as the network receives them."""
-        if not self.normalises:
-            return inputs
-        along_channels = (-1, *[1] * (inputs.ndim - 2))
-        return (inputs - self.mean.view(along_channels)) / self.std.view(along_channels)
+        if self.normalises:
+            along_channels = (-1, *[1] * (inputs.ndim - 2))
+            inputs = (inputs - self.mean.view(along_channels)) / self.std.view(along_channels)
+        dtype = next((p.dtype for p in self.body.parameters() if p.dtype in FLOATING), inputs.dtype)
+        return inputs.to(dtype) if inputs.is_floating_point() else inputs
+
+    @property
+    def plain(self) -> nn.Module:
+        """The network without ``torch.compile`` and ``DataParallel``, which rename its weights."""
+        network: Any = self.body
+        while isinstance(network, DataParallel) or hasattr(network, "_orig_mod"):
+            network = network.module if isinstance(network, DataParallel) else network._orig_mod
+        return cast(nn.Module, network)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import data, files, models
 from ..data import Data, Examples
 from ..errors import UserError
+from ..models.modes import in_evaluation
 from ..models.text import check_tokens
 from ..signals import Teacher
 from ..training import checkpoint
@@ -153,7 +154,8 @@ def check_fit(network: models.Classifier, loaded: Data) -> None:
         check_tokens(network.body, size=loaded.tokenizer.size, padding=loaded.tokenizer.padding)
     kind = "inputs" if loaded.tokenizer is None else "token ids"
     try:
-        shape = tuple(network.eval()(row).shape)
+        with in_evaluation(network):
+            shape = tuple(network(row).shape)
     except Exception as error:  # networks raise anything at inputs they were not made for
         raise UserError(
             f"expected a network for the {kind} of `{loaded.name}`, of shape {loaded.input_shape}, "

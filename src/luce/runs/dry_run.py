@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from ..models import Classifier
+from ..models.copies import copy_of
 from ..models.loaders import fresh_weights_expected
 from ..recipes.build import RunInputs, build_network
 from ..recipes.methods import build_method
@@ -31,7 +30,7 @@ def dry_run(recipe: Recipe, inputs: RunInputs, student: Classifier) -> None:
         UserError: If a path, a shape or an option of a loss does not fit.
     """
     method = build_method(recipe, inputs.data)
-    student = copy.deepcopy(student)
+    student = copy_of(student, "a dry run")
     teacher = None if recipe.teacher is None else _stand_in(recipe.teacher, inputs)
     cpu = torch.device("cpu")
     check_own_steps(method, recipe.training)

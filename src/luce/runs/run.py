@@ -100,8 +100,8 @@ def _train(
     )
 
     last = _epoch_figures(fitted, len(fitted.history), inputs)
-    checkpoint.export(folder / "student-last.safetensors", fitted.student.body.state_dict())
-    fitted.student.body.load_state_dict(fitted.best_weights)
+    checkpoint.export(folder / "student-last.safetensors", fitted.student.plain.state_dict())
+    fitted.student.plain.load_state_dict(fitted.best_weights)
     best = _epoch_figures(fitted, fitted.best_epoch, inputs)
     checkpoint.export(folder / "student.safetensors", fitted.best_weights)
     files.write_json(folder / "student.json", description)

@@ -21,12 +21,14 @@ class DenseSignal:
         features: Recorded features by module path; see `luce.signals.Teacher.record_features`.
         strong: Answer to the batch's ``strong`` view; None without one.
         kind: Form of the answer before it was converted to logits; see `luce.signals.BlackBox`.
+        learning: Whether the network that answered is being trained itself and may know nothing yet.
     """
 
     logits: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
     strong: DenseSignal | None = None
     kind: Kind = "logits"
+    learning: bool = False
 
 
 Signal: TypeAlias = DenseSignal

@@ -88,6 +88,7 @@ class LiveTeacher(Teacher):
     """
 
     network: nn.Module
+    learning = False
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval()
@@ -107,10 +108,10 @@ class LiveTeacher(Teacher):
     @torch.no_grad()
     def signal(self, batch: Batch) -> DenseSignal:
         if self._features is None:
-            return DenseSignal(self._answer(batch["input"]))
+            return DenseSignal(self._answer(batch["input"]), learning=self.learning)
         with self._features.capture() as features:
             logits = self._answer(batch["input"])
-        return DenseSignal(logits, features)
+        return DenseSignal(logits, features, learning=self.learning)
 
     def _answer(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.network(inputs)
@@ -134,6 +135,8 @@ class LearningTeacher(LiveTeacher):
         >>> norm.running_mean
         tensor([0., 0.])
     """
+
+    learning = True
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

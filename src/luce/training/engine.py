@@ -23,6 +23,7 @@ from ..models import Classifier
 from ..signals import Teacher
 from . import checkpoint, metrics
 from .batches import TrainingBatches
+from .networks import check_networks, report_parameters
 from .progress import Bar
 from .session import Session, TrainingError
 from .settings import TrainingOptions
@@ -41,7 +42,7 @@ class Fit:
         history: One record per epoch, as in ``metrics.jsonl``.
         best_epoch: The epoch with the highest validation accuracy, and of equal ones the one with the lowest
             loss; the last epoch without validation rows.
-        best_weights: Of the student's body after that epoch.
+        best_weights: Of the student's network after that epoch, under the names that it has uncompiled.
         prepared: Values that the method measured before training, by name.
         co_trained: Other networks that the method trained, by name.
     """
@@ -100,6 +101,7 @@ def fit(
     if options.trackers and folder is None:
         raise UserError("expected a folder to track the training in, got none; give one or no `trackers`")
     check_own_steps(method, options)
+    check_networks(student, teacher)
     rows, held_out = divide(method, train, options.seed)
     train = rows if method.uses_unlabelled else rows.labelled.repeat_to(len(rows))
 
@@ -116,7 +118,8 @@ def fit(
     sample = build(method, student, teacher, rows, accelerator.device, options.seed)
     if accelerator.num_processes == 1:  # Accelerate fills up the last batch of several processes
         check_smallest_batch(method, student, teacher, sample, rows, len(train), options.batch_size)
-    session = Session(accelerator, student, method, teacher, batches, held_out, options)
+    report_parameters(student)
+    session = Session(accelerator, student, method, teacher, batches, held_out, options, rows.targets)
     if validation is not None:
         validation_batches = accelerator.prepare(
             data.loader(validation, batch_size=4 * options.batch_size, seed=None, workers=workers)
@@ -149,7 +152,7 @@ def fit(
                 record["validation"] = metrics.brief(logits, target)
                 bar.note(f"validation {record['validation']['accuracy']:.1%}")
             if best.is_best(record["validation"]):
-                weights = session.evaluated.body.state_dict()
+                weights = session.evaluated.plain.state_dict()
                 state.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
             record["seconds"] = time.perf_counter() - started
             log.append(record)

@@ -21,14 +21,21 @@ from .. import data
 from ..data import Examples
 from ..errors import UserError
 from ..methods import Method, strong_view
+from ..methods.observation import observe
 from ..models import Classifier
+from ..models.copies import copy_of
+from ..models.modes import rest, resting
 from ..signals import Signal, Teacher
 from .batches import TrainingBatches
+from .inspection import FirstLook
 from .progress import Bar
 from .settings import TrainingOptions
 
 FINITE_CHECK_STEPS = 50
 """Steps between checks of the loss on a GPU, each of which makes the host wait for the device."""
+
+ONE_ROW = "more than 1 value per channel"
+"""Part of the message with which batch normalisation refuses a batch of one row."""
 
 LAPS = 2**20
 """Upper bound of the passes over the held-out rows in one epoch, so that no pass repeats an order."""
@@ -58,6 +65,7 @@ class Session:
         batches: DataLoader[Any],
         held_out: Examples | None,
         options: TrainingOptions,
+        targets: Tensor,
     ) -> None:
         self.accelerator = accelerator
         self.method = method.to(accelerator.device)
@@ -83,6 +91,7 @@ class Session:
         ]
         self.parameters = [*student.parameters(), *self.method_parameters]
         self.unwrapped_student = student
+        self.resting = resting(student)
         self.student, self.optimizer, self.batches = accelerator.prepare(
             student, make_optimizer(options, self.parameters), batches
         )
@@ -97,10 +106,13 @@ class Session:
         if options.ema is not None:
             # With buffers: running statistics of the last step belong to other weights than the average.
             self.average = AveragedModel(
-                student, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True
+                copy_of(student, "`training.ema`, an average of its weights"),
+                multi_avg_fn=get_ema_multi_avg_fn(options.ema),
+                use_buffers=True,
             )
             self.evaluated = cast(Classifier, self.average.module)
         self.step = self.number = 0
+        self.look = FirstLook(student, self.method_parameters, targets)
 
     def prepare(self, teacher: Teacher, rows: TrainingBatches) -> dict[str, float]:
         """Let the method prepare itself, without moving the random draws of the training."""
@@ -123,6 +135,7 @@ class Session:
         self.number = number
         self.batches.set_epoch(number)
         self.student.train()
+        rest(self.resting)
         self.method.train()
         self.method.set_epoch(number)
         looks_ahead, steps_after = self.capabilities.looks_ahead, self.capabilities.steps_after
@@ -157,6 +170,8 @@ class Session:
                     if self.average is not None:
                         self.average.update_parameters(self.unwrapped_student)
                 bar.advance()
+        if not self.look.done:
+            self.look.close()
         check_finite(sums, number)
         # A checkpoint holds the main process's buffers: others would differ after a resume.
         self.share_state(*self.evaluated.buffers(), *self.method.buffers())
@@ -174,11 +189,13 @@ class Session:
         """
         accelerator = self.accelerator
         with accelerator.accumulate(self.student):
+            looking = not self.look.done
             with accelerator.autocast():
-                signal = None if self.teacher is None else signal_of(self.teacher, batch)
-                terms = self.checked(checked_step(self.method, self.student, batch, signal))
+                terms = self.look.step(batch, self.terms_of) if looking else self.terms_of(batch)
             # In units of full batches, so that a row of a short batch weighs as much as any other.
             accelerator.backward(len(batch["target"]) / self.batch_size * terms["loss"])
+            if looking:
+                self.look.conclude()
             if accelerator.sync_gradients:
                 # Averaged and scaled before clipping: the limit is for the norm of the mean over all rows.
                 self.share_gradients()
@@ -189,6 +206,12 @@ class Session:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return terms
+
+    def terms_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the terms of one batch of this process."""
+        signal = None if self.teacher is None else signal_of(self.teacher, batch)
+        observe(batch, signal, {})
+        return self.checked(checked_step(self.method, self.student, batch, signal))
 
     def checked(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms after a check that they are finite: always on a CPU, now and then on a GPU."""
@@ -269,8 +292,9 @@ def rounds(batches: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if not parameters:
-        raise UserError("expected a student with parameters to train, got none")
+    if not any(parameter.requires_grad for parameter in parameters):
+        got = f"{len(parameters)} frozen ones" if parameters else "none"
+        raise UserError(f"expected a student with parameters to train, got {got}")
     if options.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -322,6 +346,11 @@ def refusals() -> Iterator[None]:
     except UserError:
         raise
     except ValueError as error:
+        if ONE_ROW in str(error):
+            raise UserError(
+                "expected at least two rows in every batch, for batch normalisation, got one; choose another "
+                "`training.batch_size`"
+            ) from error
         raise UserError(str(error)) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +14,12 @@ from .. import data
 from ..data import Examples
 from ..errors import UserError, import_optional, unknown_name
 from ..methods import Method
+from ..models.copies import copy_of
+from ..models.modes import rest, resting
 from ..signals import Teacher
 from .batches import TrainingBatches
 from .processes import processes
-from .session import refusals, signal_of
+from .session import ONE_ROW, refusals, signal_of
 from .settings import TrainingOptions
 
 TRACKERS = ("tensorboard", "wandb")
@@ -153,20 +154,26 @@ def check_smallest_batch(
     if method.capabilities.generates_inputs is not None or (rows % batch_size or batch_size) > 1:
         return
     device = sample["input"].device
-    method, student = copy.deepcopy((method, student))
+    try:
+        method, student = copy_of(nn.ModuleList([method, student]), "a trial step")  # type: ignore[assignment]
+    except UserError:
+        return  # the step itself says the same, only later
     method.to(device).train()
+    still = resting(student)
+    student.train()
+    rest(still)
     if method.two_views:
         sample = {**sample, "strong": sample["input"]}
     teacher = teacher if method.needs_teacher else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []), refusals():
         if teacher is not None and (prepares := method.capabilities.prepares) is not None:
             prepares.prepare(teacher, TrainingBatches(known, device, at_most=1))
-        with method.hooks(student.train(), teacher):
+        with method.hooks(student, teacher):
             signal = None if teacher is None else signal_of(teacher, sample)
             try:
                 method.step(student, sample, signal)
             except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
+                if ONE_ROW not in str(error):
                     raise
                 raise UserError(
                     "expected at least two rows in every batch, for batch normalisation, but "
