@@ -1,17 +1,19 @@
-"""Read YAML files, merge nested mappings, and build checked dataclasses from them."""
+"""Merge nested mappings, and build checked dataclasses from them."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
+from .documents import control_character
+from .documents import read_yaml as read_yaml
 from .errors import UserError, unknown_name
 
 T = TypeVar("T")
@@ -50,21 +52,31 @@ def parse(cls: type[T], content: Mapping[str, Any], prefix: str = "") -> T:
     return cls(**{key: _convert(value, hints[key], f"{prefix}{key}") for key, value in content.items()})
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping from a file.
+def as_path(path: Path | str) -> Path:
+    """The path that a user wrote; ``~`` and ``~NAME`` stand for home folders, as in a shell.
 
     Raises:
-        UserError: If the file cannot be read or holds something else.
+        UserError: If it is empty, has no such home or holds an unexpanded variable.
+    Example:
+        >>> as_path("runs/a")
+        PosixPath('runs/a')
+        >>> as_path("$DATA/a")
+        Traceback (most recent call last):
+        ...
+        luce.errors.UserError: expected a path without variables, got `$DATA/a`; write out the folder ...
     """
+    text = str(path)
+    if path == "" or control_character(text):
+        raise UserError(f"expected a path, got {text!r}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path} ({error}); name a YAML file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"expected {path} to hold a YAML mapping, got {type(content).__name__}")
-    return content
+        expanded = Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"expected a path, got `{text}`, and there is no such home folder") from error
+    if re.search(r"\$(\w|\{\w)", text) and not expanded.exists():
+        raise UserError(
+            f"expected a path without variables, got `{text}`; write out the folder, or ~ for your own"
+        )
+    return expanded
 
 
 def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,19 +143,17 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
         return list(items) if origin is list else tuple(items)
     if origin is Literal and type(value) is str and value in arguments:
         return value
-    if origin is Literal and value is False and "no" in arguments:
-        return "no"  # YAML reads an unquoted no as False
     # `type`, as isinstance takes True for an integer.
     if inner in (bool, int, str) and type(value) is inner:
+        if inner is str and (unprintable := control_character(value)):
+            raise UserError(f"expected `{place}` as text, got the control character {unprintable!r}")
         return value
     if inner is Path and isinstance(value, str | Path):
-        return Path(value)
-    if inner is float and type(value) in (int, float, str):
-        try:
-            return float(value)  # YAML reads 1e-3 as text
-        except ValueError:
-            pass
-    raise UserError(f"expected `{place}` as {_noun(inner)}, got {value!r}")
+        return as_path(value)
+    if inner is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    got = "nothing" if value is None else repr(value)
+    raise UserError(f"expected `{place}` as {_noun(inner)}, got {got:.100}")
 
 
 def _noun(hint: Any) -> str:

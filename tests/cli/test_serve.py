@@ -118,7 +118,7 @@ def test_it_answers_and_ends_when_told(teacher: Path) -> None:
             "expected a token to listen on 0.0.0.0, which other machines can reach",
         ),
         (["runs/teacher", "--host", "203.0.113.1", "--token", "x"], "cannot listen on 203.0.113.1 port 0"),
-        (["runs/teacher", "--token", ""], "expected a token of printable ASCII characters"),
+        (["runs/teacher", "--token", ""], "expected a value after `--token`, got an empty one"),
         (["runs/teacher", "--token", "two words"], "expected a token of printable ASCII characters"),
         (["runs/teacher", "--tok", "x"], "unknown option `--tok`; did you mean `--top_k` or `--token`"),
     ],

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from ..config import Replacement, field_types, parse, type_at, without_none
+from ..documents import InvalidYAML, load_yaml
 from ..errors import UserError, unknown_name
 
 T = TypeVar("T")
@@ -128,15 +127,17 @@ def _next_value(flag: str, hint: Any, remaining: deque[str]) -> str:
 
 def _read(flag: str, text: str, hint: Any) -> Any:
     """Read a value: as text where the field is text, else as YAML."""
+    if not text.strip():
+        raise UserError(f"expected a value after `{flag}`, got an empty one")
     inner = without_none(hint)
     if inner in (str, Path) or typing.get_origin(inner) is Literal:
         return None if text == "null" and inner is not hint else text
     if typing.get_origin(inner) in (list, tuple) and not text.startswith("["):
         text = f"[{text}]"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read the value of `{flag}`: {' '.join(str(error).split())}") from error
+        value = load_yaml(text)
+    except InvalidYAML as error:
+        raise UserError(f"cannot read the value of `{flag}`: {error.problem}") from error
     # Merged into the recipe's mapping, `--loss '{kd: ...}'` would keep the recipe's other terms.
     return Replacement(value) if isinstance(value, dict) else value
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import merge, parse, read_yaml
+from ..config import merge, parse
+from ..documents import Document, read_yaml
 from ..errors import UserError
 from ..recipes import ComparisonRecipe, Recipe
 
@@ -39,11 +42,26 @@ def load_recipe(cls: type[T], path: Path, overrides: dict[str, Any]) -> T:
     Raises:
         UserError: If the file cannot be read or is for another command, or on an unknown or wrong field.
     """
-    content = merge(read_yaml(path), overrides)
+    document = read_yaml(path)
+    content = merge(document, overrides)
     if cls is Recipe and "methods" in content:
         raise UserError(
             f"expected the recipe of one run, got `methods` in {path}; to compare them: luce compare"
         )
     if cls is ComparisonRecipe and "loss" in content:
         raise UserError(f"expected `methods`, got `loss` in {path}; for one run: luce distill or luce train")
-    return parse(cls, content)
+    try:
+        return parse(cls, content)
+    except UserError as error:
+        raise UserError(f"{_place(str(error), path, document, overrides)}{error}") from error
+
+
+def _place(message: str, path: Path, document: Document, overrides: Mapping[str, Any]) -> str:
+    """File and line of the field that an error names; empty for a field that the command line sets."""
+    for name in re.findall(r"`([^`]+)`", message):
+        inner: Any = overrides
+        for key in name.split("."):
+            inner = inner.get(key) if isinstance(inner, Mapping) else None
+        if name in document.lines and inner is None:
+            return f"{path}, line {document.lines[name]}: "
+    return ""

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..documents import InvalidYAML, load_yaml
 from ..errors import UserError
 
 
@@ -130,9 +129,9 @@ def read_loss(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise UserError(f"expected LOSS OPTION=VALUE ... + LOSS ..., got `{' '.join(words)}`")
         else:
             try:
-                term[name] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise UserError(f"cannot read the value of `{word}`") from error
+                term[name] = load_yaml(value)
+            except InvalidYAML as error:
+                raise UserError(f"cannot read the value of `{word}`: {error.problem}") from error
     if term is None:
         raise UserError(f"expected a loss after `+`, got `{' '.join(words)}`")
     return terms

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ..documents import unique
+
 DTYPES = {"float32": "<f4", "uint8": "|u1", "int64": "<i8"}
 """NumPy dtypes of arrays in base64 by name; all little-endian."""
 
@@ -22,7 +24,7 @@ def parse(content: bytes) -> dict[str, Any]:
         ValueError: On anything else, including ``NaN`` and ``Infinity``, which are not JSON.
     """
     try:
-        value = json.loads(content, parse_constant=_no_json)
+        value = json.loads(content, parse_constant=_no_json, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON, got {quote(content)}") from error
     if not isinstance(value, dict):

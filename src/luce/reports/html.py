@@ -6,8 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from ..documents import dump_yaml
 from ..errors import UserError
 from . import plots
 from .canvas import colours
@@ -102,7 +101,7 @@ def _comparison_page(comparison: Comparison) -> Page:
         ],
         warnings=[("Incomplete.", _missing(comparison))] if comparison.missing else [],
         command=comparison.command,
-        recipe=yaml.safe_dump(dict(comparison.recipe), sort_keys=False, allow_unicode=True),
+        recipe=dump_yaml(comparison.recipe),
         facts=_facts(comparison.finished()),
     )
 
@@ -142,7 +141,7 @@ def _run_page(run: Run) -> Page:
             ),
         ],
         command=f"luce {command} {shlex.quote(str(run.folder / 'recipe.yaml'))}",
-        recipe=yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True),
+        recipe=dump_yaml(run.recipe),
         facts=_facts([run]),
     )
 

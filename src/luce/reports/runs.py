@@ -6,7 +6,6 @@ Statistics, tables and plots start from these values; no other module of this pa
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from ..documents import damaged, load_json, read_json, read_yaml
 from ..errors import UserError, unknown_name
 
 SEED_FOLDER = re.compile(r"seed-(\d+)")
@@ -186,13 +185,13 @@ def read_run(folder: Path | str) -> Run:
     path = folder / "result.json"
     if folder.is_dir() and not path.exists():
         raise UserError(f"{path} does not exist: the run has not finished; finish it or name another folder")
-    result = _read_json(path)
+    result = read_json(path)
     with _fields_of(path):
         teacher = result.get("teacher")
         return Run(
             folder=folder,
-            recipe=_read_yaml(folder / "recipe.yaml"),
-            environment=_read_json(folder / "environment.json"),
+            recipe=read_yaml(folder / "recipe.yaml"),
+            environment=read_json(folder / "environment.json"),
             epochs=_read_epochs(folder / "metrics.jsonl"),
             method=str(result["method"]),
             seed=int(result["seed"]),
@@ -231,7 +230,7 @@ def read_comparison(folder: Path | str) -> Comparison:
     """
     folder = Path(folder)
     path = folder / "comparison.yaml"
-    recipe = _read_yaml(path)
+    recipe = read_yaml(path)
     with _fields_of(path):
         baseline = str(recipe["baseline"])
         settings = tuple(
@@ -313,7 +312,7 @@ def _read_samples(path: Path) -> tuple[Sample, ...]:
     """Read the images that a method generated; empty if there are none."""
     if not path.exists():
         return ()
-    content = _read_json(path)
+    content = read_json(path)
     with _fields_of(path):
         pixels = np.frombuffer(base64.b64decode(content["pixels"]), dtype=np.uint8)
         images = pixels.reshape(content["shape"])
@@ -325,7 +324,7 @@ def _read_epochs(path: Path) -> tuple[Epoch, ...]:
     epochs: dict[int, Epoch] = {}
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         with _fields_of(f"{path}, line {number}"):
-            fields = json.loads(line)
+            fields = load_json(line, f"{path}, line {number}")
             # A resumed run writes the interrupted epoch again; the later line replaces the earlier one.
             epochs[int(fields["epoch"])] = Epoch(
                 number=int(fields["epoch"]),
@@ -345,26 +344,6 @@ def _read_text(path: Path) -> str:
         raise UserError(f"cannot read {path} ({error}); name a folder that Luce wrote") from error
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    text = _read_text(path)
-    with _fields_of(path):
-        return _mapping(json.loads(text))
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    text = _read_text(path)
-    try:
-        return _mapping(yaml.safe_load(text))
-    except (yaml.YAMLError, TypeError) as error:
-        raise UserError(f"expected {path} to be a YAML mapping ({error}); correct it") from error
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"expected a mapping, got {type(value).__name__}")
-    return value
-
-
 @contextmanager
 def _fields_of(source: Path | str) -> Iterator[None]:
     """Name the file in the error when a field is missing or has a wrong type."""
@@ -374,8 +353,8 @@ def _fields_of(source: Path | str) -> Iterator[None]:
         raise
     except KeyError as error:
         raise UserError(f"{source} has no field {error}; run it again with this version of Luce") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{source} is damaged ({error}); restore it or run it again") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise damaged(source, error) from error
 
 
 def panels(source: Run | Comparison) -> Mapping[Setting, Mapping[str, Sequence[Run]]]:

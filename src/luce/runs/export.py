@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import files, models
+from ..documents import load_json
 from ..errors import UserError, import_optional, one_line
 from ..models.binary import baked, binary_layers, binary_parts
 from ..training import checkpoint
@@ -77,7 +78,7 @@ def read_packed(path: Path, *, trusted: bool = False) -> tuple[models.Classifier
             f"{metadata.get('format')}, version {metadata.get('version')}"
         )
     try:
-        description = json.loads(metadata["student"])
+        description = load_json(metadata["student"], path)
         name = description["model"]
         if not trusted and name.removeprefix("binary:").removeprefix("simkd:") not in models.names():
             raise UserError(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .. import files
-from ..config import read_yaml
+from ..documents import dump_yaml, load_yaml, read_yaml
 from ..errors import UserError
 from ..training.processes import processes
 
@@ -29,9 +26,7 @@ def folder_matches(folder: Path, name: str, recipe: dict[str, Any], **notes: str
         UserError: If it holds another recipe, or other files.
     """
     present = files.content(folder)
-    if name in present and {**read_yaml(folder / name), **notes} == yaml.safe_load(
-        _as_yaml({**recipe, **notes})
-    ):
+    if name in present and {**read_yaml(folder / name), **notes} == load_yaml(dump_yaml({**recipe, **notes})):
         return True
     if present not in (set(), {"environment.json"}, {name, "environment.json"}):
         content = f"another recipe, {name}" if name in present else "other files"
@@ -57,8 +52,4 @@ def claim_folder(
     with processes().main_process_first():
         if replace or not folder_matches(folder, name, recipe, **notes):
             files.make_folder(folder)
-            files.write_text(folder / name, _as_yaml({**recipe, **notes}))
-
-
-def _as_yaml(content: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+            files.write_text(folder / name, dump_yaml({**recipe, **notes}))

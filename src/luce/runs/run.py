@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from rich.progress import Progress
 
 from .. import files, models
+from ..documents import read_json
 from ..methods import Samples
 from ..recipes.build import RunInputs, augmentation, build_student, prepare_data
 from ..recipes.methods import build_method
@@ -62,7 +62,7 @@ def run(
 def _finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     """Return the result of a finished run; None for a folder that is free or holds an interrupted one."""
     if folder_matches(folder, "recipe.yaml", asdict(recipe)) and (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return read_json(folder / "result.json")
     return None
 
 

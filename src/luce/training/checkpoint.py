@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import files, models
+from ..documents import read_json
 from ..errors import UserError
 from .processes import processes
 from .weights import load_weights as load_weights
@@ -157,8 +157,10 @@ def load_student(folder: Path) -> tuple[models.Classifier, dict[str, Any]]:
     Raises:
         UserError: If the folder holds no exported student.
     """
+    if not (folder / "student.json").is_file():
+        raise UserError(f"expected {folder} to be a finished run with an exported student, got none")
+    description = read_json(folder / "student.json")
     try:
-        description = json.loads((folder / "student.json").read_text(encoding="utf-8"))
         body = build(
             description["model"],
             description["options"],
@@ -167,7 +169,7 @@ def load_student(folder: Path) -> tuple[models.Classifier, dict[str, Any]]:
             weights=folder / "student.safetensors",
         )
         student = models.Classifier(body, description["mean"], description["std"])
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"expected {folder} to be a finished run with an exported student ({files.reason(error)})"
         ) from error
