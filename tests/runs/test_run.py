@@ -343,6 +343,7 @@ def test_what_lies_in_a_run_folder(make_recipe: Make, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml",
+        "digests.json",
         "environment.json",
         "metrics.jsonl",
         "student.safetensors",

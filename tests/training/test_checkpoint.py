@@ -68,4 +68,4 @@ def test_a_checkpoint_gets_its_name_when_every_process_has_written_its_part(tmp_
         thread.join()
     assert [process.failure for process in processes] == [None, None]
     names = sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir())
-    assert names == ["luce.pt", "random_states_0.pkl", "random_states_1.pkl"]
+    assert names == ["digests.json", "luce.pt", "random_states_0.pkl", "random_states_1.pkl"]

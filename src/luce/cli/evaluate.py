@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..recipes import Recipe
+from ..recipes import Recipe, read_stored
 from ..runs import evaluate
 from ._parser import recipe_fields
-from ._recipe import load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +23,11 @@ class Options:
 
     Attributes:
         folder: A finished run.
+        trusted: Let the folder name code and servers of others, such as python: networks.
     """
 
     folder: Path
+    trusted: bool = False
     overrides: dict[str, Any] = field(default_factory=dict, metadata=recipe_fields(Recipe))
 
 
@@ -37,5 +38,5 @@ def main(options: Options, _: str) -> None:
             f"expected the folder of a finished run, got {options.folder}; "
             "luce train and luce distill write one"
         )
-    recipe = load_recipe(Recipe, options.folder / "recipe.yaml", options.overrides)
-    print(json.dumps(evaluate(options.folder, recipe), indent=2))
+    recipe = read_stored(options.folder / "recipe.yaml", options.overrides, trusted=options.trusted)
+    print(json.dumps(evaluate(options.folder, recipe, trusted=options.trusted), indent=2))

@@ -24,11 +24,13 @@ class Options:
         run: A finished run.
         format: The format of the file.
         out: The file; RUN/student.onnx or RUN/student.packed.safetensors if not given.
+        trusted: Let the run folder name code of others, such as python: networks.
     """
 
     run: Path
     format: Literal["onnx", "packed"] = "onnx"
     out: Path | None = None
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         suffix = Path(NAMES[self.format]).suffix
@@ -48,7 +50,7 @@ def main(options: Options, _: str) -> None:
     from ..runs.export import write_onnx, write_packed
     from ..training import checkpoint
 
-    student, description = checkpoint.load_student(options.run)
+    student, description = checkpoint.load_student(options.run, trusted=options.trusted)
     files.make_folder(options.file.parent)
     if options.format == "onnx":
         difference = write_onnx(options.file, student, description)

@@ -33,6 +33,7 @@ class Options(ServiceOptions):
         token: Token that each request must present. If not given, the value of the environment variable
             LUCE_TOKEN, else a random one, which is printed.
         cpu: Use the CPU even if there is a GPU.
+        trusted: Let the folder name code of others, such as python: networks.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Options(ServiceOptions):
     port: int = 0
     token: str | None = None
     cpu: bool = False
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +59,7 @@ def main(options: Options, _: str) -> None:
             f"expected a token to listen on {options.host}, which other machines can reach; give --token or "
             f"{TOKEN}"
         )
-    network, description = checkpoint.load_student(options.folder)
+    network, description = checkpoint.load_student(options.folder, trusted=options.trusted)
     device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
     secret = token or secrets.token_urlsafe(24)
     server = new_server(build_app(network, description, options, token=secret, device=device))

@@ -28,6 +28,7 @@ place, so captured features stay valid.
 from __future__ import annotations
 
 from .classifier import Classifier
+from .described import check_description, check_size, empty
 from .heads import center_head_, equal_mean_head
 from .network import count_parameters, logits_of
 from .registry import build, names
@@ -37,7 +38,10 @@ __all__ = [
     "Classifier",
     "build",
     "center_head_",
+    "check_description",
+    "check_size",
     "count_parameters",
+    "empty",
     "equal_mean_head",
     "logits_of",
     "mask_padding",

@@ -102,6 +102,9 @@ def from_hugging_face(
             f"`hf:{name}` cannot be built with these options: {type(config).__name__} has no field "
             f"{', '.join(map(repr, others))}"
         )
+    attention = str(getattr(config, "_attn_implementation", None))
+    if "/" in attention and "attn_implementation" not in options:  # compiled code on the hub
+        raise UserError(f"`hf:{name}` asks for the code `{attention}`; Luce runs no code of a checkpoint")
     reads_text = False
     if type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         factory = transformers.AutoModelForImageClassification

@@ -3,6 +3,7 @@
 from .build import RunInputs
 from .methods import build_loss, build_method
 from .schema import ComparisonRecipe, DataOptions, ModelOptions, Recipe, TeacherOptions
+from .stored import read_stored
 from .teacher import prepare
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "build_loss",
     "build_method",
     "prepare",
+    "read_stored",
 ]

@@ -18,6 +18,7 @@ from ..models.modes import in_evaluation
 from ..models.text import check_tokens
 from ..signals import Teacher
 from ..training import checkpoint
+from ..trust import Trusted
 from .schema import ModelOptions, Recipe
 
 
@@ -107,12 +108,18 @@ def build_student(recipe: Recipe, loaded: Data) -> tuple[models.Classifier, dict
         UserError: As `build_network`.
     """
     set_seed(recipe.training.seed)
-    return build_network(recipe.student, loaded)
+    return build_network(recipe.student, loaded, trusted=recipe.names)
 
 
-def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifier, dict[str, Any]]:
+def build_network(
+    options: ModelOptions, loaded: Data, *, trusted: Trusted = False
+) -> tuple[models.Classifier, dict[str, Any]]:
     """Build the network that a recipe names and check it on one row of the data.
 
+    Args:
+        options: Of the recipe.
+        loaded: The data.
+        trusted: Networks that a run folder as the checkpoint may name; see `luce.trust.Trusted`.
     Returns:
         The network, and the description from which `luce.training.checkpoint` builds it again.
     Raises:
@@ -120,7 +127,7 @@ def build_network(options: ModelOptions, loaded: Data) -> tuple[models.Classifie
     """
     source = Path(options.checkpoint) if options.checkpoint is not None else None
     if source is not None and source.is_dir():
-        network, description = checkpoint.load_student(source)
+        network, description = checkpoint.load_student(source, trusted=trusted)
         if len(description["classes"]) != len(loaded.classes):
             raise UserError(
                 f"expected a network for the {len(loaded.classes)} classes of `{loaded.name}`, "

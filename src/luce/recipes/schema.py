@@ -168,6 +168,11 @@ class Recipe:
         if self.teacher is not None:
             self.teacher.check()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The networks that it names, which run folders may therefore name too; see `luce.trust`."""
+        return (self.student.name, *(() if self.teacher is None else (self.teacher.name,)))
+
 
 @dataclass
 class ComparisonRecipe:

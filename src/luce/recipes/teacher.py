@@ -22,6 +22,7 @@ from ..training import metrics
 from ..training.batches import EVALUATION_BATCH, in_order
 from ..training.processes import processes
 from ..training.setup import new_accelerator
+from ..trust import Trusted
 from .build import LoadedTeacher, RunInputs, build_network, prepare_data
 from .schema import Recipe, TeacherOptions
 
@@ -38,24 +39,30 @@ def prepare(recipe: Recipe) -> RunInputs:
     return load_teacher(prepare_data(recipe), recipe, new_accelerator(recipe.training).device)
 
 
-def load_teacher(inputs: RunInputs, recipe: Recipe, device: torch.device) -> RunInputs:
+def load_teacher(
+    inputs: RunInputs, recipe: Recipe, device: torch.device, *, trusted: bool = False
+) -> RunInputs:
     """Return the inputs with the recipe's teacher; unchanged for a recipe without one.
 
     Args:
         inputs: Data and its splits.
         recipe: That names the teacher.
         device: Where the teacher computes.
+        trusted: Whether a run folder as the checkpoint may name any code.
     Raises:
         UserError: If the teacher cannot be loaded or does not fit the data.
     """
     if recipe.teacher is None:
         return inputs
-    load = _load_network if recipe.teacher.url is None else _load_remote
-    return dataclasses.replace(inputs, teacher=load(recipe, recipe.teacher, inputs, device))
+    if recipe.teacher.url is not None:
+        teacher = _load_remote(recipe, recipe.teacher, inputs, device)
+    else:
+        teacher = _load_network(recipe.teacher, inputs, device, trusted or recipe.names)
+    return dataclasses.replace(inputs, teacher=teacher)
 
 
 def _load_network(
-    recipe: Recipe, options: TeacherOptions, inputs: RunInputs, device: torch.device
+    options: TeacherOptions, inputs: RunInputs, device: torch.device, trusted: Trusted
 ) -> LoadedTeacher:
     """Load a network, as it is or behind a local black box."""
     if options.checkpoint is None and options.name in models.names():
@@ -63,7 +70,7 @@ def _load_network(
             f"expected weights for the teacher, and a fresh `{options.name}` has none: "
             "name a run folder or a file as `teacher.checkpoint`"
         )
-    network, description = build_network(options, inputs.data)
+    network, description = build_network(options, inputs.data, trusted=trusted)
     live = LiveTeacher(network)
     live.to(device)
     box = None if options.answers is None else local_box(network, options, len(inputs.data.classes))

@@ -48,6 +48,7 @@ class DiagnoseOptions:
         held_out: Rows to compare the training rows with. If not given: the validation rows if the teacher is
             a run on the same data, as it was not trained on them, else the test rows.
         cpu: Use the CPU even if there is a GPU.
+        trusted: Let run folders name code of others, such as python: networks.
         overrides: Further fields of a recipe's ``teacher`` and ``data``, as nested mappings.
     """
 
@@ -60,6 +61,7 @@ class DiagnoseOptions:
     root: str | None = None
     held_out: Literal["validation", "test"] | None = None
     cpu: bool = False
+    trusted: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +95,8 @@ def diagnose(options: DiagnoseOptions, *, command: str = "") -> DiagnosisReport:
     parts = _parts(recipe, loaded, which, split=same_data or which == "validation")
     train, held_out = parts.values()
     accelerator = new_accelerator(recipe.training)
-    teacher = load_teacher(RunInputs(loaded, train, held_out, held_out), recipe, accelerator.device).teacher
+    inputs = RunInputs(loaded, train, held_out, held_out)
+    teacher = load_teacher(inputs, recipe, accelerator.device, trusted=options.trusted).teacher
     assert teacher is not None
     assert teacher.test is not None  # `_recipe` sets `teacher.test`
     teacher_logits = {
@@ -106,7 +109,7 @@ def diagnose(options: DiagnoseOptions, *, command: str = "") -> DiagnosisReport:
             name: torch.zeros_like(logits, dtype=torch.float32) for name, logits in teacher_logits.items()
         }
     else:
-        model, student_logits = _student_logits(recipe, loaded, parts, accelerator)
+        model, student_logits = _student_logits(recipe, loaded, parts, accelerator, options.trusted)
         student = f"the student {options.student} ({model})"
     spaced = slice(None, None, -(-len(train) // SWEEP_ROWS))
     sample = teacher_logits["training"][spaced]
@@ -202,10 +205,10 @@ def _parts(recipe: Recipe, loaded: Data, held_out: str, *, split: bool) -> dict[
 
 
 def _student_logits(
-    recipe: Recipe, loaded: Data, parts: Mapping[str, Examples], accelerator: Accelerator
+    recipe: Recipe, loaded: Data, parts: Mapping[str, Examples], accelerator: Accelerator, trusted: bool
 ) -> tuple[str, dict[str, Tensor]]:
     """Name of the student's network, and its logits on each part."""
-    network, description = build_network(recipe.student, loaded)
+    network, description = build_network(recipe.student, loaded, trusted=trusted or recipe.names)
     network = accelerator.prepare(network)
     logits = {}
     for name, part in parts.items():

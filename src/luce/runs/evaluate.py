@@ -19,16 +19,19 @@ from ..training.batches import EVALUATION_BATCH
 from ..training.setup import new_accelerator
 
 
-def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def evaluate(folder: Path, recipe: Recipe, *, trusted: bool = False) -> dict[str, Any]:
     """Return test figures of the exported student of a run.
 
     Args:
         folder: Of a finished run.
-        recipe: Names the test data, and the teacher to compare with; usually the run's own.
+        recipe: Names the test data, and the teacher to compare with; usually the run's own, from
+            `luce.recipes.read_stored`.
+        trusted: Whether the folder, and a run folder as the teacher's checkpoint, may name any code; they may
+            name the networks of the recipe anyway.
     Raises:
         UserError: If the folder holds no finished run, or the student does not fit the data.
     """
-    student, description = checkpoint.load_student(folder)
+    student, description = checkpoint.load_student(folder, trusted=trusted or recipe.names)
     teacher = recipe.teacher
     if teacher is not None and teacher.url is not None:  # training rows would cost queries for nothing
         teacher = dataclasses.replace(teacher, cache_outputs=False) if teacher.test else None
@@ -41,7 +44,7 @@ def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:
             f"got `{inputs.data.name}` with {len(inputs.data.classes)}"
         )
     check_fit(student, inputs.data)
-    inputs = load_teacher(inputs, recipe, accelerator.device)
+    inputs = load_teacher(inputs, recipe, accelerator.device, trusted=trusted)
     return test_figures(accelerator.prepare(student), accelerator, inputs)
 
 

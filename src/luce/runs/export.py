@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import files, models
+from .. import digest, files, log, models
 from ..documents import load_json
 from ..errors import UserError, import_optional, one_line
 from ..models.binary import baked, binary_layers, binary_parts
-from ..training import checkpoint
 from ..training.weights import PACKED as FORMAT
 
 Description = dict[str, Any]
 
-VERSION = "1"
+VERSION = "2"
+WITHOUT_DIGEST = "1"
+"""The version of files that older versions of Luce wrote."""
 SIGNS, SCALE = ".signs", ".scale"
 AGREES = 1e-3
 """Largest difference of two engines' logits, relative to the largest logit: they sum in different orders."""
@@ -52,7 +53,8 @@ def write_packed(path: Path, student: models.Classifier, description: Descriptio
         del tensors[f"{name}.weight"]
         tensors[f"{name}.weight{SIGNS}"], tensors[f"{name}.weight{SCALE}"] = pack(parts[0]), parts[1]
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "version": VERSION, "student": json.dumps(description)}
+    text = json.dumps(description)
+    metadata = {"format": FORMAT, "version": VERSION, "student": text, "digest": _digest(text, plain)}
     files.write(path, lambda aside: save_file(plain, aside, metadata))
 
 
@@ -61,8 +63,7 @@ def read_packed(path: Path, *, trusted: bool = False) -> tuple[models.Classifier
 
     Args:
         path: Of the file.
-        trusted: Whether to build networks from outside Luce, such as ``python:`` or ``timm:``; the file then
-            decides which code runs.
+        trusted: Whether the file may name any code, such as a ``python:`` network.
     Raises:
         UserError: If the file cannot be read, has another format, is damaged, or needs `trusted`.
     """
@@ -72,35 +73,37 @@ def read_packed(path: Path, *, trusted: bool = False) -> tuple[models.Classifier
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({files.reason(error)})") from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+    if metadata.get("format") != FORMAT or metadata.get("version") not in (VERSION, WITHOUT_DIGEST):
         raise UserError(
             f"expected {path} to be packed by `luce export --format packed`, version {VERSION}, got format "
             f"{metadata.get('format')}, version {metadata.get('version')}"
         )
     try:
-        description = load_json(metadata["student"], path)
-        name = description["model"]
-        if not trusted and name.removeprefix("binary:").removeprefix("simkd:") not in models.names():
-            raise UserError(
-                f"expected a network of Luce's own in {path}, got `{name}`, which runs other code; if you "
-                "trust the file, read it with trusted=True"
-            )
-        return _filled(description, tensors), description
+        student = metadata["student"]
+        if metadata["version"] == WITHOUT_DIGEST and "digest" not in metadata:
+            log.info(f"{path} was packed without a digest, so it is not checked for damage")
+        elif metadata["digest"] != _digest(student, tensors):
+            raise UserError(f"{path} is damaged: it differs from its digest; restore it or export it again")
+        description = load_json(student, path)
+        name, options = description["model"], description["options"]
+        models.check_description(name, options, path, trusted)
+        shape = {"classes": len(description["classes"]), "input_shape": description["input_shape"]}
+        models.check_size(name, options, **shape, file=path)
+        body = _filled(baked(models.empty(name, options, **shape)), tensors)
+        return models.Classifier(body, description["mean"], description["std"]).eval(), description
     except UserError:
         raise
     except Exception as error:  # a file of other software may raise anything
         raise UserError(f"{path} is damaged ({type(error).__name__}: {one_line(error)})") from error
 
 
-def _filled(description: Description, tensors: dict[str, Tensor]) -> models.Classifier:
-    body = baked(
-        checkpoint.empty(
-            description["model"],
-            description["options"],
-            classes=len(description["classes"]),
-            input_shape=description["input_shape"],
-        )
-    )
+def _digest(student: str, tensors: Mapping[str, Tensor]) -> str:
+    """Digest the text that describes the network, and its tensors."""
+    return digest.of_json([student, digest.of_tensors(tensors)])
+
+
+def _filled(body: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Load packed weights into a network without binary layers."""
     weights = dict(tensors)
     for name, shape in {name: tensor.shape for name, tensor in body.state_dict().items()}.items():
         if name + SIGNS in tensors:
@@ -110,7 +113,7 @@ def _filled(description: Description, tensors: dict[str, Tensor]) -> models.Clas
                 raise ValueError(f"expected {shape[0]} scales of {name}, got {tuple(scale.shape)}")
             weights[name] = scale.view(-1, *[1] * (signs.ndim - 1)) * signs
     body.load_state_dict(weights)
-    return models.Classifier(body, description["mean"], description["std"]).eval()
+    return body
 
 
 def pack(signs: Tensor) -> Tensor:

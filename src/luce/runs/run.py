@@ -104,7 +104,7 @@ def _train(
     fitted.student.plain.load_state_dict(fitted.best_weights)
     best = _epoch_figures(fitted, fitted.best_epoch, inputs)
     checkpoint.export(folder / "student.safetensors", fitted.best_weights)
-    files.write_json(folder / "student.json", description)
+    checkpoint.seal(folder, description)
     if (generates := method.capabilities.generates_inputs) is not None:
         files.write_json(folder / "samples.json", _samples_as_json(generates.samples, inputs.data.classes))
     result = {

@@ -13,10 +13,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from .. import __version__, data
-from ..config import parse, read_yaml
 from ..data import Examples
 from ..errors import UserError
-from ..recipes import Recipe
+from ..recipes import read_stored
 from ..recipes.build import prepare_data
 from ..spiking import read
 from ..spiking.experiment import Settings, SpikingResult, convert_and_simulate
@@ -36,11 +35,13 @@ class SpikeOptions(Settings):
         calibration: At most this number of training rows, on which the activations are measured.
         rows: At most this number of test rows, and of validation rows; None for all.
         cpu: Use the CPU even if there is a GPU.
+        trusted: Let the run folder name code of others, such as python: networks.
     """
 
     calibration: int = 4096
     rows: int | None = None
     cpu: bool = False
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,9 +77,9 @@ def spike(
         0.974
     """
     options, folder = options or SpikeOptions(), Path(folder)
-    student, description = checkpoint.load_student(folder)
+    student, description = checkpoint.load_student(folder, trusted=options.trusted)
     read(student.body)  # refuse a network that cannot be converted before loading the data
-    recipe = parse(Recipe, read_yaml(folder / "recipe.yaml"))
+    recipe = read_stored(folder / "recipe.yaml", {"teacher": None}, trusted=options.trusted)
     recipe.training.cpu = recipe.training.cpu or options.cpu
     inputs = prepare_data(recipe)
     device = new_accelerator(recipe.training).device

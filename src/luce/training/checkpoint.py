@@ -13,14 +13,18 @@ from accelerate.utils import load
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import files, models
+from .. import files, manifest, models
 from ..documents import read_json
 from ..errors import UserError
+from ..trust import Trusted
 from .processes import processes
 from .weights import load_weights as load_weights
 from .weights import read_weights as read_weights
 
 State = dict[str, Any]
+
+BEST, LAST, DESCRIPTION = "student.safetensors", "student-last.safetensors", "student.json"
+RESTORE = "restore it from a copy, or train again in another folder"
 
 
 def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> None:
@@ -44,6 +48,9 @@ def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> No
         accelerator.wait_for_everyone()  # each process writes its random state
         if accelerator.is_main_process:
             torch.save(extra, aside / "luce.pt")
+            manifest.write(
+                aside, (str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
+            )
             # Listed before the new checkpoint has its name, or it would be deleted with the older ones.
             older = _checkpoints(folder)
             mode = (aside / "luce.pt").stat().st_mode
@@ -53,7 +60,7 @@ def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> No
             files.rename(aside, final)
             for path in older:
                 shutil.rmtree(path)
-    except files.FAILURES as error:
+    except (*files.FAILURES, UserError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"cannot write a checkpoint to {folder} ({files.reason(error)}); free some space"
@@ -68,20 +75,22 @@ def restore(folder: Path, accelerator: Accelerator) -> State | None:
     Returns:
         The `extra` of `save`; None without a checkpoint.
     Raises:
-        UserError: If the checkpoint cannot be read or belongs to another network.
+        UserError: If the checkpoint is damaged, cannot be read or belongs to another network.
     """
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         return None
     latest = checkpoints[-1]
     try:
+        manifest.check(latest)
         accelerator.load_state(str(latest))
         # The accelerator ignores random states that it cannot read: the run would then differ.
         load(str(latest / f"random_states_{accelerator.process_index}.pkl"))
         return torch.load(latest / "luce.pt", weights_only=True)
     except Exception as error:  # damaged files raise anything, and all have the same remedy
         raise UserError(
-            f"cannot resume from {latest} ({files.reason(error)}); delete it to start again"
+            f"cannot resume from {latest} ({files.reason(error)}); "
+            "delete this folder to start again, or restore it from a copy"
         ) from error
 
 
@@ -114,22 +123,13 @@ def build(
     """Build a network and load all its weights from a file.
 
     Raises:
-        UserError: As `luce.models.build` and `load_weights` do.
+        UserError: As `luce.models.build` and `load_weights` do, or if the file differs from its digest.
     """
-    body = empty(name, options, classes=classes, input_shape=input_shape)
+    if weights.name in (manifest.read(weights.parent) or ()):
+        manifest.check(weights.parent, [weights.name], remedy=RESTORE)
+    body = models.empty(name, options, classes=classes, input_shape=input_shape)
     load_weights(body, weights)
     return body
-
-
-def empty(name: str, options: Mapping[str, Any], *, classes: int, input_shape: Sequence[int]) -> nn.Module:
-    """Build a network whose weights will all be replaced, without loading pretrained ones.
-
-    Raises:
-        UserError: As `luce.models.build` does.
-    """
-    if name.removeprefix("binary:").startswith("hf:"):  # it would load the checkpoint that it came from
-        options = {**options, "pretrained": False}
-    return models.build(name, classes=classes, input_shape=input_shape, **options)
 
 
 def describe(
@@ -151,26 +151,43 @@ def describe(
     }
 
 
-def load_student(folder: Path) -> tuple[models.Classifier, dict[str, Any]]:
-    """Load the exported student of a run folder and its description.
+def seal(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write the description of a run's exported student, and digests of it and of the weights.
 
     Raises:
-        UserError: If the folder holds no exported student.
+        UserError: If a file cannot be written.
     """
-    if not (folder / "student.json").is_file():
-        raise UserError(f"expected {folder} to be a finished run with an exported student, got none")
-    description = read_json(folder / "student.json")
+    files.write_json(folder / DESCRIPTION, description)
+    if files.is_main_process():
+        manifest.write(folder, (BEST, LAST, DESCRIPTION))
+
+
+def load_student(folder: Path, *, trusted: Trusted = False) -> tuple[models.Classifier, dict[str, Any]]:
+    """Load the exported student of a run folder and its description.
+
+    Args:
+        folder: Of a finished run.
+        trusted: Whether the folder may name any code; or the names that the user's own recipe gives and that
+            it may repeat.
+    Raises:
+        UserError: If the folder holds no exported student, a damaged one, or one that needs `trusted`.
+    """
+    path, weights = folder / DESCRIPTION, folder / BEST
     try:
-        body = build(
-            description["model"],
-            description["options"],
-            classes=len(description["classes"]),
-            input_shape=description["input_shape"],
-            weights=folder / "student.safetensors",
-        )
-        student = models.Classifier(body, description["mean"], description["std"])
-    except (KeyError, TypeError) as error:
+        if not path.is_file():
+            raise UserError(f"expected {folder} to be a finished run with an exported student, got none")
+        manifest.check(folder, (DESCRIPTION, BEST), remedy=RESTORE)
+        description = read_json(path)
+        name, options, mean, std = (description[key] for key in ("model", "options", "mean", "std"))
+        models.check_description(name, options, path, trusted)
+        shape = {"classes": len(description["classes"]), "input_shape": description["input_shape"]}
+        models.check_size(name, options, **shape, file=weights)
+        body = models.empty(name, options, **shape)
+        load_weights(body, weights)
+        return models.Classifier(body, mean, std).eval(), description
+    except UserError:
+        raise
+    except Exception as error:  # a file of others may hold anything
         raise UserError(
             f"expected {folder} to be a finished run with an exported student ({files.reason(error)})"
         ) from error
-    return student.eval(), description
