@@ -371,4 +371,4 @@ def test_a_long_reason_stays_on_one_line(write, refuses, monkeypatch: pytest.Mon
         raise UserError("first\nsecond\n  third")
 
     monkeypatch.setattr(LogitMethod, "step", fails)
-    assert refuses("train", write()) == "luce train: first second third\n"
+    assert refuses("train", write()) == "luce train: first second third"

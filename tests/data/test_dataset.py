@@ -92,5 +92,54 @@ def test_data_refuses_empty_parts_and_labels_that_no_class_has():
         UserError, match=r"labels 0 \.\. 1 for 2 classes in the test part of `datasets`, got 1 \.\. 2"
     ):
         data.from_datasets(pairs(0, 1), pairs(1, 2))
-    with pytest.raises(UserError, match=r"got -1 \.\. 1"):
-        data.from_datasets(pairs(-1, 1), pairs(0, 1))
+    with pytest.raises(UserError, match=r"got -2 \.\. 1; number the classes"):
+        data.from_datasets(pairs(-2, 0, 1), pairs(0, 1))
+
+
+def test_rows_without_a_label_stay_in_training_and_out_of_the_split(caplog):
+    labels = torch.tensor([0, 1] * 20 + [-1] * 8 + [-100] * 4)
+    it = data.from_datasets(TensorDataset(torch.arange(52.0)[:, None], labels))
+    assert it.classes == ("0", "1")
+    assert it.test.targets.bincount().tolist() == [5, 5]  # a quarter of the labelled rows
+    assert [(it.train.targets == label).sum().item() for label in (-1, -100, 0, 1)] == [8, 4, 15, 15]
+    assert "the train part of `datasets`: 12 of 42 rows have no label" in caplog.text
+    train, validation, _ = data.split(it, validation=0.2, seed=0)
+    assert validation.targets.tolist().count(0) == validation.targets.tolist().count(1) == 3
+    assert len(train) == 36
+
+
+def test_a_part_without_any_label_is_refused():
+    with pytest.raises(UserError, match="expected labels in the test part of `datasets`, got none in 2 rows"):
+        data.from_datasets(pairs(0, 1), pairs(-1, -100))
+    with pytest.raises(UserError, match="expected labelled rows to hold out from, got none in 3 rows"):
+        data.from_datasets(pairs(-1, -1, -1))
+
+
+@pytest.mark.parametrize("largest", [2**31, 10**9, 2**62])
+def test_large_ids_make_no_classes(largest):
+    with pytest.raises(UserError, match=rf"got 3 classes in 4 .*up to {largest}; .*torch.unique"):
+        data.from_datasets(pairs(0, 1, 1, largest), pairs(0, 1))
+    with pytest.raises(UserError, match=rf"got 0 \.\. {largest}; number"):
+        data.from_datasets(pairs(0, 1, 1, largest), pairs(0, 1), classes=["a", "b"])
+
+
+def test_rows_and_classes_are_told(caplog):
+    data.from_datasets(pairs(0, 1, 2), pairs(2, 0))
+    assert "`datasets`: 3 training rows, 2 test rows, 3 classes" in caplog.text
+    assert "1 of 3 classes have no row in the test part of `datasets`: `1` (1)" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_classes_without_a_training_row_are_named_in_a_warning(caplog):
+    data.from_datasets(pairs(1, 2, 2, 5, 1, 5), pairs(1, 2, 5), classes=list("abcdef"))
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [
+        "3 of 6 classes have no row in the train part of `datasets`: `a` (0), `d` (3), `e` (4); check the "
+        "numbers of the classes, which begin at 0"
+    ]
+
+
+@pytest.mark.parametrize("classes", [2, "ab"])
+def test_classes_are_names(classes):
+    with pytest.raises(UserError, match="`classes` as a list of names, got"):
+        data.from_datasets(pairs(0, 1), pairs(0, 1), classes=classes)

@@ -107,3 +107,18 @@ def test_keep_labels_refuses_more_than_there_are(examples):
         data.keep_labels(Examples(examples.source, [0], [UNLABELLED]), per_class=1, seed=0)
     with pytest.raises(UserError, match="`seed`"):
         data.keep_labels(examples, per_class=1, seed=-1)
+
+
+def test_keep_labels_leaves_ignored_rows_alone():
+    source = TensorDataset(torch.rand(8, 1), torch.tensor([0, 0, 1, 1, -100, -1, 0, 1]))
+    few = data.keep_labels(Examples(source, range(8)), per_class=1, seed=0)
+    assert few.targets[[4, 5]].tolist() == [-100, -1]
+    assert sorted(few.labelled.targets.tolist()) == [0, 1]
+
+
+def test_indices_are_numbers_of_rows(examples):
+    for wrong in (torch.tensor([True, False]), [0.5, 1.0]):
+        with pytest.raises(UserError, match="numbers of rows as `indices`, got"):
+            Examples(examples.source, wrong)
+    with pytest.raises(UserError, match=r"`targets` to be class indices, got torch.float64"):
+        Examples(examples.source, [0, 1], [0.5, 1.0])

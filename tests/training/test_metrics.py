@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from luce import data
+from luce.errors import UserError
 from luce.signals import LiveTeacher
 from luce.training import metrics
 
@@ -174,3 +175,28 @@ def test_collect_gives_all_rows_in_order_and_leaves_training_mode_off() -> None:
     assert torch.equal(found[2], targets)
     assert not any(part.requires_grad for part in found)
     assert metrics.collect(student, loader, accelerator)[1] is None
+
+
+def test_rows_without_a_label_count_in_the_figures_of_agreement_only() -> None:
+    student, teacher, target = logits_and_targets()
+    hidden = target.clone()
+    hidden[::3], hidden[1::7] = -1, -100
+    known = hidden >= 0
+    some, labelled = (metrics.full(student, teacher, labels) for labels in (hidden, target))
+    alone = metrics.full(student[known], teacher[known], target[known])
+    for name in ("accuracy", "nll", "calibration_error", "reliability"):
+        assert some[name] == alone[name]
+    for name in labelled.keys() - {"accuracy", "nll", "calibration_error", "reliability"}:
+        assert some[name] == labelled[name]
+    brief = metrics.brief(student, hidden)
+    assert brief == metrics.brief(student[known], target[known])
+    right = (student.argmax(-1) == target)[known].double().mean().item()
+    assert brief["accuracy"] == pytest.approx(right)
+
+
+def test_labels_that_cannot_be_measured_are_refused() -> None:
+    logits = torch.zeros(2, 3)
+    with pytest.raises(UserError, match="rows with a label to measure accuracy on, got none in 2 rows"):
+        metrics.brief(logits, torch.tensor([-1, -100]))
+    with pytest.raises(UserError, match=r"labels 0 \.\. 2 for the 3 logits of the student, got 3"):
+        metrics.full(logits, None, torch.tensor([0, 3]))

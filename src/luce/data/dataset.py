@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .. import log
 from ..errors import UserError
+from ..labels import IGNORED, UNLABELLED, has_label
+from .forms import NUMBERED
 from .sources import InMemory, LazyImages, Part, Source, as_source
 from .text import Tokenizer
 from .transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -39,7 +42,8 @@ class Data:
         tokenizer: Tokenizer of text inputs, which are token ids; None for other data.
 
     Raises:
-        UserError: If a split is empty or has labels outside ``0 .. len(classes) - 1``.
+        UserError: If a split is empty, no row of it has a label, or a label is neither in
+            ``0 .. len(classes) - 1`` nor -1 (unlabelled) or -100 (ignored).
     """
 
     name: str
@@ -56,7 +60,7 @@ class Data:
         for part in ("train", "test"):
             source = as_source(getattr(self, part))
             object.__setattr__(self, part, source)
-            _check_labels(source.targets, len(self.classes), f"the {part} part of `{self.name}`")
+            _check_labels(source.targets, self.classes, f"the {part} part of `{self.name}`")
 
 
 def describe(
@@ -71,15 +75,16 @@ def describe(
     """Build `Data`; derive input shape, channel statistics and, if not given, class names from the rows."""
     if not len(train):
         raise UserError(f"the train part of `{name}` is empty")
-    if classes is None:
-        classes = [str(label) for label in range(int(train.targets.max()) + 1)]
+    names = _numbered(train.targets) if classes is None else _class_names(classes)
     mean, std = UNKNOWN_STATISTICS
     if isinstance(train, InMemory):
         mean, std = channel_statistics(train.inputs)
     elif isinstance(train, LazyImages):
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     shape = tuple(train.plain.read(0).shape)
-    return Data(name, train, test, tuple(classes), shape, mean, std, licence, tokenizer)
+    data = Data(name, train, test, names, shape, mean, std, licence, tokenizer)
+    log.info(f"`{name}`: {len(train)} training rows, {len(test)} test rows, {len(names)} classes")
+    return data
 
 
 def from_datasets(
@@ -123,6 +128,24 @@ def from_datasets(
     return describe("datasets", source, rest, classes=classes, licence="unknown", tokenizer=tokenizer)
 
 
+def _numbered(targets: Tensor) -> tuple[str, ...]:
+    """Name the classes by their numbers, 0 to the largest label."""
+    labels = targets[has_label(targets)]
+    classes = int(labels.max()) + 1 if len(labels) else 0
+    if classes > len(labels):  # before names of 2**31 classes are made
+        raise UserError(
+            f"expected classes numbered 0 .. C-1, got {len(torch.unique(labels))} classes in {len(labels)} "
+            f"labelled rows with labels up to {classes - 1}; {NUMBERED}"
+        )
+    return tuple(map(str, range(classes)))
+
+
+def _class_names(classes: Any) -> tuple[str, ...]:
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise UserError(f"expected `classes` as a list of names, got {classes!r}")
+    return tuple(map(str, classes))
+
+
 def _part(source: Source, indices: Tensor) -> Source:
     if isinstance(source, InMemory):
         return InMemory(source.inputs[indices], source.targets[indices])
@@ -130,25 +153,36 @@ def _part(source: Source, indices: Tensor) -> Source:
 
 
 def stratified(targets: Tensor, size: float | int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two sorted sets of rows, the second of ``size`` (a share or a count), with the classes' shares kept.
+    """Two sorted sets of rows, the second of ``size`` labelled ones, with the classes' shares kept.
+
+    Args:
+        targets: Labels; rows without one stay in the first set.
+        size: A share of the labelled rows, or a count.
+        seed: Of the draw.
 
     Raises:
         UserError: If a class would be missing from either.
     """
     from sklearn.model_selection import train_test_split
 
-    count = round(size * len(targets)) if isinstance(size, float) else size
-    rows_of_class = torch.unique(targets, return_counts=True)[1]
+    rows = has_label(targets).nonzero().squeeze(1)
+    labels = targets[rows]
+    count = round(size * len(labels)) if isinstance(size, float) else size
+    rows_of_class = torch.unique(labels, return_counts=True)[1]
     classes = len(rows_of_class)
-    if classes <= count <= len(targets) - classes and int(rows_of_class.min()) > 1:
-        kept, held_out = train_test_split(
-            np.arange(len(targets)), test_size=count, stratify=targets.numpy(), random_state=seed
+    if not classes:
+        raise UserError(f"expected labelled rows to hold out from, got none in {len(targets)} rows")
+    if classes <= count <= len(labels) - classes and int(rows_of_class.min()) > 1:
+        _, chosen = train_test_split(
+            np.arange(len(labels)), test_size=count, stratify=labels.numpy(), random_state=seed
         )
-        parts = torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held_out))
-        if all(len(torch.unique(targets[part])) == classes for part in parts):
+        held_out = torch.zeros(len(targets), dtype=torch.bool)
+        held_out[rows[torch.from_numpy(chosen)]] = True
+        parts = (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
+        if all(len(torch.unique(targets[part][has_label(targets[part])])) == classes for part in parts):
             return parts
     raise UserError(
-        f"cannot hold out {count} of {len(targets)} rows so that each of the {classes} classes is on both "
+        f"cannot hold out {count} of {len(labels)} rows so that each of the {classes} classes is on both "
         "sides; hold out another number, or remove the rarest classes"
     )
 
@@ -179,11 +213,28 @@ def channel_statistics(inputs: Tensor) -> Statistics:
     return tuple((mean / scale).tolist()), tuple((std / scale).tolist())
 
 
-def _check_labels(targets: Tensor, classes: int, part: str) -> None:
+def _check_labels(targets: Tensor, classes: Sequence[str], part: str) -> None:
+    """Refuse labels of no class, and name classes without rows."""
     if not len(targets):
         raise UserError(f"{part} is empty")
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= classes:
+    labels = torch.unique(targets)
+    named = has_label(labels) & (labels < len(classes))
+    if not bool((named | (labels == UNLABELLED) | (labels == IGNORED)).all()):
         raise UserError(
-            f"expected labels 0 .. {classes - 1} for {classes} classes in {part}, got {low} .. {high}"
+            f"expected labels 0 .. {len(classes) - 1} for {len(classes)} classes in {part}, got "
+            f"{int(labels.min())} .. {int(labels.max())}; {NUMBERED}, or name all classes"
         )
+    without = int((~has_label(targets)).sum())
+    if without == len(targets):
+        raise UserError(f"expected labels in {part}, got none in {without} rows; give other rows")
+    if without:
+        log.info(f"{part}: {without} of {len(targets)} rows have no label; accuracy leaves them out")
+    present = set(labels.tolist())
+    if missing := [label for label in range(len(classes)) if label not in present]:
+        some = ", ".join(f"`{classes[label]}` ({label})" for label in missing[:5])
+        more = ", ..." if len(missing) > 5 else ""
+        text = f"{len(missing)} of {len(classes)} classes have no row in {part}: {some}{more}"
+        if "train" in part:
+            log.warning(f"{text}; check the numbers of the classes, which begin at 0")
+        else:
+            log.info(text)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import UserError
-from ..labels import UNLABELLED
+from ..labels import IGNORED, UNLABELLED, has_label
 from .dataset import Data, stratified
+from .forms import class_indices
 from .sources import as_source
 
 
@@ -27,7 +28,8 @@ class Examples(Dataset[dict[str, Any]]):
     Args:
         source: A map-style dataset of ``(input, label)``.
         indices: Rows of ``source``, in order, repeats allowed; shape ``(N,)``.
-        targets: A class per entry of ``indices``, or :data:`UNLABELLED`; None uses the labels of the source.
+        targets: A class per entry of ``indices``, :data:`UNLABELLED`, or -100 in rows that losses skip; None
+            uses the labels of the source.
 
     Raises:
         UserError: If there is no row, or an index is outside the source.
@@ -46,7 +48,7 @@ class Examples(Dataset[dict[str, Any]]):
         targets: Tensor | Sequence[int] | None = None,
     ) -> None:
         self.source = as_source(source)
-        self.indices = torch.as_tensor(indices, dtype=torch.int64)
+        self.indices = _row_numbers(indices)
         if not len(self.indices):
             raise UserError("expected at least one example, got none")
         low, high = int(self.indices.min()), int(self.indices.max())
@@ -56,7 +58,7 @@ class Examples(Dataset[dict[str, Any]]):
             )
         if targets is None:
             targets = self.source.targets[self.indices]
-        self.targets = torch.as_tensor(targets, dtype=torch.int64)
+        self.targets = class_indices(targets, "`targets`")
         if self.targets.shape != self.indices.shape:
             raise UserError(f"expected {len(self.indices)} targets like `indices`, got {len(self.targets)}")
 
@@ -89,7 +91,10 @@ class Examples(Dataset[dict[str, Any]]):
     @property
     def labelled(self) -> Examples:
         """The rows that have a label."""
-        return self._at((self.targets != UNLABELLED).nonzero().squeeze(1))
+        rows = has_label(self.targets).nonzero().squeeze(1)
+        if not len(rows):
+            raise UserError(f"expected at least one example with a label, got none in {len(self)} rows")
+        return self._at(rows)
 
     def repeat_to(self, size: int) -> Examples:
         """Repeat the rows until there are ``size`` of them, so that epochs have equal numbers of steps."""
@@ -180,17 +185,12 @@ def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Exa
     """
     if not (isinstance(share, Real) and 0 < share < 1):
         raise UserError(f"expected a share in (0, 1) of the labelled rows to hold out, got {share!r}")
-    if not (examples.targets != UNLABELLED).any():
-        raise UserError("expected labelled rows to hold out from, got none")
-    labelled = (examples.targets != UNLABELLED).nonzero().squeeze(1)
-    _, chosen = stratified(examples.targets[labelled], float(share), checked_seed(seed))
-    held = torch.zeros(len(examples), dtype=torch.bool)
-    held[labelled[chosen]] = True
-    return examples._at((~held).nonzero().squeeze(1)), examples._at(held.nonzero().squeeze(1)).plain
+    kept, held = stratified(examples.targets, float(share), checked_seed(seed))
+    return examples._at(kept), examples._at(held).plain
 
 
 def keep_labels(examples: Examples, per_class: int, seed: int) -> Examples:
-    """Keep ``per_class`` labels of each class, and set all others to :data:`UNLABELLED`.
+    """Keep ``per_class`` labels of each class, and set all others to :data:`UNLABELLED`; -100 stays.
 
     Raises:
         UserError: If a class has fewer labels than that.
@@ -205,7 +205,7 @@ def keep_labels(examples: Examples, per_class: int, seed: int) -> Examples:
     if per_class < 1:
         raise UserError(f"expected `per_class` to be at least 1, got {per_class}")
     random = np.random.default_rng(checked_seed(seed))
-    targets = torch.full_like(examples.targets, UNLABELLED)
+    targets = examples.targets.masked_fill(examples.targets != IGNORED, UNLABELLED)
     for label in torch.unique(examples.labelled.targets).tolist():
         rows = (examples.targets == label).nonzero().squeeze(1)
         if len(rows) < per_class:
@@ -214,6 +214,16 @@ def keep_labels(examples: Examples, per_class: int, seed: int) -> Examples:
             )
         targets[rows[torch.from_numpy(random.permutation(len(rows))[:per_class])]] = label
     return Examples(examples.source, examples.indices, targets)
+
+
+def _row_numbers(indices: Tensor | Sequence[int]) -> Tensor:
+    numbers = torch.as_tensor(indices)
+    if numbers.dtype == torch.bool or (numbers.is_floating_point() and len(numbers)):
+        raise UserError(
+            f"expected the numbers of rows as `indices`, got {numbers.dtype}; for a mask they are "
+            "`mask.nonzero().squeeze(1)`"
+        )
+    return numbers.long()
 
 
 def checked_seed(seed: int) -> int:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from ..errors import UserError
+from .. import log
+from ..errors import UserError, one_line
+from .forms import as_tensor, check_rows, class_index, class_indices, pair_of
 
 if TYPE_CHECKING:
     from PIL import Image
+
+LOOKS = 16
+"""Items that are compared with `targets` at once; all others are when they are read."""
+MANY = 1000
+"""Items whose reading for their labels is announced."""
 
 
 class Source(Dataset[tuple[Tensor, int]]):
@@ -32,8 +38,22 @@ class Source(Dataset[tuple[Tensor, int]]):
         """Read the input of one row, without a batch dimension."""
 
     def batch(self, indices: Tensor) -> Tensor:
-        """Read the inputs of several rows, shape ``(len(indices), ...)``."""
-        return torch.stack([self.read(i) for i in indices.tolist()])
+        """Read the inputs of several rows, shape ``(len(indices), ...)``.
+
+        Raises:
+            UserError: If their shapes or dtypes differ, or one is not finite.
+        """
+        rows = [self.read(i) for i in indices.tolist()]
+        for index, row in zip(indices.tolist(), rows, strict=True):
+            if row.shape != rows[0].shape or row.dtype != rows[0].dtype:
+                raise UserError(
+                    f"expected inputs of one shape and dtype, row {int(indices[0])} has "
+                    f"{tuple(rows[0].shape)} of {rows[0].dtype} and row {index} {tuple(row.shape)} of "
+                    f"{row.dtype}; resize, pad or convert them in the dataset"
+                )
+        inputs = torch.stack(rows)
+        check_finite(inputs, indices)
+        return inputs
 
     @property
     def plain(self) -> Source:
@@ -54,8 +74,11 @@ class InMemory(Source):
     stored as float32; other dtypes, such as token ids, are returned unchanged.
 
     Args:
-        inputs: Shape ``(N, ...)``.
-        targets: Class of every row, shape ``(N,)``.
+        inputs: Shape ``(N, ...)``, a tensor or an array.
+        targets: Class of every row, shape ``(N,)`` or ``(N, 1)``.
+
+    Raises:
+        UserError: If there is not one label per input, a label is no class index, or an input not finite.
 
     Example:
         >>> image, label = InMemory(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), torch.tensor([3]))[0]
@@ -63,13 +86,19 @@ class InMemory(Source):
         ([[[0.0, 1.0]]], 3)
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        if len(inputs) != len(targets):
+    def __init__(self, inputs: Any, targets: Any) -> None:
+        inputs, self.targets = as_tensor(inputs, "the inputs"), class_indices(targets)
+        if inputs.ndim < 2:
             raise UserError(
-                f"expected one label per input, got {len(inputs)} inputs and {len(targets)} labels"
+                f"expected inputs of shape (N, ...), got {tuple(inputs.shape)}; give each row a dimension of "
+                "its own with `inputs.unsqueeze(1)`"
+            )
+        if len(inputs) != len(self.targets):
+            raise UserError(
+                f"expected one label per input, got {len(inputs)} inputs and {len(self.targets)} labels"
             )
         self.inputs = inputs.float() if inputs.dtype == torch.float64 else inputs
-        self.targets = _class_indices(targets)
+        check_finite(self.inputs)
 
     def read(self, index: int) -> Tensor:
         return as_input(self.inputs[index])
@@ -117,35 +146,77 @@ class LazyImages(Source):
 class Wrapped(Source):
     """A wrapped map-style dataset with items ``(input, label)`` or dicts of ``input`` and ``target``.
 
-    Labels come from the dataset's ``targets`` if it has them; otherwise every item is read once.
+    Labels come from the dataset's ``targets`` if it has them; otherwise every item is read once. A dataset
+    may also change labels as it reads items, so each label that is read later is compared.
+
+    Raises:
+        UserError: If the dataset cannot be read, a label is no class index, or ``targets`` differ from the
+            labels of the items.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
+        check_rows(dataset)
         self.dataset = dataset
+        self.rows = rows = len(dataset)  # type: ignore[arg-type]
         labels = getattr(dataset, "targets", None)
         # With torchvision's `target_transform`, `targets` differs from the labels of the items.
-        if labels is None or getattr(dataset, "target_transform", None) is not None:
-            labels = [int(self._item(i)[1]) for i in range(len(dataset))]  # type: ignore[arg-type]
-        self.targets = _class_indices(torch.as_tensor(labels))
+        self.stated = (
+            labels is not None and not callable(labels) and getattr(dataset, "target_transform", None) is None
+        )
+        if not self.stated:
+            if rows >= MANY:
+                log.info(
+                    f"{self.kind} has no `targets`: all {rows} items are read once for their labels, which "
+                    "takes time if reading an item does"
+                )
+            self.targets = torch.tensor([self._item(i)[1] for i in range(rows)], dtype=torch.int64)
+            return
+        self.targets = class_indices(labels, f"the `targets` of {self.kind}")
+        if len(self.targets) != rows:
+            raise UserError(
+                f"expected `targets` of {self.kind} with a label for each of its {rows} items, got "
+                f"{len(self.targets)}; make them agree, or remove the attribute `targets`"
+            )
+        for index in sorted({i * (rows - 1) // (LOOKS - 1) for i in range(LOOKS)} if rows else ()):
+            self._compare(index, self._item(index)[1])
+
+    @property
+    def kind(self) -> str:
+        """The name of the dataset in errors."""
+        return f"the dataset `{type(self.dataset).__name__}`"
 
     def read(self, index: int) -> Tensor:
-        value = self._item(index)[0]
-        if not isinstance(value, Tensor | np.ndarray):
-            raise UserError(
-                f"expected the input of item {index} to be a tensor or an array, got {type(value).__name__}; "
-                "let the dataset's transform make it a tensor"
-            )
-        return as_input(torch.as_tensor(value))
+        value, label = self._item(index)
+        self._compare(index, label)
+        return as_input(as_tensor(value, f"the input of item {index}"))
 
-    def _item(self, index: int) -> tuple[Any, Any]:
-        item = self.dataset[index]
-        if isinstance(item, Mapping) and {"input", "target"} <= item.keys():
-            return item["input"], item["target"]
-        if isinstance(item, tuple | list) and len(item) == 2:
-            return item[0], item[1]
+    def _item(self, index: int) -> tuple[Any, int]:
+        try:
+            item = self.dataset[index]
+        except UserError:
+            raise
+        except Exception as error:  # of the user's own code: anything
+            way = "; make `__len__` and `__getitem__` agree" if isinstance(error, IndexError) else ""
+            raise UserError(
+                f"cannot read item {index} of {self.kind} with {self.rows} items, whose code raised "
+                f"{type(error).__name__}: {one_line(error)}{way}"
+            ) from error
+        value, label = pair_of(item, index)
+        return value, class_index(label, f"the label of item {index}")
+
+    def _compare(self, index: int, label: int) -> None:
+        expected = int(self.targets[index])
+        if label == expected:
+            return
+        if self.stated:
+            raise UserError(
+                f"expected item {index} of {self.kind} to have the label {expected} that its `targets` "
+                f"state, got {label}; make them agree, or remove the attribute `targets` to train on the "
+                "labels of the items"
+            )
         raise UserError(
-            f"expected item {index} of the dataset to be (input, label) or a dict with `input` and `target`, "
-            f"got {type(item).__name__}"
+            f"expected item {index} of {self.kind} to keep its label, which was {expected} when labels were "
+            f"read and is now {label}; draw random labels once, when the dataset is made"
         )
 
 
@@ -169,13 +240,26 @@ class Part(Source):
         return self if plain is self.source else Part(plain, self.indices)
 
 
-def as_source(dataset: Dataset[Any]) -> Source:
-    """Return a dataset as a source: a source unchanged, a ``TensorDataset`` in memory, others wrapped."""
+def as_source(dataset: Any) -> Source:
+    """Return a dataset as a source.
+
+    Args:
+        dataset: A source, which is returned unchanged; a ``TensorDataset`` of inputs and labels or a pair of
+            arrays, which stay in memory; or another map-style dataset, which is wrapped.
+
+    Raises:
+        UserError: If it is something else, or its labels are no class indices.
+    """
     if isinstance(dataset, Source):
         return dataset
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        return InMemory(*dataset.tensors)
-    return Wrapped(dataset)
+    # A subclass may change labels as it reads items.
+    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
+        parts: Any = dataset.tensors
+    elif isinstance(dataset, tuple | list) and len(dataset) == 2 and hasattr(dataset[0], "__array__"):
+        parts = dataset
+    else:
+        return Wrapped(dataset)
+    return InMemory(*parts) if len(parts) == 2 else Wrapped(dataset)
 
 
 def as_input(values: Tensor) -> Tensor:
@@ -185,10 +269,15 @@ def as_input(values: Tensor) -> Tensor:
     return values.float() if values.dtype == torch.float64 else values
 
 
-def _class_indices(targets: Tensor) -> Tensor:
-    if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
-        raise UserError(
-            "expected labels to be class indices of shape (N,), "
-            f"got {targets.dtype} of shape {tuple(targets.shape)}"
-        )
-    return targets.long()
+def check_finite(inputs: Tensor, rows: Tensor | None = None) -> None:
+    """Raise UserError if an input holds NaN or infinity, with its row: of ``rows``, else its position."""
+    if not inputs.is_floating_point() or bool(inputs.sum(dtype=torch.float32).isfinite()):
+        return  # a sum over finite values may overflow, but one over others is never finite
+    for position, row in enumerate(inputs):
+        if not bool(row.isfinite().all()):
+            bad = row[~row.isfinite()][0]
+            index = position if rows is None else int(rows[position])
+            raise UserError(
+                f"expected finite inputs, row {index} holds {bad:g}; remove the row, or fill in its missing "
+                "values"
+            )

@@ -219,6 +219,5 @@ def _student_logits(
 
 def _reliability(logits: Tensor, targets: Tensor) -> list[Bin]:
     """Confidence and accuracy of the teacher at temperature 1 on the labelled rows, by bins of confidence."""
-    labelled = targets != data.UNLABELLED
-    figures = metrics.full(logits[labelled].float(), None, targets[labelled])
+    figures = metrics.full(logits.float(), None, targets)
     return [Bin(**bar) for bar in figures["reliability"]]

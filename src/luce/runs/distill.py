@@ -91,4 +91,5 @@ def distill(
 def _examples(dataset: Dataset[Any]) -> Examples:
     if isinstance(dataset, Examples):
         return dataset
-    return Examples(dataset, torch.arange(len(as_source(dataset))))
+    source = as_source(dataset)
+    return Examples(source, torch.arange(len(source)))

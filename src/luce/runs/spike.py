@@ -85,7 +85,9 @@ def spike(
     device = new_accelerator(recipe.training).device
     student = student.to(device)
     train = _spaced(inputs.train.plain, options.calibration)
-    validation, test = (_spaced(part.plain, options.rows) for part in (inputs.validation, inputs.test))
+    validation, test = (
+        _spaced(part.plain.labelled, options.rows) for part in (inputs.validation, inputs.test)
+    )
 
     def batches(rows: Examples) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in data.loader(rows, batch_size=BATCH, seed=None, workers=recipe.data.workers):

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..errors import UserError
+from ..labels import has_label
 from ..losses.functional import kd_loss
 from ..signals import Teacher
 
@@ -41,8 +43,27 @@ def collect(
     return logits[0].float(), logits[1].float() if teacher is not None else None, target
 
 
+def labelled(student_logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows that have a label; the others would count as wrong.
+
+    Raises:
+        UserError: If there is none, or a label is not a class of the student.
+    """
+    known = has_label(target)
+    if not bool(known.any()):
+        raise UserError(f"expected rows with a label to measure accuracy on, got none in {len(target)} rows")
+    classes = student_logits.shape[-1]
+    if int(target.max()) >= classes:
+        raise UserError(
+            f"expected labels 0 .. {classes - 1} for the {classes} logits of the student, got "
+            f"{int(target.max())}; give the student a logit for each class"
+        )
+    return (student_logits, target) if bool(known.all()) else (student_logits[known], target[known])
+
+
 def brief(student_logits: Tensor, target: Tensor) -> dict[str, float]:
-    """Return the validation figures of an epoch: accuracy, and cross-entropy in nats."""
+    """Return the validation figures of an epoch: accuracy, and cross-entropy in nats, of labelled rows."""
+    student_logits, target = labelled(student_logits, target)
     return {
         "accuracy": (student_logits.argmax(-1) == target).float().mean().item(),
         "loss": F.cross_entropy(student_logits, target).item(),
@@ -55,21 +76,24 @@ def full(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) 
     Args:
         student_logits: ``(N, C)``.
         teacher_logits: ``(N, C)``, or None.
-        target: ``(N,)`` class indices.
+        target: ``(N,)`` class indices, -1 or -100 in rows without a label.
     Returns:
-        ``accuracy`` and ``calibration_error`` (expected, 15 bins) as fractions, ``nll`` in nats, bars of a
-        ``reliability`` diagram; and with a teacher ``agreement`` of the first choices, ``kl`` from teacher to
-        student in nats, mean ``kendall_tau`` of the rows' class orders, ``topk_overlap``, the shared
-        fraction of both networks' first ``topk`` classes; and, of the tenth of the classes that the teacher
-        ranks first in each row (``top``) and last (``bottom``), rounded and at least two, ``kendall_tau_top``
-        and ``kendall_tau_bottom`` within them, and ``kl_gradient_top`` and ``kl_gradient_bottom``, their
-        share of the KL divergence's gradient, ``|q - p|`` summed over the rows.
+        Of the labelled rows ``accuracy`` and ``calibration_error`` (expected, 15 bins) as fractions, ``nll``
+        in nats, bars of a ``reliability`` diagram. With a teacher, of all rows: ``agreement`` of the first
+        choices, ``kl`` from teacher to student in nats, mean ``kendall_tau`` of the rows' class orders,
+        ``topk_overlap``, the shared fraction of both networks' first ``topk`` classes; and, of the tenth of
+        the classes that the teacher ranks first in each row (``top``) and last (``bottom``), rounded and at
+        least two, ``kendall_tau_top`` and ``kendall_tau_bottom`` within them, and ``kl_gradient_top`` and
+        ``kl_gradient_bottom``, their share of the KL divergence's gradient, ``|q - p|`` summed over the rows.
+    Raises:
+        UserError: If no row has a label, or a label is not a class of the student.
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     classes = student_logits.shape[-1]
-    probabilities = student_logits.softmax(-1)
-    scores = brief(student_logits, target)
+    known_logits, target = labelled(student_logits, target)
+    probabilities = known_logits.softmax(-1)
+    scores = brief(known_logits, target)
     result: dict[str, Any] = {
         "accuracy": scores["accuracy"],
         "nll": scores["loss"],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import checks
-from ...labels import UNLABELLED
+from ...labels import has_label
 from .. import _features
 from .features import FeatureLoss, Shapes, Tensors, through
 
@@ -97,7 +97,7 @@ class CRDLoss(FeatureLoss):
 
         Args:
             index: Numbers of the rows in the data, as in batches, ``(rows,)``.
-            target: Their classes; `UNLABELLED` where there is none.
+            target: Their classes; -1 or -100 where there is none.
             gather: Concatenates the rows of a tensor over all processes that train together, which must have
                 equally many; None for a single process.
         Raises:
@@ -105,7 +105,7 @@ class CRDLoss(FeatureLoss):
         """
         self.gather = gather
         size = int(index.max()) + 1
-        index, target = index[target != UNLABELLED], target[target != UNLABELLED]
+        index, target = index[has_label(target)], target[has_label(target)]
         count = target.bincount()
         if (count > 0).sum() < 2:
             raise ValueError("expected labelled rows of at least two classes for CRDLoss, got fewer")
@@ -169,9 +169,7 @@ class CRDLoss(FeatureLoss):
     def _places(self, target: Tensor, index: Tensor) -> Tensor:
         """Return the places in the banks of the rows of a batch."""
         last = len(self.place) - 1
-        return torch.where(
-            (target == UNLABELLED) | (index > last), NOWHERE, self.place[index.clamp(max=last)]
-        )
+        return torch.where(~has_label(target) | (index > last), NOWHERE, self.place[index.clamp(max=last)])
 
     def _draw(self, place: Tensor, target: Tensor) -> Tensor:
         """Draw places ``(n, 1 + K)``: the positive, then the negatives."""
