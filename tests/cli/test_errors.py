@@ -218,7 +218,7 @@ def test_classes_of_teacher_student_and_data(
         ("empty", "empty"),
         ("no_test", "the test part of `datasets` is empty"),
         ("label_5", "expected labels 0 .. 2 for 3 classes in the test part of `datasets`, got 0 .. 5"),
-        ("unlabelled", "got -1 .. -1"),
+        ("unlabelled", "expected labels in the test part of `datasets`, got none in 3 rows"),
     ],
 )
 def test_data_that_is_wrong(name: str, reason: str, write, refuses, place: Path) -> None:

@@ -82,8 +82,13 @@ def describe(
     elif isinstance(train, LazyImages):
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     shape = tuple(train.plain.read(0).shape)
-    data = Data(name, train, test, names, shape, mean, std, licence, tokenizer)
-    log.info(f"`{name}`: {len(train)} training rows, {len(test)} test rows, {len(names)} classes")
+    return Data(name, train, test, names, shape, mean, std, licence, tokenizer)
+
+
+def say_rows(data: Data) -> Data:
+    """Tell how many rows and classes were read, of data that is no fixed collection; return the data."""
+    train, test = len(as_source(data.train)), len(as_source(data.test))
+    log.info(f"`{data.name}`: {train} training rows, {test} test rows, {len(data.classes)} classes")
     return data
 
 
@@ -125,7 +130,8 @@ def from_datasets(
         source, rest = _part(source, kept), _part(source, held_out)
     else:
         rest = as_source(test)
-    return describe("datasets", source, rest, classes=classes, licence="unknown", tokenizer=tokenizer)
+    data = describe("datasets", source, rest, classes=classes, licence="unknown", tokenizer=tokenizer)
+    return say_rows(data)
 
 
 def _numbered(targets: Tensor) -> tuple[str, ...]:

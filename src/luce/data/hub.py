@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, import_optional, unknown_name
-from .dataset import Data, describe
+from .dataset import Data, describe, say_rows
 from .sources import InMemory, LazyImages, Source
 from .text import Tokenizer
 from .transforms import evaluation_view, training_view
@@ -93,7 +93,7 @@ def load_hub(
         transforms = [partial(view, size=image_size) for view in views]
         return LazyImages(partial(_open_cell, rows, input_column), targets, *transforms)
 
-    return describe(
+    data = describe(
         f"hf:{name}",
         source("train", [training_view, evaluation_view]),
         source(test_split, [evaluation_view]),
@@ -101,6 +101,7 @@ def load_hub(
         licence=splits["train"].info.license or "unknown",
         tokenizer=tokens,
     )
+    return say_rows(data)
 
 
 def _choose(option: str, column: str | None, columns: Iterable[str], candidates: list[str]) -> str:
