@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -85,3 +90,52 @@ def test_what_a_command_killed_in_its_first_moments_leaves_stops_no_other(
     assert luce("train", write(), "--out", "out", "--training.epochs", "1").status == 0
     assert json.loads((place / "out" / "environment.json").read_text())["python"]
     assert not [path for path in (place / "out").iterdir() if path.name.startswith(".")]
+
+
+def children(group: int) -> list[str]:
+    """Processes of a process group that live."""
+    living = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state != "Z":
+                living.append(stat.parent.name)
+    return living
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no list of processes")
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_all_processes_stops_a_training_at_any_moment(
+    name: str, workers: str, write: Callable[..., str], luce: Callable[..., Answer], place: Path
+) -> None:
+    """As a terminal sends Ctrl-C: to the reading processes too."""
+    recipe = write("recipe.yaml", training={"epochs": 400, "checkpoint_every": 3, "batch_size": 8})
+    number, random = signal.Signals[name], Random(0)
+    for _ in range(3):
+        epoch = (
+            len((place / "out" / "metrics.jsonl").read_text().splitlines()) if (place / "out").exists() else 0
+        )
+        run = subprocess.Popen(
+            [sys.executable, "-m", "luce", "train", recipe, "--out", "out", "--data.workers", workers],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while not (lines := place / "out" / "metrics.jsonl").exists() or (
+            len(lines.read_text().splitlines()) <= epoch
+        ):
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.3))
+        os.killpg(run.pid, number)
+        _, said = run.communicate(timeout=30)
+        again = "run the same command again to resume from the last checkpoint"
+        assert said == f"luce: stopped{' by SIGTERM' * (name == 'SIGTERM')}; {again}\n"
+        assert run.returncode == 128 + number
+        assert children(run.pid) == []
+        assert not [path for path in (place / "out").iterdir() if path.name.startswith(".")]

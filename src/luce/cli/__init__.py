@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .. import stops
+
 COMMANDS = {
     "train": "train a teacher or a baseline from a recipe without a teacher",
     "distill": "train a student from a teacher, from a recipe",
@@ -29,6 +31,8 @@ COMMANDS = {
     "check": "test a loss against the laws of distillation losses",
     "info": "show versions, devices, and the optional packages that are installed",
 }
+RESUMES = ("train", "distill", "compare")
+"""Commands that write checkpoints."""
 
 
 def usage() -> str:
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after ``luce``; those of the process if None.
     Returns:
         The exit status: 0; 2 for an error that the user can mend; 1 for a defect, of Luce or of the loss that
-        ``luce check`` tests; 130 after Ctrl-C.
+        ``luce check`` tests; 130 after Ctrl-C; 143 after SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
@@ -74,11 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")
     name, *rest = argv
     try:
-        with _messages_on_stderr(name):
+        with _messages_on_stderr(name), stops.raised():
             return _run(name, rest)
-    except KeyboardInterrupt:
-        print("luce: stopped; run the same command again to resume from the last checkpoint", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, stops.Terminated) as stop:
+        by_ctrl_c = isinstance(stop, KeyboardInterrupt)
+        again = "; run the same command again to resume from the last checkpoint" if name in RESUMES else ""
+        print(f"luce: stopped{'' if by_ctrl_c else ' by SIGTERM'}{again}", file=sys.stderr)
+        return 130 if by_ctrl_c else 143
     except BrokenPipeError:  # `luce ... | head` closes the pipe when it has read enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from .. import stops
 from ..errors import UserError
 from . import augmentations
 from .examples import Examples, LazyRows, checked_seed
@@ -90,6 +91,7 @@ def loader(
         # Not persistent: new workers are seeded from the global generator, so restoring it reproduces an
         # epoch.
         num_workers=workers,
+        worker_init_fn=stops.ignore_in_worker if workers else None,
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
     )

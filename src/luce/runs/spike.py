@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from .. import __version__, data
+from .. import __version__, data, stops
 from ..data import Examples
 from ..errors import UserError
 from ..recipes import read_stored
@@ -90,8 +90,10 @@ def spike(
     )
 
     def batches(rows: Examples) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in data.loader(rows, batch_size=BATCH, seed=None, workers=recipe.data.workers):
-            yield batch["input"].to(device), batch["target"].to(device)
+        with stops.noted():
+            for batch in data.loader(rows, batch_size=BATCH, seed=None, workers=recipe.data.workers):
+                yield batch["input"].to(device), batch["target"].to(device)
+                stops.check()
 
     @contextmanager
     def bar(simulation: str) -> Iterator[Callable[[], None]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from .. import data
+from .. import data, stops
 from ..data import Examples
 from .progress import Bar
 
@@ -62,7 +63,9 @@ class TrainingBatches:
             workers=self.workers,
         )
         total = epochs * len(loader) if self.at_most is None else self.at_most
-        with Bar(self.progress, "preparation", total) as bar:
+        # Reading processes end in a destructor, where Ctrl-C would be lost; without them it acts at once.
+        watched = stops.noted() if self.workers else nullcontext()
+        with watched, Bar(self.progress, "preparation", total) as bar:
             done = 0
             for epoch in range(epochs):
                 if isinstance(loader.sampler, data.EpochSampler):
@@ -73,3 +76,4 @@ class TrainingBatches:
                     yield {name: part.to(self.device) for name, part in batch.items()}
                     done += 1
                     bar.advance()
+                    stops.check()

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from .. import data, files
+from .. import data, files, stops
 from ..data import Examples
 from ..errors import UserError
 from ..methods import Method
@@ -76,6 +76,9 @@ def fit(
     With a folder, metrics and checkpoints are written there, and an interrupted training resumes from its
     last checkpoint; on a CPU its results equal those of an uninterrupted one bit for bit.
 
+    Ctrl-C ends a training after the current batch. SIGTERM loses no finished epoch: during validation, and if
+    the last epoch has no checkpoint because of `checkpoint_every`, it first finishes the epoch and saves.
+
     Args:
         student: Trained in place.
         method: Computes the loss of a step. Its parameters, if it has any, are trained too.
@@ -130,6 +133,7 @@ def fit(
     def save() -> None:
         if folder is not None:
             checkpoint.save(folder, accelerator, state.best.epoch, state.as_saved(session))
+            state.saved = state.best.epoch
 
     if not state.started and teacher is not None and method.capabilities.prepares is not None:
         seen = TrainingBatches(rows, accelerator.device, options.seed, augment, workers, progress)
@@ -141,14 +145,19 @@ def fit(
 
     best, steps = state.best, len(session.batches)
     bars = Bar(progress, "training", options.epochs * steps, best.epoch * steps)
-    with bars as bar, method.hooks(student, session.teacher):
+    with stops.noted(), bars as bar, method.hooks(student, session.teacher):
         while best.epoch < options.epochs and not best.exhausted(options.patience):
             started = time.perf_counter()
+            # SIGTERM ends an epoch at once, unless the one before it is not on the disk.
+            unsaved = folder is not None and state.saved < best.epoch
             best.epoch += 1
-            record: dict[str, Any] = {"epoch": best.epoch, "train": session.epoch(best.epoch, bar)}
+            losses = session.epoch(best.epoch, bar, finish=unsaved)
+            record: dict[str, Any] = {"epoch": best.epoch, "train": losses}
             record |= {"step": session.step, "lr": session.optimizer.param_groups[0]["lr"], "validation": {}}
             if validation is not None:
-                logits, _, target = metrics.collect(session.evaluated, validation_batches, accelerator)
+                logits, _, target = metrics.collect(
+                    session.evaluated, validation_batches, accelerator, finish=folder is not None
+                )
                 record["validation"] = metrics.brief(logits, target)
                 bar.note(f"validation {record['validation']['accuracy']:.1%}")
             if best.is_best(record["validation"]):
@@ -157,8 +166,10 @@ def fit(
             record["seconds"] = time.perf_counter() - started
             log.append(record)
             accelerator.log(flat(record), step=session.step)
-            if best.epoch % options.checkpoint_every == 0 or best.epoch == options.epochs:
+            due = best.epoch % options.checkpoint_every == 0 or best.epoch == options.epochs
+            if session.any_process(stops.terminating()) or due:
                 save()
+            stops.check()
     for tracker in accelerator.trackers:  # end_training() would also end the group of processes
         tracker.finish()
     co_trains = method.capabilities.co_trains
@@ -207,6 +218,7 @@ class State:
         prepared: Values that the method measured before training.
         best_weights: Of the student's body after the best epoch.
         started: Whether it comes from a checkpoint.
+        saved: The last epoch with a checkpoint.
     """
 
     best: BestEpoch = field(default_factory=BestEpoch)
@@ -214,6 +226,7 @@ class State:
     prepared: dict[str, float] = field(default_factory=dict)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     started: bool = False
+    saved: int = 0
 
     def as_saved(self, session: Session) -> dict[str, Any]:
         """Return plain values and tensors for `checkpoint.save`."""
@@ -238,7 +251,7 @@ def resume(folder: Path, session: Session) -> State | None:
     try:
         session.load_state_dict(saved["session"])
         best = BestEpoch(**saved["best"])
-        return State(best, saved["history"], saved["prepared"], saved["best_weights"], started=True)
+        return State(best, saved["history"], saved["prepared"], saved["best_weights"], True, saved=best.epoch)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot resume in {folder} ({files.reason(error)}): its checkpoint is of another method or "

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .. import stops
 from ..errors import UserError
 from ..labels import has_label
 from ..losses.functional import kd_loss
@@ -25,20 +26,30 @@ END = 0.1
 
 @torch.no_grad()
 def collect(
-    student: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, teacher: Teacher | None = None
+    student: nn.Module,
+    loader: DataLoader[Any],
+    accelerator: Accelerator,
+    teacher: Teacher | None = None,
+    *,
+    finish: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return student logits, teacher logits and targets of all rows, in order, as float32 on the CPU."""
+    """Return student logits, teacher logits and targets of all rows, in order, as float32 on the CPU.
+
+    Ctrl-C ends it after a batch, and so does SIGTERM unless `finish` is true.
+    """
     student.eval()
     rows: list[tuple[Tensor, ...]] = []
-    for batch in loader:
-        with accelerator.autocast():
-            outputs = [student(batch["input"])]
-            if teacher is not None:
-                outputs.append(teacher.signal(batch).logits)
-        # Drops the rows that were repeated so that all processes have equally many.
-        gathered = accelerator.gather_for_metrics((*outputs, batch["target"]))
-        # On the CPU, since the logits of a whole test set may not fit on the device.
-        rows.append(tuple(part.cpu() for part in gathered))
+    with stops.noted():
+        for batch in loader:
+            with accelerator.autocast():
+                outputs = [student(batch["input"])]
+                if teacher is not None:
+                    outputs.append(teacher.signal(batch).logits)
+            # Drops the rows that were repeated so that all processes have equally many.
+            gathered = accelerator.gather_for_metrics((*outputs, batch["target"]))
+            # On the CPU, since the logits of a whole test set may not fit on the device.
+            rows.append(tuple(part.cpu() for part in gathered))
+            stops.check(finishing=finish)
     *logits, target = (torch.cat(column) for column in zip(*rows, strict=True))
     return logits[0].float(), logits[1].float() if teacher is not None else None, target
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from .. import data
+from .. import data, stops
 from ..data import Examples
 from ..errors import UserError
 from ..methods import Method, strong_view
@@ -126,9 +126,13 @@ class Session:
         self.share_state(*self.method.parameters(), *self.method.buffers())
         return results
 
-    def epoch(self, number: int, bar: Bar) -> dict[str, float]:
+    def epoch(self, number: int, bar: Bar, *, finish: bool = False) -> dict[str, float]:
         """Train for one epoch.
 
+        Args:
+            number: Of the epoch, from 1.
+            bar: Advances with every batch.
+            finish: Whether SIGTERM waits for the end of the epoch; otherwise, as Ctrl-C, for that of a batch.
         Returns:
             The mean of each named term of the loss and of each value that the method reports.
         """
@@ -170,6 +174,7 @@ class Session:
                     if self.average is not None:
                         self.average.update_parameters(self.unwrapped_student)
                 bar.advance()
+                stops.check(finishing=finish)
         if not self.look.done:
             self.look.close()
         check_finite(sums, number)
@@ -241,6 +246,13 @@ class Session:
         if self.accelerator.num_processes > 1:
             for tensor in tensors:
                 broadcast(tensor.detach())
+
+    def any_process(self, answer: bool) -> bool:
+        """Return whether the answer is yes in any process."""
+        if self.accelerator.num_processes == 1:
+            return answer
+        number = torch.tensor(float(answer), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(number, "sum").item())
 
     def share_gradients(self) -> None:
         """Average the gradients of the method's parameters over the processes; DDP sees only the student."""
