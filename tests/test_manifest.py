@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -20,14 +20,14 @@ SAMPLE = 60
 """Bytes of a file that are changed one at a time; smaller files are changed everywhere."""
 
 
-def changes(path: Path, sample: int = SAMPLE) -> list[bytes]:
-    """The content with one bit flipped, at each place of a sample that holds the first and the last."""
+def changes(path: Path, sample: int = SAMPLE) -> dict[int, bytes]:
+    """The content with one bit flipped, by the place, of a sample that holds the first and the last."""
     content, draw = path.read_bytes(), random.Random(0)
     places = draw.sample(range(len(content)), min(sample, len(content)))
-    return [
-        content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :]
+    return {
+        at: content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :]
         for at in {0, len(content) - 1, *places}
-    ]
+    }
 
 
 def test_a_digest_belongs_to_each_file(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_digest_belongs_to_each_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b is damaged.*; start again"):
         manifest.check(tmp_path, remedy="start again")
     (tmp_path / "b").unlink()
-    with pytest.raises(UserError, match="cannot read .*b "):
+    with pytest.raises(UserError, match=r"cannot read .*b "):
         manifest.check(tmp_path)
 
 
@@ -58,23 +58,20 @@ def student(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["student.json", "student.safetensors", "digests.json"])
 def test_every_byte_of_a_student(name: str, student: Path) -> None:
     checkpoint.load_student(student)
-    path = student / name
-    intact = json.loads(path.read_bytes()) if name == manifest.NAME else None
-    for content in changes(path, 10**6):
+    path, last = student / name, b'"student-last.safetensors"'
+    entry = path.read_bytes().find(last)  # of a file that is not read here; its digest follows
+    unread = range(entry, entry + len(last) + 36) if name == manifest.NAME else ()
+    for at, content in changes(path, 10**6).items():
         path.write_bytes(content)
-        try:
-            checkpoint.load_student(student)
-        except UserError as error:
-            assert str(student) in str(error)
-        else:  # the entry of a file that is not read here
-            damaged = json.loads(content)
-            assert all(damaged[name] == intact[name] for name in ("student.json", "student.safetensors"))
+        if at not in unread:
+            with pytest.raises(UserError, match=re.escape(str(student))):
+                checkpoint.load_student(student)
 
 
 def test_weights_by_the_name_of_their_file_are_compared_too(student: Path) -> None:
     shape = {"classes": 2, "input_shape": (2,), "weights": student / checkpoint.LAST}
     checkpoint.build("mlp", {"hidden": [2]}, **shape)
-    for content in changes(student / checkpoint.LAST):
+    for content in changes(student / checkpoint.LAST).values():
         (student / checkpoint.LAST).write_bytes(content)
         with pytest.raises(UserError, match=r"student-last\.safetensors is damaged"):
             checkpoint.build("mlp", {"hidden": [2]}, **shape)
@@ -95,7 +92,7 @@ def test_a_packed_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     read_packed(path)
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for content in changes(path, 300):
+    for content in changes(path).values():
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"packed\.safetensors"):
             read_packed(path)
@@ -127,7 +124,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     for name in names:
         path = tmp_path / "checkpoint-3" / name
         whole = path.read_bytes()
-        for content in changes(path):
+        for content in changes(path).values():
             path.write_bytes(content)
             with pytest.raises(UserError, match=r"cannot resume from .*checkpoint-3 .*; delete this folder"):
                 checkpoint.restore(tmp_path, accelerator)
