@@ -13,6 +13,7 @@ import struct
 import threading
 import time
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2
 import numpy as np
@@ -25,6 +26,7 @@ from luce.remote import server as luce_server
 from luce.remote.server import Predictor, ServiceOptions, build_app, fingerprint
 from luce.signals import answer
 
+from .. import servers as servers_of_tests
 from ..servers import DESCRIPTION, TOKEN, Network, serving
 
 BODIES = int(os.environ.get("LUCE_FUZZ_BODIES", "300"))
@@ -106,6 +108,26 @@ def test_token_ids_reach_a_network_that_embeds_them() -> None:
         assert post(url, {"inputs": packed("int64", (1, 3), struct.pack("<3q", 1, 2, 3))}).status_code == 200
         assert "whole numbers" in post(url, {"inputs": [[1.0, 2.5, 3.0]]}).text
         assert post(url, {"inputs": [[1, 2, 99]]}).status_code == 500  # no token of the network's
+
+
+def test_answers_leave_at_once_and_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pieces wait for an acknowledgement in between: 44 ms for a request on a kept connection."""
+    servers: list[Any] = []
+
+    def keep(app: Any) -> Any:
+        servers.append(luce_server.new_server(app))
+        return servers[0]
+
+    monkeypatch.setattr(servers_of_tests, "new_server", keep)
+    with serving() as url, httpx2.Client(headers=HEADERS, trust_env=False) as client:
+        client.get(f"{url}/v1/info")
+        [connection] = servers[0].server_state.connections
+        door = connection.transport.get_extra_info("socket")
+        assert door.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+        connection.transport = written = Mock(wraps=connection.transport)
+        assert client.post(f"{url}/v1/predict", json={"inputs": ROWS}).status_code == 200
+    pieces = [call.args[0] for call in written.write.call_args_list if call.args[0]]
+    assert [(piece[:12], piece[-1:]) for piece in pieces] == [(b"HTTP/1.1 200", b"}")]
 
 
 def test_requests_that_wait_together_are_predicted_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +228,10 @@ MALFORMED: dict[str, Any] = {
     "deep": b"[" * 200000,
     "deep inputs": b'{"inputs": ' + b"[" * 500 + b"]" * 500 + b"}",
     "list": [1],
+    "the same twice": b'{"inputs": [[1, 2, 3]], "inputs": [[4, 5, 6]]}',
+    "a million dimensions": {"inputs": packed(shape=[2**31 - 1] * 10**6)},
+    "an array of 2**93 numbers": {"inputs": packed(shape=[2**31 - 1] * 3)},
+    "an empty array of 2**62 columns": {"inputs": packed(shape=[0, 2**31 - 1, 2**31 - 1], data=b"")},
     "no inputs": {},
     "others": {"inputs": ROWS, "outputs": 1},
     "null": {"inputs": None},

@@ -14,6 +14,9 @@ from ..documents import unique
 DTYPES = {"float32": "<f4", "uint8": "|u1", "int64": "<i8"}
 """NumPy dtypes of arrays in base64 by name; all little-endian."""
 
+DIMENSIONS = 16
+"""Most dimensions of an array in base64."""
+
 PROTOCOL = 1
 
 
@@ -87,12 +90,19 @@ def _from_lists(value: object) -> np.ndarray:
     return array
 
 
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _from_base64(value: dict[str, Any]) -> np.ndarray:
     dtype, shape, text = (value.get(name) for name in ("dtype", "shape", "base64"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"expected a `dtype` among {', '.join(DTYPES)}")
-    if not (isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**31 for size in shape)):
-        raise ValueError("expected `shape` as a list of sizes")
+    # Few sizes, as the product of a million of them takes minutes.
+    if not (isinstance(shape, list) and len(shape) <= DIMENSIONS and all(map(_is_size, shape))):
+        raise ValueError(f"expected `shape` as a list of at most {DIMENSIONS} sizes")
+    if math.prod(size or 1 for size in shape) >= 2**48:  # NumPy refuses it, even if one size is 0
+        raise ValueError(f"expected an array of fewer than 2**48 numbers in `shape`, got {shape}")
     if not isinstance(text, str):
         raise ValueError("expected `base64` as a string")
     try:
