@@ -25,7 +25,7 @@ class Replacement(dict[str, Any]):
     """A mapping that `merge` puts in place of an earlier one instead of merging both."""
 
 
-def parse(cls: type[T], content: Mapping[str, Any], prefix: str = "") -> T:
+def parse(cls: type[T], content: Mapping[str, Any], prefix: str = "", kind: str = "recipe key") -> T:
     """Build a dataclass from a nested mapping and check each value against the type of its field.
 
     Fields may be plain values, paths, literals, lists, tuples, mappings and dataclasses, or optional ones.
@@ -34,6 +34,7 @@ def parse(cls: type[T], content: Mapping[str, Any], prefix: str = "") -> T:
         cls: The dataclass.
         content: Values by name of the field; it is not modified.
         prefix: Name of the outer fields in errors, such as ``training.``.
+        kind: What an unknown name is called.
     Raises:
         UserError: On an unknown key, with the closest known ones, or a value of the wrong type.
     Example:
@@ -48,7 +49,7 @@ def parse(cls: type[T], content: Mapping[str, Any], prefix: str = "") -> T:
     hints = field_types(cls)
     for key in content:
         if key not in hints:
-            raise unknown_name("recipe key", f"{prefix}{key}", [prefix + name for name in hints])
+            raise unknown_name(kind, f"{prefix}{key}", [prefix + name for name in hints])
     return cls(**{key: _convert(value, hints[key], f"{prefix}{key}") for key, value in content.items()})
 
 

@@ -20,6 +20,7 @@ from ..signals import BlackBox, CachedTeacher, LiveTeacher, LocalBlackBox, Teach
 from ..signals.blackbox import FLOOR
 from ..training import metrics
 from ..training.batches import EVALUATION_BATCH, in_order
+from ..training.networks import judge_accuracy
 from ..training.processes import processes
 from ..training.setup import new_accelerator
 from ..trust import Trusted
@@ -214,7 +215,12 @@ def cache(
 
 
 def _accuracy(teacher: CachedTeacher, test: Examples) -> dict[str, float]:
-    return {"accuracy": metrics.brief(teacher.logits[test.indices], test.targets)["accuracy"]}
+    """Return the teacher's accuracy on the test rows, and warn of one that is no better than chance."""
+    logits, target = teacher.logits[test.indices], test.targets
+    right, rows = int((logits.argmax(-1) == target).sum()), int((target >= 0).sum())
+    if problem := judge_accuracy(right, rows, logits.shape[-1], "test rows"):
+        log.warning(problem)
+    return {"accuracy": metrics.brief(logits, target)["accuracy"]}
 
 
 def _token(options: TeacherOptions) -> str | None:

@@ -66,7 +66,7 @@ def distill(
         >>> [line["epoch"] for line in fitted.history]
         [1, 2]
     """
-    settings = parse(TrainingOptions, options)
+    settings = parse(TrainingOptions, options, kind="option of luce.distill:")
     train, validation = _examples(train_data), None if val_data is None else _examples(val_data)
     place = None if folder is None else Path(folder)
     lock = nullcontext() if place is None else files.locked(place)

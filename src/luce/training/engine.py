@@ -27,7 +27,14 @@ from .networks import check_networks, report_parameters
 from .progress import Bar
 from .session import Session, TrainingError
 from .settings import TrainingOptions
-from .setup import build, check_own_steps, check_smallest_batch, divide, new_accelerator
+from .setup import (
+    allow_unused_parameters,
+    build,
+    check_own_steps,
+    check_smallest_batch,
+    divide,
+    new_accelerator,
+)
 
 __all__ = ["Fit", "TrainingError", "fit"]
 
@@ -121,7 +128,9 @@ def fit(
     sample = build(method, student, teacher, rows, accelerator.device, options.seed)
     if accelerator.num_processes == 1:  # Accelerate fills up the last batch of several processes
         check_smallest_batch(method, student, teacher, sample, rows, len(train), options.batch_size)
-    report_parameters(student)
+    else:
+        allow_unused_parameters(accelerator, method, student, sample)
+    report_parameters(student, options.precision)
     session = Session(accelerator, student, method, teacher, batches, held_out, options, rows.targets)
     if validation is not None:
         validation_batches = accelerator.prepare(

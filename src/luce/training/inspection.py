@@ -145,12 +145,12 @@ class FirstLook:
                 "expected finite logits of the student, got NaN or infinity for the first batch; look at its "
                 "initial weights and at the normalisation of its inputs"
             )
-        classes = outputs[0].shape[1]
-        if signal is not None and signal.logits.ndim == 2 and signal.logits.shape[1] != classes:
+        classes, answers = outputs[0].shape[1], None if signal is None else signal.logits
+        if answers is not None and answers.ndim == outputs[0].ndim == 2 and answers.shape[1] != classes:
             return (
                 f"expected `teacher_logits` of shape {tuple(outputs[0].shape)}, as the student's, got "
-                f"{tuple(signal.logits.shape)}: the teacher has {signal.logits.shape[1]} classes, the "
-                f"student {classes}; give both the same"
+                f"{tuple(answers.shape)}: the teacher has {answers.shape[1]} classes, the student {classes}; "
+                "give both the same"
             )
         if self.highest >= classes and outputs[0].device.type != "cpu":  # there losses raise nothing
             return self._wrong_labels(classes)

@@ -46,14 +46,23 @@ def check_networks(student: nn.Module, teacher: Teacher | None) -> None:
             )
 
 
-def report_parameters(student: nn.Module) -> None:
-    """State how many parameters are trained, if some are frozen, and warn of weights of 16 bits."""
+def report_parameters(student: nn.Module, precision: str) -> None:
+    """State how many parameters are trained, if some are frozen, and warn of weights of 16 bits.
+
+    Raises:
+        UserError: On weights in float16 under mixed precision, for which layers have no kernels.
+    """
     parameters = list(student.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     if trained < total:
         log.info(f"training {trained} of the student's {total} parameters; the others are frozen")
     narrow = {p.dtype for p in parameters if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if torch.float16 in narrow and precision != "no":
+        raise UserError(
+            f"expected a student with weights in float32 for `training.precision` {precision}, got float16; "
+            "call `student.float()`"
+        )
     for dtype in narrow:
         log.warning(
             f"the student's weights are {dtype}, which loses every step below "

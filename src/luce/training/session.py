@@ -37,6 +37,9 @@ FINITE_CHECK_STEPS = 50
 ONE_ROW = "more than 1 value per channel"
 """Part of the message with which batch normalisation refuses a batch of one row."""
 
+UNEQUAL_STEPS = ("find_unused_parameters", "mark a variable ready only once")
+"""Parts of the messages with which DDP refuses a step that used other parameters than it expected."""
+
 LAPS = 2**20
 """Upper bound of the passes over the held-out rows in one epoch, so that no pass repeats an order."""
 
@@ -95,6 +98,7 @@ class Session:
         self.student, self.optimizer, self.batches = accelerator.prepare(
             student, make_optimizer(options, self.parameters), batches
         )
+        self.optimizer.zero_grad()  # gradients of an earlier backward pass would go into the first step
         # Rounded up: Accelerate also steps at the end of an epoch, on an incomplete group of batches.
         steps = math.ceil(len(self.batches) / options.accumulate)
         self.schedules = [
@@ -198,7 +202,8 @@ class Session:
             with accelerator.autocast():
                 terms = self.look.step(batch, self.terms_of) if looking else self.terms_of(batch)
             # In units of full batches, so that a row of a short batch weighs as much as any other.
-            accelerator.backward(len(batch["target"]) / self.batch_size * terms["loss"])
+            with refusals():
+                accelerator.backward(len(batch["target"]) / self.batch_size * terms["loss"])
             if looking:
                 self.look.conclude()
             if accelerator.sync_gradients:
@@ -352,7 +357,10 @@ def signal_of(teacher: Teacher, batch: Mapping[str, Tensor]) -> Signal:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turn ValueErrors of losses and methods, which say what they expected, into UserErrors."""
+    """Turn ValueErrors of losses and methods, which say what they expected, into UserErrors.
+
+    Likewise two errors of PyTorch whose cause is an option or a network.
+    """
     try:
         yield
     except UserError:
@@ -364,6 +372,13 @@ def refusals() -> Iterator[None]:
                 "`training.batch_size`"
             ) from error
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if not any(part in str(error) for part in UNEQUAL_STEPS):
+            raise
+        raise UserError(
+            "expected a student that uses the same parameters in every step, for several processes, got one "
+            "that leaves some out in some steps; freeze those, or train in one process"
+        ) from error
 
 
 def checked_step(

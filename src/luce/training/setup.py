@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from .. import data
@@ -15,7 +16,8 @@ from ..data import Examples
 from ..errors import UserError, import_optional, unknown_name
 from ..methods import Method
 from ..models.copies import copy_of
-from ..models.modes import rest, resting
+from ..models.hooks import Features
+from ..models.modes import in_evaluation, rest, resting
 from ..signals import Teacher
 from .batches import TrainingBatches
 from .processes import processes
@@ -82,6 +84,36 @@ def build(
         with refusals():
             method.build(student, teacher, sample, {"index": rows.indices, "target": rows.targets})
     return sample
+
+
+def allow_unused_parameters(
+    accelerator: Accelerator, method: Method, student: nn.Module, sample: Mapping[str, Tensor]
+) -> None:
+    """Tell DDP of parameters that no step uses, for which it would wait without end; it looks only if told.
+
+    Args:
+        accelerator: Of several processes; wraps the student later.
+        method: With the features that it compares.
+        student: Runs once, forwards and backwards, in evaluation mode.
+        sample: A batch of one row.
+    """
+    paths: list[str] = []
+    part: Method | None = method
+    while part is not None:
+        paths += getattr(part, "student_paths", [])
+        part = part.inner
+    device = sample["input"].device
+    generators = [device] if device.type == "cuda" else []
+    with in_evaluation(student), torch.random.fork_rng(generators), Features(student, paths) as hooks:
+        with hooks.capture() as features:
+            logits = student(sample["input"])
+        outputs = [tensor for tensor in (logits, *features.values()) if tensor.requires_grad]
+        if outputs:
+            torch.stack([tensor.float().sum() for tensor in outputs]).sum().backward()
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if any(parameter.grad is None for parameter in trained):
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    student.zero_grad()
 
 
 def divide(method: Method, train: Examples, seed: int) -> tuple[Examples, Examples | None]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import unknown_name
 from .._reduce import Reduction
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Prepared(nn.Module):
@@ -24,6 +29,15 @@ class Prepared(nn.Module):
     """
 
     prepared_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Refuse an unknown option with the nearest names, which Python's own message lacks."""
+        parameters = inspect.signature(cls.__init__).parameters
+        unknown = options.keys() - parameters.keys()
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            known = [name for name in parameters if name != "self"]
+            raise TypeError(unknown_name(f"option of {cls.__name__}:", min(unknown), known))
+        return super().__new__(cls)
 
     def _register_prepared_buffers(self) -> None:
         for name in self.prepared_buffers:
