@@ -61,17 +61,79 @@ def test_images_of_one_size_are_held_in_memory(hub):
     torch.testing.assert_close(it.test[1][0], torch.full((1, 3, 4), 0.2))
 
 
-def test_images_of_several_sizes_need_a_size(hub):
+def test_images_of_several_sizes_need_a_size(hub, caplog):
     columns = {"image": [grey(0), grey(51, size=(9, 5))], "label": [0, 1]}
     hub({"image": datasets.Image(), "label": LABELS}, train=columns, test=columns)
-    with pytest.raises(UserError, match=r"\(3, 4, 1\) and \(5, 9, 1\); set `image_size`"):
+    with pytest.raises(
+        UserError, match=r"train\[0\]\['image'\] \(4 x 3\) and train\[1\]\['image'\] \(9 x 5\)"
+    ):
         data.load("hf:some/photos")
     it = data.load("hf:some/photos", image_size=8)
     assert it.input_shape == (3, 8, 8)
     torch.testing.assert_close(it.test[1][0], torch.full((3, 8, 8), 0.2))
     torch.testing.assert_close(it.train[1][0], torch.full((3, 8, 8), 0.2))
+    assert it.train.plain is it.train
+    # The short side of 3 pixels becomes int(8 / 0.95) = 8.
+    assert "short side to 8, centre crop of 8 x 8; smaller images are enlarged, 4 x 3 by 2.67" in caplog.text
+    assert (
+        "2 test rows, 2 classes; test rows from split `test`; inputs from column `image`, labels from `label`"
+        in caplog.text
+    )
+
+
+def test_random_crops_are_asked_for(hub):
+    columns = {"image": [grey(0), grey(51)], "label": [0, 1]}
+    hub({"image": datasets.Image(), "label": LABELS}, train=columns, test=columns)
+    it = data.load("hf:some/photos", image_size=8, random_crop=True)
     assert it.train.plain is not it.train
     assert it.test.plain is it.test
+
+
+def test_images_of_the_splits_have_one_shape(hub):
+    colour = Image.new("RGB", (4, 3), (51, 0, 255))
+    features = {"image": datasets.Image(), "label": LABELS}
+    train = {"image": [grey(0), grey(51)], "label": [0, 1]}
+    hub(features, train=train, test={"image": [grey(51), colour], "label": [0, 1]})
+    it = data.load("hf:some/photos")
+    assert it.input_shape == (3, 3, 4)
+    torch.testing.assert_close(it.train[1][0], torch.full((3, 3, 4), 0.2))
+    torch.testing.assert_close(it.test[1][0][:, 0, 0], torch.tensor([0.2, 0.0, 1.0]))
+    hub(features, train=train, test={"image": [grey(0, size=(5, 5))], "label": [0]})
+    with pytest.raises(UserError, match=r"train\[0\].*4 x 3.*test\[0\].*5 x 5"):
+        data.load("hf:some/photos")
+
+
+def test_images_of_all_modes_look_as_in_a_folder(hub):
+    deep = Image.fromarray(np.full((3, 4), 13107, np.uint16))  # 65535 / 5
+    clear = Image.new("RGBA", (4, 3), (51, 51, 51, 0))
+    columns = {"image": [deep, clear], "label": [0, 1]}
+    hub({"image": datasets.Image(), "label": LABELS}, train=columns, test=columns)
+    for it in (data.load("hf:some/scans"), data.load("hf:some/scans", image_size=3)):
+        torch.testing.assert_close(it.train[0][0][:, 0, 0], torch.full((3,), 0.2))
+        torch.testing.assert_close(it.train[1][0][:, 0, 0], torch.ones(3))
+
+
+def test_missing_and_damaged_images_are_named(hub):
+    features = {"image": datasets.Image(), "label": LABELS}
+    good = {"image": [grey(0), grey(51)], "label": [0, 1]}
+    hub(features, train={"image": [grey(0), None], "label": [0, 1]}, test=good)
+    with pytest.raises(UserError, match=r"expected an image in train\[1\]\['image'\], got none"):
+        data.load("hf:some/photos")
+    hub(features, train=good, test={"image": [{"bytes": b"rubbish", "path": None}], "label": [0]})
+    with pytest.raises(
+        UserError, match=r"cannot read the image test\[0\]\['image'\] \(its content is no image"
+    ):
+        data.load("hf:some/photos")
+
+
+def test_arrays_of_bytes_are_images(hub, caplog):
+    features = {"image": datasets.Array3D((2, 2, 3), "uint8"), "label": LABELS}
+    columns = {"image": [np.full((2, 2, 3), 51, np.uint8)] * 2, "label": [0, 1]}
+    hub(features, train=columns, test=columns)
+    assert float(data.load("hf:some/arrays").train[0][0].mean()) == pytest.approx(0.2)
+    assert "channels last" in caplog.text
+    with pytest.raises(UserError, match="column `image` holds none"):
+        data.load("hf:some/arrays", image_size=8)
 
 
 def test_a_folder_of_parquet_files(tmp_path):

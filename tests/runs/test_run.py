@@ -325,6 +325,8 @@ def test_a_remembered_teacher_refuses_data_that_crops_at_random(make_recipe: Mak
         for number in range(4):
             Image.new("RGB", (12, 12), (shade, 0, number)).save(folder / f"{number}.png")
     images = {"name": f"imagefolder:{tmp_path}", "options": {"image_size": 8}, "validation": 0.25}
+    assert not prepare(make_recipe(teacher=None, data=images)).train.random
+    images["options"]["random_crop"] = True
     recipe = make_recipe(teacher=None, data=images)
     assert prepare(recipe).train.random
     recipe.teacher = TeacherOptions(name="mlp", checkpoint="nowhere", cache_outputs=True)

@@ -23,7 +23,8 @@ class Options(DiagnoseOptions):
 
       luce diagnose runs/digits-teacher sklearn:digits --out runs/diagnosis
       luce diagnose resnet56 torchvision:CIFAR100 --checkpoint resnet56.pt --temperature 4
-      luce diagnose timm:resnet18 imagefolder:photos --teacher.options.pretrained true --data.workers 4
+      luce diagnose timm:resnet18 imagefolder:photos --teacher.options.pretrained true
+        --data.options.image_size 224
 
     Attributes:
         out: Folder to write diagnose.json and diagnose.html to.

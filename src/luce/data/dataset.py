@@ -15,6 +15,7 @@ from .. import log
 from ..errors import UserError
 from ..labels import IGNORED, UNLABELLED, has_label
 from .forms import NUMBERED
+from .images import check_arrays
 from .sources import InMemory, LazyImages, Part, Source, as_source
 from .text import Tokenizer
 from .transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -81,14 +82,16 @@ def describe(
         mean, std = channel_statistics(train.inputs)
     elif isinstance(train, LazyImages):
         mean, std = IMAGENET_MEAN, IMAGENET_STD
+    check_arrays(train, f"`{name}`")
     shape = tuple(train.plain.read(0).shape)
     return Data(name, train, test, names, shape, mean, std, licence, tokenizer)
 
 
-def say_rows(data: Data) -> Data:
+def say_rows(data: Data, *remarks: str) -> Data:
     """Tell how many rows and classes were read, of data that is no fixed collection; return the data."""
     train, test = len(as_source(data.train)), len(as_source(data.test))
-    log.info(f"`{data.name}`: {train} training rows, {test} test rows, {len(data.classes)} classes")
+    counts = f"{train} training rows, {test} test rows, {len(data.classes)} classes"
+    log.info("; ".join([f"`{data.name}`: {counts}", *remarks]))
     return data
 
 

@@ -11,82 +11,152 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import log
 from ..errors import UserError
 from .dataset import Data, describe
+from .headers import Headers
+from .images import Size, read_image
+from .listing import HARMLESS, PROBABLE_MISTAKES, Listing, list_images, named, shown
 from .sources import LazyImages
-from .transforms import evaluation_view, training_view
+from .transforms import views
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
-
-def load_image_folder(path: str, root: Path | None, *, image_size: int = 224) -> Data:
+def load_image_folder(
+    path: str, root: Path | None, *, image_size: int | None = None, random_crop: bool = False
+) -> Data:
     """Load ImageNet's layout: ``PATH/train/CLASS/*.jpg`` and ``PATH/test`` or, without it, ``PATH/val``.
 
-    Classes are the folders of ``train`` in alphabetical order. Images are read on demand. ``train`` gives
-    random crops; its ``plain`` view and ``test`` give centre crops (see :mod:`luce.data.transforms`).
-    ``mean`` and ``std`` are those of ImageNet.
+    Classes are the folders of ``train`` in alphabetical order; images in folders below a class's belong to
+    it. `luce.data.listing` decides which files count. Images are read on demand, as RGB
+    (`luce.data.images.as_seen`). ``mean`` and ``std`` are those of ImageNet. What was read and left out is
+    said in one line.
 
     Args:
         path: The folder, relative to ``root`` if that is given.
         root: Parent folder.
-        image_size: Side of the square inputs in pixels.
+        image_size: Side of the square inputs in pixels, a centre crop of the scaled image. None keeps images
+            of one size as they are.
+        random_crop: Whether training rows are random crops, half of them mirrored; the ``plain`` view of
+            them, and ``test``, are centre crops (see :mod:`luce.data.transforms`).
 
     Raises:
-        UserError: If folders or images are missing or, on reading, an image is damaged.
+        UserError: If folders or images are missing, images of several sizes come without ``image_size``, or,
+            on reading, an image is damaged.
     """
+    name = f"imagefolder:{shown(path)}"
+    training, evaluation = views(image_size, random_crop)
     folder = (root or Path()) / Path(path).expanduser()
-    test_folder = folder / "test" if _subfolders(folder / "test") else folder / "val"
-    classes = _subfolders(folder / "train")
-    for part in (folder / "train", test_folder):
-        if not _subfolders(part):
-            raise UserError(f"expected a folder {part} with one folder of images per class, got none")
-    if unknown := set(_subfolders(test_folder)) - set(classes):
-        raise UserError(f"expected the classes of {test_folder} to be in train too, `{min(unknown)}` is not")
-
-    training, evaluation = (partial(view, size=image_size) for view in (training_view, evaluation_view))
-    open_train, train_targets = _list_images(folder / "train", classes)
-    open_test, test_targets = _list_images(test_folder, classes)
+    train, test = _parts(folder)
+    paths = [part.folder / name for part in (train, test) for name in part.names]
+    headers = Headers.read(len(paths), lambda index: (paths[index], shown(paths[index])))
+    size = headers.only_size() if image_size is None else None
+    counts = ", ".join(
+        f"{part.folder.name} {len(part.names):,} images in {len(part.classes)} classes"
+        for part in (train, test)
+    )
+    remarks = [*headers.plan(image_size, random_crop), "RGB, mean and std of ImageNet"]
+    log.info("; ".join([f"{name}: {counts}", *remarks, *_remarks(folder, train, test)]))
+    _warn(name, train, test)
+    open_train, train_targets = _rows(train, train.classes, size)
+    open_test, test_targets = _rows(test, train.classes, size)
+    plain = evaluation if random_crop else None
     return describe(
-        f"imagefolder:{path}",
-        LazyImages(open_train, train_targets, training, evaluation, files=open_train.args),
+        name,
+        LazyImages(open_train, train_targets, training, plain, files=open_train.args),
         LazyImages(open_test, test_targets, evaluation, files=open_test.args),
-        classes=classes,
+        classes=[shown(label) for label in train.classes],
         licence="unknown",
     )
 
 
-def _list_images(folder: Path, classes: list[str]) -> tuple[partial[Image.Image], Tensor]:
-    files: list[bytes] = []
-    targets: list[int] = []
-    for label in [label for label, name in enumerate(classes) if (folder / name).is_dir()]:
-        images = sorted(
-            entry.name
-            for entry in os.scandir(folder / classes[label])
-            if entry.name.lower().endswith(SUFFIXES)
+def _parts(folder: Path) -> tuple[Listing, Listing]:
+    """List the images of ``train``, and of ``test`` or, if no class folder in it holds images, ``val``."""
+    train = list_images(folder / "train")
+    if not train.classes:
+        raise _no_images(folder, train)
+    tests = (list_images(folder / part) for part in ("test", "val"))
+    test = next((listing for listing in tests if listing.classes), None)
+    if test is None:
+        raise _no_images(folder, list_images(folder / "test"))
+    if unknown := sorted(set(test.classes) - set(train.classes)):
+        raise UserError(
+            f"expected the classes of {shown(test.folder)} to have images in train too, "
+            f"`{shown(unknown[0])}` has none"
         )
-        if not images:
-            raise UserError(f"expected images ({', '.join(SUFFIXES)}) in {folder / classes[label]}, got none")
-        files += [os.fsencode(os.path.join(classes[label], name)) for name in images]
-        targets += [label] * len(images)
+    return train, test
+
+
+def _no_images(folder: Path, part: Listing) -> UserError:
+    """Return the error for a part without images: what was expected, and what lies there."""
+    place = shown(part.folder)
+    either = " or val" if part.folder.name == "test" else ""
+    if os.path.isdir(part.folder):
+        left_out = [f"{len(names):,} {reason}" for reason, names in part.left_out.items() if names]
+        found = ", ".join([f"{len(part.files)} class folders", *left_out])
+    elif os.path.isdir(folder):
+        below = sorted(entry.name for entry in os.scandir(folder))
+        found = f"only {named(below)} in {shown(folder)}" if below else f"an empty folder {shown(folder)}"
+    else:
+        found = f"no folder {shown(folder)}"
+    return UserError(
+        f"expected a folder {place}{either} with a folder of images per class, such as {place}/cat/1.jpg, "
+        f"got {found}"
+    )
+
+
+def _remarks(folder: Path, train: Listing, test: Listing) -> list[str]:
+    """State what is not used, and what was left out for a harmless reason."""
+    remarks = []
+    if nested := train.nested + test.nested:
+        remarks.append(f"{nested:,} of the images lie in folders below that of their class")
+    unused = "val" if test.folder.name == "test" else "test"
+    if os.path.isdir(folder / unused):
+        cause = "" if unused == "val" else ", as no folder in it holds images"
+        remarks.append(f"{unused} is not used{cause}")
+    for reason in HARMLESS:
+        if names := _left_out(train, test, reason):
+            remarks.append(f"left out {reason}: {named(names)}")
+    return remarks
+
+
+def _warn(name: str, train: Listing, test: Listing) -> None:
+    """Warn of what was left out and looks like a mistake."""
+    for reason in PROBABLE_MISTAKES:
+        if names := _left_out(train, test, reason):
+            log.warning(f"{name}: left out {reason}: {named(names)}; move or delete them")
+    if empty := [label for label in train.files if label not in train.classes]:
+        log.warning(
+            f"{name}: folders of train without images are no classes: {named(empty)}; delete or fill them"
+        )
+    if absent := [label for label in train.classes if not test.files.get(label)]:
+        log.warning(f"{name}: {test.folder.name} has no images of some classes: {named(absent)}")
+    if len(train.classes) == 1:
+        log.warning(
+            f"{name}: there is only one class, {shown(train.classes[0])}; "
+            f"check the folders in {shown(train.folder)}"
+        )
+
+
+def _left_out(train: Listing, test: Listing, reason: str) -> list[str]:
+    return [
+        os.path.join(part.folder.name, name)
+        for part in (train, test)
+        for name in part.left_out.get(reason, [])
+    ]
+
+
+def _rows(part: Listing, classes: list[str], size: Size | None) -> tuple[partial[Image.Image], Tensor]:
+    counts = torch.tensor([len(part.files.get(label, [])) for label in classes])
     # An array, not a list: reference counts of a million Python strings would copy their memory pages into
     # every reading process.
-    return partial(_open_file, folder, np.array(files)), torch.tensor(targets)
+    files = np.array([os.fsencode(name) for label in classes for name in part.files.get(label, [])])
+    labels = torch.arange(len(classes)).repeat_interleave(counts)
+    return partial(_open_file, part.folder, files, size=size), labels
 
 
-def _open_file(folder: Path, files: np.ndarray, index: int) -> Image.Image:
-    from PIL import Image
-
+def _open_file(folder: Path, files: np.ndarray, index: int, size: Size | None) -> Image.Image:
     path = folder / os.fsdecode(files[index])
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    # Pillow's decoders raise different errors for damaged files.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path} ({error}); replace or delete it") from error
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+    return read_image(path, shown(path), size=size)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from ..errors import UserError, import_optional, unknown_name
 from .dataset import Data, describe, say_rows
+from .headers import Headers
+from .images import Size, read_image
 from .sources import InMemory, LazyImages, Source
 from .text import Tokenizer
-from .transforms import evaluation_view, training_view
+from .transforms import views
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,6 +33,7 @@ def load_hub(
     label_column: str | None = None,
     test_split: str | None = None,
     image_size: int | None = None,
+    random_crop: bool = False,
     tokenizer: str | None = None,
     max_length: int = 128,
 ) -> Data:
@@ -43,8 +47,9 @@ def load_hub(
             a tokenizer, if only one holds texts.
         label_column: Label column. None works if only one column is declared as class labels.
         test_split: Name of the test split; None uses ``test`` or, without it, ``validation``.
-        image_size: Crops images of any size to this many pixels on demand, as ``imagefolder:`` does; None
-            decodes images of equal size into memory.
+        image_size: Scales and crops images of any size on demand, as ``imagefolder:`` does; None decodes
+            images of equal size into memory, grey ones with one channel.
+        random_crop: As for ``imagefolder:``.
         tokenizer: Tokenizer of the network, a name on the hub or a folder; converts texts to token ids.
         max_length: Tokens per text; see `luce.data.Tokenizer`.
 
@@ -81,27 +86,34 @@ def load_hub(
         raise UserError(f"expected a column of texts for `tokenizer`, `{input_column}` holds other values")
     label_column = _choose("label_column", label_column, features, labels)
 
-    def source(split: str, views: list[Callable[..., Tensor]]) -> Source:
-        rows = splits[split]
-        targets = _labels(rows, label_column)
-        if tokens is not None:
-            return InMemory(tokens(rows[input_column]), targets)
-        if input_column not in pictures:
-            return InMemory(_numbers(rows, input_column), targets)
-        if image_size is None:
-            return InMemory(_decoded(rows, input_column), targets)
-        transforms = [partial(view, size=image_size) for view in views]
-        return LazyImages(partial(_open_cell, rows, input_column), targets, *transforms)
-
+    parts = {split: splits[split] for split in ("train", test_split)}
+    targets = [_labels(rows, label_column) for rows in parts.values()]
+    remarks: list[str] = []
+    if input_column in pictures:
+        plain = datasets.Image(decode=False)
+        cells = [
+            _Cells(rows.cast_column(input_column, plain), input_column, split)
+            for split, rows in parts.items()
+        ]
+        train, test, remarks = _images(cells, targets, image_size, random_crop)
+    elif image_size is not None or random_crop:
+        raise UserError(f"`image_size` and `random_crop` are for images, column `{input_column}` holds none")
+    else:
+        inputs = [
+            _numbers(rows, input_column) if tokens is None else tokens(rows[input_column])
+            for rows in parts.values()
+        ]
+        train, test = map(InMemory, inputs, targets)
     data = describe(
         f"hf:{name}",
-        source("train", [training_view, evaluation_view]),
-        source(test_split, [evaluation_view]),
+        train,
+        test,
         classes=getattr(features[label_column], "names", None),
         licence=splits["train"].info.license or "unknown",
         tokenizer=tokens,
     )
-    return say_rows(data)
+    columns = f"inputs from column `{input_column}`, labels from `{label_column}`"
+    return say_rows(data, f"test rows from split `{test_split}`", columns, *remarks)
 
 
 def _choose(option: str, column: str | None, columns: Iterable[str], candidates: list[str]) -> str:
@@ -141,25 +153,61 @@ def _numbers(rows: Any, column: str) -> Tensor:
     values = _column(rows, column)
     if values.dtype == object:
         raise UserError(f"expected lists of equal length in column `{column}`, got several lengths")
-    return torch.from_numpy(values.astype(np.float32))
+    is_image = values.ndim == 4 and getattr(rows.features[column], "dtype", None) == "uint8"
+    return torch.from_numpy(values.astype(np.uint8 if is_image else np.float32))
 
 
-def _decoded(rows: Any, column: str) -> Tensor:
-    images: list[np.ndarray] = []
-    for row in rows.select_columns([column]):
-        mode = "L" if row[column].mode in ("1", "L") else "RGB"
-        images.append(np.atleast_3d(np.asarray(row[column].convert(mode))))
-        if images[-1].shape != images[0].shape:
-            raise UserError(
-                f"expected images of equal size (H, W, C), got {images[0].shape} and {images[-1].shape}; "
-                "set `image_size` to crop them"
-            )
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+@dataclass(frozen=True)
+class _Cells:
+    """The images of a split, not decoded."""
+
+    rows: Any
+    column: str
+    split: str
+
+    def file(self, index: int) -> tuple[Path | IO[bytes], str]:
+        """Return the file of one image, and what messages call it."""
+        name = f"{self.split}[{index}]['{self.column}']"
+        cell = self.rows[index][self.column]
+        if cell is None:
+            raise UserError(f"expected an image in {name}, got none; remove the row")
+        return Path(cell["path"]) if cell["bytes"] is None else io.BytesIO(cell["bytes"]), name
+
+    def open(self, index: int, mode: str | None = "RGB", size: Size | None = None) -> Image.Image:
+        return read_image(*self.file(index), mode=mode, size=size)
+
+    def decoded(self, size: Size) -> Tensor:
+        """Decode all images, ``(N, C, H, W)``: with one channel if all are grey, otherwise with three."""
+        images = [np.atleast_3d(np.asarray(self.open(i, None, size))) for i in range(len(self.rows))]
+        shape = size[1], size[0], max((image.shape[2] for image in images), default=1)
+        same = np.stack([np.broadcast_to(image, shape) for image in images])
+        return torch.from_numpy(same).permute(0, 3, 1, 2).contiguous()
 
 
-def _open_cell(rows: Any, column: str, index: int) -> Image.Image:
-    image: Image.Image = rows[index][column]
-    return image.convert("RGB")
+def _images(
+    cells: list[_Cells], targets: list[Tensor], image_size: int | None, random_crop: bool
+) -> tuple[Source, Source, list[str]]:
+    """Return the images of the training and the test split, and what is done with them."""
+    training, evaluation = views(image_size, random_crop)
+    train, test = cells
+    first = len(train.rows)
+    headers = Headers.read(
+        first + len(test.rows), lambda i: train.file(i) if i < first else test.file(i - first)
+    )
+    remarks = headers.plan(image_size, random_crop)
+    if image_size is not None:
+        lazy = LazyImages(train.open, targets[0], training, evaluation if random_crop else None)
+        return (
+            lazy,
+            LazyImages(test.open, targets[1], evaluation),
+            [*remarks, "RGB, mean and std of ImageNet"],
+        )
+    inputs = [part.decoded(headers.only_size()) for part in cells]
+    channels = max(values.shape[1] for values in inputs)  # grey images in one split only become RGB too
+    held = [
+        InMemory(v.expand(-1, channels, -1, -1).contiguous(), t) for v, t in zip(inputs, targets, strict=True)
+    ]
+    return held[0], held[1], [*remarks, "RGB" if channels == 3 else "grey"]
 
 
 def _column(rows: Any, column: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 from ..errors import UserError
 
 UNSIGNED_BYTE = 0x08
+LARGEST = 2**30  # bytes of data; twice EMNIST, the largest of MNIST's kin
+DEFLATE = 1032  # bytes that one byte of gzip can hold at most
 
 
 def read_idx(path: Path, dims: int) -> Tensor:
@@ -30,28 +33,39 @@ def read_idx(path: Path, dims: int) -> Tensor:
         A uint8 tensor of the shape in the header.
 
     Raises:
-        UserError: If the file is missing or damaged, or its type, number of dimensions or length is wrong.
+        UserError: If the file is missing or damaged, or its type, number of dimensions or length is wrong, or
+            its header promises more than 1 GiB.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        size = path.stat().st_size
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return _read(file, path, dims, most=size * DEFLATE if path.suffix == ".gz" else size)
     except FileNotFoundError:
         raise UserError(f"expected an IDX file at {path}, got none") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a complete gzip file ({error}); download it again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+
+
+def _read(file: gzip.GzipFile | BufferedReader, path: Path, dims: int, most: int) -> Tensor:
     magic, header = bytes([0, 0, UNSIGNED_BYTE, dims]), 4 + 4 * dims
-    if content[:4] != magic:
+    start = file.read(header)
+    if start[:4] != magic:
         raise UserError(
             f"expected {path} to be an IDX file of unsigned bytes with {dims} dimension(s), "
-            f"starting with {magic.hex()}, got {content[:4].hex() or 'an empty file'}"
+            f"starting with {magic.hex()}, got {start[:4].hex() or 'an empty file'}"
         )
-    if len(content) < header:
+    if len(start) < header:
+        raise UserError(f"expected {path} to have a header of {header} bytes, got {len(start)} bytes in all")
+    shape = tuple(np.frombuffer(start, ">u4", dims, offset=4).tolist())
+    size = math.prod(shape)
+    if size > LARGEST:
+        raise UserError(f"expected at most {LARGEST:,} bytes of data in {path}, its header promises {size:,}")
+    content = file.read(min(size, most))  # a short file must not cost the memory that its header promises
+    if len(content) < size or file.read(1):
+        got = f"{len(content):,}" if len(content) < size else "more"
         raise UserError(
-            f"expected {path} to have a header of {header} bytes, got {len(content)} bytes in all"
+            f"expected {size:,} bytes of data in {path} for shape {shape}, got {got}; download it again"
         )
-    shape = tuple(np.frombuffer(content, ">u4", dims, offset=4).tolist())
-    if len(content) - header != math.prod(shape):
-        raise UserError(
-            f"expected {math.prod(shape)} bytes of data in {path} for shape {shape}, "
-            f"got {len(content) - header}; download it again"
-        )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())

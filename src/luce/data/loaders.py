@@ -44,10 +44,11 @@ def load(name: str, *, root: str | Path | None = None, **options: Any) -> Data:
     - ``fashion-mnist``: 60,000 and 10,000 images, from IDX files in ``root``, from Debian's package
       ``dataset-fashion-mnist``, or downloaded by torchvision.
     - ``torchvision:NAME``: CIFAR10, CIFAR100, MNIST and others that torchvision holds in memory.
-    - ``imagefolder:PATH``: ``PATH/train/CLASS/*.jpg`` and ``PATH/test`` or ``PATH/val``. Option
-      ``image_size``.
+    - ``imagefolder:PATH``: ``PATH/train/CLASS/*.jpg`` and ``PATH/test`` or ``PATH/val``. Options
+      ``image_size`` and ``random_crop``.
     - ``hf:NAME``: any data set of ``datasets.load_dataset``. Options ``config``, ``input_column``,
-      ``label_column``, ``test_split`` and ``image_size``, for texts ``tokenizer`` and ``max_length``.
+      ``label_column``, ``test_split``, ``image_size`` and ``random_crop``, for texts ``tokenizer`` and
+      ``max_length``.
     - ``python:MODULE.FUNCTION``: the result of your function, called with the options, and ``root`` if given.
 
     Args:

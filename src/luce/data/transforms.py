@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,6 +26,31 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def views(
+    image_size: int | None, random_crop: bool
+) -> tuple[Callable[[Image.Image], Tensor], Callable[[Image.Image], Tensor]]:
+    """Return the views of training and evaluation; without ``image_size``, images stay as they are.
+
+    Raises:
+        UserError: If ``image_size`` is no positive integer, or missing for ``random_crop``.
+    """
+    if image_size is None:
+        if random_crop:
+            raise UserError("expected `image_size`, the side of the crops, with `random_crop`")
+        return to_tensor, to_tensor
+    if type(image_size) is not int or image_size < 1:
+        raise UserError(f"expected `image_size` to be a positive number of pixels, got {image_size!r}")
+    evaluation = partial(evaluation_view, size=image_size)
+    return partial(training_view, size=image_size) if random_crop else evaluation, evaluation
+
+
+def described(image_size: int, random_crop: bool) -> str:
+    """State in words what the views do."""
+    side = f"{image_size} x {image_size}"
+    random = f"random crops of {side} in training, half of them mirrored, otherwise " if random_crop else ""
+    return f"{random}short side to {short_side(image_size)}, centre crop of {side}"
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an image with 8 bits per channel, such as RGB or L, to float32 in [0, 1], ``(C, H, W)``."""
     values = torch.from_numpy(np.array(image))
@@ -29,14 +58,24 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def evaluation_view(image: Image.Image, size: int) -> Tensor:
-    """Resize the short side to ``int(size / 0.95)`` pixels, bicubic; crop the centre ``size`` x ``size``."""
+    """Resize the short side to ``int(size / 0.95)`` pixels, bicubic; crop the centre ``size`` x ``size``.
+
+    An image of exactly ``size`` x ``size`` stays as it is.
+    """
     from PIL.Image import Resampling
 
-    scale = int(size / CROP_SHARE) / min(image.size)
+    if image.size == (size, size):
+        return to_tensor(image)
+    scale = short_side(size) / min(image.size)
     width, height = (max(round(side * scale), size) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Resampling.BICUBIC)
     return to_tensor(resized.crop((left, top, left + size, top + size)))
+
+
+def short_side(size: int) -> int:
+    """Return the short side in pixels before the centre crop of :func:`evaluation_view`."""
+    return int(size / CROP_SHARE)
 
 
 def training_view(image: Image.Image, size: int) -> Tensor:

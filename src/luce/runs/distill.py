@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from .. import files
 from ..config import parse
 from ..data import Examples
+from ..data.images import check_arrays
 from ..data.sources import as_source
 from ..losses.modules import PLDLoss
 from ..methods import LogitMethod, Loss, Method
@@ -67,7 +68,8 @@ def distill(
         [1, 2]
     """
     settings = parse(TrainingOptions, options, kind="option of luce.distill:")
-    train, validation = _examples(train_data), None if val_data is None else _examples(val_data)
+    train = _examples(train_data, "train_data")
+    validation = None if val_data is None else _examples(val_data, "val_data")
     place = None if folder is None else Path(folder)
     lock = nullcontext() if place is None else files.locked(place)
     bars: AbstractContextManager[Progress | None] = progress_bars() if show_progress else nullcontext()
@@ -88,8 +90,9 @@ def distill(
         )
 
 
-def _examples(dataset: Dataset[Any]) -> Examples:
+def _examples(dataset: Dataset[Any], name: str) -> Examples:
     if isinstance(dataset, Examples):
         return dataset
     source = as_source(dataset)
+    check_arrays(source, f"`{name}`")
     return Examples(source, torch.arange(len(source)))
