@@ -22,7 +22,7 @@ Terms = dict[str, Tensor]
 COUNTED_BATCHES = 16
 """Batches after which the teacher's accuracy is judged, unless the first one decides."""
 SUM_TOLERANCE = 1e-3
-"""Difference from 1 of the sum of a row of probabilities, which bfloat16 rounds to 8 bits."""
+"""Difference from 1 of the sum of a row of probabilities; the dtype's precision where that is coarser."""
 SCALE = 2.0**16
 """Factor on a term before its gradient is compared with 0, so that 16-bit features do not round it to 0."""
 
@@ -342,7 +342,8 @@ def _outputs(student: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _are_probabilities(logits: Tensor) -> Tensor:
-    one = (logits.float().sum(-1) - 1).abs() <= SUM_TOLERANCE
+    tolerance = max(SUM_TOLERANCE, torch.finfo(logits.dtype).eps)
+    one = (logits.float().sum(-1) - 1).abs() <= tolerance
     return (logits >= 0).all() & one.all()
 
 
