@@ -347,6 +347,7 @@ def test_what_lies_in_a_run_folder(make_recipe: Make, tmp_path: Path) -> None:
         "recipe.yaml",
         "digests.json",
         "environment.json",
+        "identity.json",
         "metrics.jsonl",
         "student.safetensors",
         "student-last.safetensors",
@@ -372,7 +373,7 @@ def test_what_lies_in_a_run_folder(make_recipe: Make, tmp_path: Path) -> None:
 def test_a_folder_with_another_recipe_is_refused(make_recipe: Make, tmp_path: Path) -> None:
     run(make_recipe(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=r"already holds another recipe, recipe.yaml; choose another folder"):
+    with pytest.raises(UserError, match=r"another recipe, .*training.lr: 0.01 there, 0.02 here; choose"):
         run(make_recipe(training={"lr": 0.02}), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import data, files, models
 from ..data import Data, Examples
@@ -30,11 +30,13 @@ class LoadedTeacher:
         train: Answers training batches.
         test: Answers test batches; None for a black box that must not be queried about them.
         description: Its name, size and test accuracy, as far as they are known.
+        source: The network or the server that answers.
     """
 
     train: Teacher
     test: Teacher | None
     description: dict[str, Any]
+    source: nn.Module | Teacher
 
     @property
     def summary(self) -> dict[str, Any]:

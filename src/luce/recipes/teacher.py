@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -23,10 +24,11 @@ from ..training.batches import EVALUATION_BATCH, in_order
 from ..training.networks import judge_accuracy
 from ..training.processes import processes
 from ..training.setup import new_accelerator
-from ..trust import Trusted
 from .build import LoadedTeacher, RunInputs, build_network, prepare_data
 from .schema import Recipe, TeacherOptions
 
+OpenTeacher: TypeAlias = tuple[models.Classifier, dict[str, Any]] | RemoteTeacher
+"""A network with its description, or a server."""
 REQUESTS_EACH = 8
 """Requests in a row on each connection to a server before its answers are stored."""
 
@@ -40,8 +42,39 @@ def prepare(recipe: Recipe) -> RunInputs:
     return load_teacher(prepare_data(recipe), recipe, new_accelerator(recipe.training).device)
 
 
+def open_teacher(inputs: RunInputs, recipe: Recipe, *, trusted: bool = False) -> OpenTeacher | None:
+    """Build the recipe's teacher, or connect to its server, without a query; None for a recipe without one.
+
+    Args:
+        inputs: Data and its splits.
+        recipe: That names the teacher.
+        trusted: Whether a run folder as the checkpoint may name any code.
+    Raises:
+        UserError: If the teacher cannot be loaded or does not fit the data.
+    """
+    options = recipe.teacher
+    if options is None:
+        return None
+    if options.url is not None:
+        return _connect(recipe, options, inputs)
+    if options.checkpoint is None and options.name in models.names():
+        raise UserError(
+            f"expected weights for the teacher, and a fresh `{options.name}` has none: "
+            "name a run folder or a file as `teacher.checkpoint`"
+        )
+    network, description = build_network(options, inputs.data, trusted=trusted or recipe.names)
+    if options.answers is not None:
+        local_box(network, options, len(inputs.data.classes))  # refuses wrong limits
+    return network, description
+
+
 def load_teacher(
-    inputs: RunInputs, recipe: Recipe, device: torch.device, *, trusted: bool = False
+    inputs: RunInputs,
+    recipe: Recipe,
+    device: torch.device,
+    opened: OpenTeacher | None = None,
+    *,
+    trusted: bool = False,
 ) -> RunInputs:
     """Return the inputs with the recipe's teacher; unchanged for a recipe without one.
 
@@ -49,29 +82,30 @@ def load_teacher(
         inputs: Data and its splits.
         recipe: That names the teacher.
         device: Where the teacher computes.
+        opened: From `open_teacher`; opened unless given.
         trusted: Whether a run folder as the checkpoint may name any code.
     Raises:
         UserError: If the teacher cannot be loaded or does not fit the data.
     """
-    if recipe.teacher is None:
+    opened = opened or open_teacher(inputs, recipe, trusted=trusted)
+    options = recipe.teacher
+    if options is None or opened is None:
         return inputs
-    if recipe.teacher.url is not None:
-        teacher = _load_remote(recipe, recipe.teacher, inputs, device)
+    if isinstance(opened, RemoteTeacher):
+        teacher = _ask_server(opened, options, inputs, device)
     else:
-        teacher = _load_network(recipe.teacher, inputs, device, trusted or recipe.names)
+        teacher = _ask_network(*opened, options, inputs, device)
     return dataclasses.replace(inputs, teacher=teacher)
 
 
-def _load_network(
-    options: TeacherOptions, inputs: RunInputs, device: torch.device, trusted: Trusted
+def _ask_network(
+    network: models.Classifier,
+    description: dict[str, Any],
+    options: TeacherOptions,
+    inputs: RunInputs,
+    device: torch.device,
 ) -> LoadedTeacher:
-    """Load a network, as it is or behind a local black box."""
-    if options.checkpoint is None and options.name in models.names():
-        raise UserError(
-            f"expected weights for the teacher, and a fresh `{options.name}` has none: "
-            "name a run folder or a file as `teacher.checkpoint`"
-        )
-    network, description = build_network(options, inputs.data, trusted=trusted)
+    """Use a network as it is, or behind a local black box."""
     live = LiveTeacher(network)
     live.to(device)
     box = None if options.answers is None else local_box(network, options, len(inputs.data.classes))
@@ -89,7 +123,7 @@ def _load_network(
         "test": _accuracy(test, inputs.test),
         **({} if box is None else box.cost),
     }
-    return LoadedTeacher(train, test, summary)
+    return LoadedTeacher(train, test, summary, network)
 
 
 def local_box(network: nn.Module, options: TeacherOptions, classes: int) -> LocalBlackBox:
@@ -109,13 +143,7 @@ def local_box(network: nn.Module, options: TeacherOptions, classes: int) -> Loca
     )
 
 
-def _load_remote(
-    recipe: Recipe, options: TeacherOptions, inputs: RunInputs, device: torch.device
-) -> LoadedTeacher:
-    """Connect to the teacher at a URL and query the rows to be cached, if the budget allows all of them.
-
-    Answers that arrived before an error stay in the cache.
-    """
+def _connect(recipe: Recipe, options: TeacherOptions, inputs: RunInputs) -> RemoteTeacher:
     assert options.url is not None
     box = RemoteTeacher(
         options.url,
@@ -132,6 +160,16 @@ def _load_remote(
         floor=options.floor,
     )
     check_service(box, inputs.data)
+    return box
+
+
+def _ask_server(
+    box: RemoteTeacher, options: TeacherOptions, inputs: RunInputs, device: torch.device
+) -> LoadedTeacher:
+    """Query the rows to be cached, if the budget allows all of them.
+
+    Answers that arrived before an error stay in the cache.
+    """
     fixed = [*([inputs.train] if options.cache_outputs else []), *([inputs.test] if options.test else [])]
     if fixed:
         price = box.price(batch for rows in fixed for batch in in_order(rows))
@@ -143,7 +181,7 @@ def _load_remote(
         test = cache(box, inputs.test, device, size) if options.test else None
     accuracy = None if test is None else _accuracy(test, inputs.test)
     summary = {"model": box.service.model, "parameters": None, "test": accuracy, **box.cost}
-    return LoadedTeacher(train, test, summary)
+    return LoadedTeacher(train, test, summary, box)
 
 
 def check_service(box: RemoteTeacher, loaded: Data) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from ..training.engine import Fit, fit
 from ..training.progress import progress_bars
 from ..training.settings import TrainingOptions
 from .folder import claim_folder
+from .identity import Parts, of_examples, of_parts, of_student, of_teacher, remember
+from .plain import plain
 
 
 def distill(
@@ -50,14 +51,15 @@ def distill(
         val_data: Likewise; chooses the best epoch.
         loss: Called as ``loss(student_logits, teacher_logits, target)``; `luce.PLDLoss` unless given. The
             parameters of a module are trained too. Or a method, such as `luce.methods.FeatureMethod`.
-        folder: For metrics and checkpoints; a second call with the same folder and options resumes from the
-            last checkpoint. None keeps everything in memory.
+        folder: For metrics and checkpoints; a second call with the same folder, loss, networks, data and
+            options resumes from the last checkpoint. None keeps everything in memory.
         show_progress: Whether to show a progress bar.
         options: Fields of `luce.training.TrainingOptions`, such as ``epochs`` and ``lr``.
     Returns:
         One record per epoch in ``history``, and the best epoch with its weights.
     Raises:
-        UserError: On an unknown option, data that cannot be read, or a folder of another training or process.
+        UserError: On an unknown option, data that cannot be read, a folder of another training, with the
+            differing fields, or one in which another process works.
     Example:
         >>> import luce, torch
         >>> from torch.utils.data import TensorDataset
@@ -71,13 +73,24 @@ def distill(
     train = _examples(train_data, "train_data")
     validation = None if val_data is None else _examples(val_data, "val_data")
     place = None if folder is None else Path(folder)
-    lock = nullcontext() if place is None else files.locked(place)
     bars: AbstractContextManager[Progress | None] = progress_bars() if show_progress else nullcontext()
-    method = loss if isinstance(loss, Method) else LogitMethod(PLDLoss() if loss is None else loss)
+    loss = PLDLoss() if loss is None else loss
+    method = loss if isinstance(loss, Method) else LogitMethod(loss)
+    parts: Parts = {
+        "loss": (loss, plain),
+        "student": (student, of_student),
+        "teacher": (teacher, of_teacher),
+    }
+    identity: dict[str, Any] = {}
+    if place is not None:
+        data = {"classes": plain(getattr(train_data, "classes", None)), "train": of_examples(train)}
+        data["validation"] = None if validation is None else of_examples(validation)
+        identity = {**of_parts(parts, place), "data": data}
     set_seed(settings.seed)
-    with lock, bars as progress:
+    with nullcontext() if place is None else files.locked(place), bars as progress, ExitStack() as stack:
         if place is not None:
-            claim_folder(place, "training.yaml", asdict(settings))
+            claim_folder(place, "training.yaml", settings, identity, within="training")
+            stack.callback(remember, parts, place, identity)
         return fit(
             Classifier(student),
             method,

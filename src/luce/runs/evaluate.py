@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from .. import data
+from .. import data, log
 from ..errors import UserError
 from ..recipes.build import RunInputs, check_fit, prepare_data
 from ..recipes.schema import Recipe
@@ -17,6 +17,8 @@ from ..recipes.teacher import load_teacher
 from ..training import checkpoint, metrics
 from ..training.batches import EVALUATION_BATCH
 from ..training.setup import new_accelerator
+from .folder import read_identity
+from .identity import differences, named, of_data
 
 
 def evaluate(folder: Path, recipe: Recipe, *, trusted: bool = False) -> dict[str, Any]:
@@ -44,8 +46,22 @@ def evaluate(folder: Path, recipe: Recipe, *, trusted: bool = False) -> dict[str
             f"got `{inputs.data.name}` with {len(inputs.data.classes)}"
         )
     check_fit(student, inputs.data)
+    _say_which_rows(folder, inputs)
     inputs = load_teacher(inputs, recipe, accelerator.device, trusted=trusted)
     return test_figures(accelerator.prepare(student), accelerator, inputs)
+
+
+def _say_which_rows(folder: Path, inputs: RunInputs) -> None:
+    """State on which rows a student is evaluated, if it was tested on others at the end of its run."""
+    there = read_identity(folder).get("data")
+    if there is None:  # of an earlier version
+        return
+    here = of_data(inputs.data, {"test": inputs.test})
+    if found := list(differences({name: there.get(name) for name in here}, here, "data")):
+        log.info(
+            f"evaluates on {len(inputs.test)} test rows of {inputs.data.name}, not on those of the run "
+            f"{folder}: {named(found)}"
+        )
 
 
 def test_figures(student: nn.Module, accelerator: Accelerator, inputs: RunInputs) -> dict[str, Any]:

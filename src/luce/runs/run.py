@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from rich.progress import Progress
 
-from .. import files, models
+from .. import files, log, models
 from ..documents import read_json
 from ..methods import Samples
 from ..recipes.build import RunInputs, augmentation, build_student, prepare_data
 from ..recipes.methods import build_method
 from ..recipes.schema import Recipe
-from ..recipes.teacher import load_teacher, with_budget_account
+from ..recipes.teacher import load_teacher, open_teacher, with_budget_account
 from ..training import checkpoint
 from ..training.engine import Fit, fit
 from ..training.processes import processes
@@ -26,6 +25,7 @@ from ..training.setup import new_accelerator
 from .environment import environment
 from .evaluate import test_figures
 from .folder import claim_folder, folder_matches
+from .identity import Identity, of_inputs, of_peers, of_student
 
 
 def run(
@@ -34,11 +34,15 @@ def run(
     inputs: RunInputs | None = None,
     *,
     accelerator: Accelerator | None = None,
+    known: Identity | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate the student of a recipe in a folder of its own.
 
-    A finished run returns its result at once; an interrupted one resumes from its last checkpoint.
+    A finished run returns its result, an interrupted one resumes from its last checkpoint, and both only if
+    recipe, data, teacher and the student's first weights are those that ``identity.json`` in the folder
+    describes. A finished run does not ask the server of ``teacher.url``, so whether that has another model by
+    now is not compared.
 
     Args:
         recipe: To run.
@@ -46,22 +50,40 @@ def run(
         inputs: From `luce.recipes.prepare`, where several runs share them; loaded unless given.
         accelerator: From `luce.training.setup.new_accelerator`, for this recipe and folder; made unless
             given.
+        known: Of these inputs, from `luce.runs.identity.of_inputs`; computed unless given.
         progress: Display that this run adds its bars to.
     Returns:
         The content of ``result.json``.
     Raises:
-        UserError: If the folder cannot be written or holds another recipe, or a part of the recipe cannot be
-            loaded or does not fit the others; if another process works in the folder.
+        UserError: If the folder cannot be written, or holds another recipe or training; if a part of the
+            recipe cannot be loaded or does not fit the others; if another process works in the folder.
     """
-    if (finished := _finished(recipe, folder)) is not None:  # may be in a folder that is only read
+    build_method(recipe)  # refuses wrong terms before anything is loaded
+    inputs = inputs or prepare_data(recipe)
+    student, description = build_student(recipe, inputs.data)  # before the teacher is queried and paid for
+    done = (folder / "result.json").exists()
+    opened = None
+    # A finished run needs no server, which may be gone: its answers are then not compared.
+    asks = not (done and recipe.teacher is not None and recipe.teacher.url is not None)
+    if asks and inputs.teacher is None:
+        opened = open_teacher(inputs, recipe)
+    shared = known or of_inputs(inputs, opened, teacher=asks)
+    identity = {"student": of_student(student), **of_peers(build_method(recipe, inputs.data)), **shared}
+    if (finished := _finished(recipe, folder, identity)) is not None:  # may be in a folder that is only read
         return finished
     with files.locked(folder):
-        return _finished(recipe, folder) or _train(recipe, folder, inputs, accelerator, progress)
+        if (finished := _finished(recipe, folder, identity)) is not None:
+            return finished
+        accelerator = accelerator or new_accelerator(recipe.training, folder)
+        if inputs.teacher is None:
+            inputs = load_teacher(inputs, recipe, accelerator.device, opened)
+        return _train(recipe, folder, inputs, (student, description), identity, accelerator, progress)
 
 
-def _finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+def _finished(recipe: Recipe, folder: Path, identity: Identity) -> dict[str, Any] | None:
     """Return the result of a finished run; None for a folder that is free or holds an interrupted one."""
-    if folder_matches(folder, "recipe.yaml", asdict(recipe)) and (folder / "result.json").exists():
+    if folder_matches(folder, "recipe.yaml", recipe, identity) and (folder / "result.json").exists():
+        log.info(f"finished before: {folder}; its result is returned")
         return read_json(folder / "result.json")
     return None
 
@@ -69,20 +91,17 @@ def _finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
 def _train(
     recipe: Recipe,
     folder: Path,
-    inputs: RunInputs | None,
-    accelerator: Accelerator | None,
+    inputs: RunInputs,
+    described_student: tuple[models.Classifier, dict[str, Any]],
+    identity: Identity,
+    accelerator: Accelerator,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    build_method(recipe)  # refuses wrong terms before anything is loaded
-    accelerator = accelerator or new_accelerator(recipe.training, folder)
-    inputs = inputs or prepare_data(recipe)
-    student, description = build_student(recipe, inputs.data)  # before the teacher is queried and paid for
-    if inputs.teacher is None:
-        inputs = load_teacher(inputs, recipe, accelerator.device)
+    student, description = described_student
     method = build_method(recipe, inputs.data)
     inputs = with_budget_account(inputs, recipe, method, folder)
 
-    claim_folder(folder, "recipe.yaml", asdict(recipe))
+    claim_folder(folder, "recipe.yaml", recipe, identity)
     files.write_json(folder / "environment.json", environment())
     fitted = fit(
         student,
