@@ -317,7 +317,7 @@ def test_the_disk_test_meets_every_file(write, luce, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "replace", lambda a, b: (names.append(Path(b).name), replace(a, b)))
     assert luce("train", write(), "--out", "out").status == 0
     ours = names[: names.index("result.json") + 1]
-    assert len(ours) == 12
+    assert len(ours) == 13
     assert {"recipe.yaml", "checkpoint-2", "student.safetensors", "student.json"} <= set(ours[:11])
 
 
