@@ -1,15 +1,22 @@
-"""Ctrl-C and SIGTERM: a loop notes them and stops between two batches."""
+"""Ctrl-C, SIGTERM and reading processes that end: a loop over batches notes them and stops in order."""
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from .errors import UserError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+READER_ENDED = re.compile(
+    r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)"
+)
 _noted: list[int] | None = None
 """Signals that arrived during `noted`; None outside."""
 
@@ -29,24 +36,35 @@ def noted() -> Iterator[None]:
     loader. `check` raises what was noted, and so does the end of the block, also in place of an error of
     the block, such as that of a reading process which the same signal has ended. A second signal of a kind
     raises at once. Nested blocks, threads, and programs with handlers of their own note nothing.
+
+    Raises:
+        UserError: If a reading process ends by itself, as when memory runs out.
     """
     global _noted
-    handlers = _own_handlers()
-    if _noted is not None or not handlers:
-        yield
-        return
-    _noted = []
+    handlers = {} if _noted is not None else _own_handlers()
+    if handlers:
+        _noted = []
     for number in handlers:
         signal.signal(number, _note)
     try:
         yield
-    except Exception:
+    except Exception as error:
+        ended = READER_ENDED.search(str(error))
+        if ended:
+            time.sleep(0.2)  # a signal to all processes may reach this one last
         check()
-        raise
+        if ended is None:
+            raise
+        raise UserError(
+            f"a process that reads data {ended[1]}, perhaps as memory ran out; lower `data.workers` or "
+            "`training.batch_size`, or find an error of the data with `data.workers: 0`"
+        ) from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        arrived, _noted = _noted, None
+        arrived = None
+        if handlers:
+            arrived, _noted = _noted, None
     if arrived:
         _raise(min(arrived))
 

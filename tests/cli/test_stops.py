@@ -17,6 +17,7 @@ from random import Random
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 import luce as package
@@ -90,6 +91,28 @@ def test_what_a_command_killed_in_its_first_moments_leaves_stops_no_other(
     assert luce("train", write(), "--out", "out", "--training.epochs", "1").status == 0
     assert json.loads((place / "out" / "environment.json").read_text())["python"]
     assert not [path for path in (place / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_damaged_image_is_told_alike_by_any_number_of_processes(
+    write: Callable[..., str], refuses: Callable[..., str], place: Path
+) -> None:
+    for part, count in (("train", 6), ("test", 1)):
+        for name in "ab":
+            (place / "images" / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.effect_noise((24, 24), 50).save(place / "images" / part / name / f"{number}.png")
+    damaged = place / "images" / "train" / "a" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    base = {
+        "data": {"name": "imagefolder:images", "options": {"image_size": 16}, "validation": 0.34},
+        "student": {"name": "cnn", "options": {"widths": [4]}},
+        "loss": {"task": {"loss": "CrossEntropyLoss"}},
+        "training": {"epochs": 1, "batch_size": 4},
+    }
+    recipe = write(base=base)
+    said = {refuses("train", recipe, "--data.workers", workers, "--out", workers) for workers in "02"}
+    assert len(said) == 1
+    assert "cannot read the image images/train/a/3.png" in said.pop()
 
 
 def children(group: int) -> list[str]:

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import os
+import re
+import signal
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
+from luce import stops
 from luce.data import EpochSampler, Examples, InMemory, loader
-from luce.errors import UserError
+from luce.data.sources import Source
+from luce.errors import MissingExtra, UserError
 
 SIZE = 23
 
@@ -153,3 +160,83 @@ def test_loader_refuses_sizes_that_give_no_batch(examples):
         loader(examples, batch_size=24, seed=0, drop_last=True)
     with pytest.raises(UserError, match="`seed`"):
         loader(examples, batch_size=4, seed=-1)
+
+
+class Fails(Dataset):
+    """Items that end in errors."""
+
+    targets = torch.zeros(8, dtype=torch.int64)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int):
+        if index == 5 and get_worker_info() is not None:
+            raise self.error
+        return torch.zeros(1), 0
+
+
+class TwoArguments(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one + two)
+
+
+class Reads(Source):
+    """A source that reads nothing but its error."""
+
+    targets = torch.zeros(8, dtype=torch.int64)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def read(self, index: int) -> torch.Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("expected a: b, got ReaderError: c\nand more"), MissingExtra("install it"), KeyError("k", 1)],
+)
+def test_an_error_is_the_same_from_any_number_of_processes(error: Exception) -> None:
+    for workers in (0, 1):
+        with pytest.raises(type(error)) as caught:
+            list(loader(Examples(Reads(error), range(8)), batch_size=4, seed=None, workers=workers))
+        assert type(caught.value) is type(error)
+        assert caught.value.args == error.args
+    assert "in read\n    raise self.error" in str(caught.value.__cause__)
+
+
+def test_an_error_that_cannot_be_made_again_arrives_as_text() -> None:
+    with pytest.raises(RuntimeError, match="TwoArguments: ab"):
+        list(loader(Examples(Reads(TwoArguments("a", "b")), range(8)), batch_size=4, seed=None, workers=1))
+
+
+def test_an_error_of_a_dataset_names_the_item_in_any_process() -> None:
+    batches = loader(Examples(Fails(ZeroDivisionError("0")), range(8)), batch_size=4, seed=None, workers=1)
+    with pytest.raises(UserError, match=r"cannot read item 5 of .* raised ZeroDivisionError: 0$"):
+        list(batches)
+
+
+class Ends(Fails):
+    def __getitem__(self, index: int):
+        if index == 5 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1), 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_reading_process_that_is_killed_is_told_in_a_sentence() -> None:
+    batches = loader(Examples(Ends(ValueError()), range(8)), batch_size=4, seed=None, workers=1)
+    with pytest.raises(UserError) as caught, stops.noted():
+        list(batches)
+    assert re.fullmatch(
+        "a process that reads data (is killed by signal: Killed|exited unexpectedly), perhaps as memory ran "
+        "out; lower `data.workers` or `training.batch_size`, or find an error of the data with "
+        "`data.workers: 0`",
+        str(caught.value),
+    )

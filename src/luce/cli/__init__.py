@@ -6,6 +6,7 @@ that returns the exit status, or None for 0.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -76,7 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A console script lacks the working directory, where `python:` data and losses to check may be.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    name, *rest = argv
+    if status := _status(*argv, debug=debug):
+        gc.collect()  # frees the frames of the error, which may hold processes that read data
+    return status
+
+
+def _status(name: str, *rest: str, debug: bool) -> int:
+    """Run a command and return its exit status; print an error."""
     try:
         with _messages_on_stderr(name), stops.raised():
             return _run(name, rest)

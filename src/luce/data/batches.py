@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from .. import stops
 from ..errors import UserError
@@ -97,7 +99,41 @@ def loader(
     )
 
 
+class ReaderError(Exception):
+    """Brings an error of a reading process to the main one, where it is raised with its type and message.
+
+    PyTorch calls the type of the error with a text that ends in its message. The message of this type is the
+    pickled error, and calling it with that text returns the error itself.
+    """
+
+    def __new__(cls, text: str) -> Any:
+        traceback, name, pickled = text.rpartition(f"{cls.__qualname__}: ")
+        if not name:
+            return super().__new__(cls, text)
+        error = pickle.loads(base64.b85decode(pickled.strip()))
+        error.__cause__ = RuntimeError(traceback)
+        return error
+
+
 def _collate(
+    rows: LazyRows,
+    augment: Callable[[Tensor], Tensor] | None,
+    strong_augment: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Tensor]:
+    try:
+        return _read(rows, augment, strong_augment)
+    except Exception as error:
+        if get_worker_info() is None:
+            raise
+        try:
+            pickled = pickle.dumps(error)
+            pickle.loads(pickled)
+        except Exception:  # some errors cannot be made again: PyTorch raises their text
+            raise error from None
+        raise ReaderError(base64.b85encode(pickled).decode()) from error
+
+
+def _read(
     rows: LazyRows,
     augment: Callable[[Tensor], Tensor] | None,
     strong_augment: Callable[[Tensor], Tensor] | None,
