@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
-from luce import WeightedSum, losses
+from luce import WeightedSum, data, losses
 from luce.config import Replacement, merge, parse, read_yaml
 from luce.errors import UserError
 from luce.methods import FeatureMethod, LogitMethod, MetaDistil, Method
-from luce.recipes import ComparisonRecipe, Recipe, build_loss
+from luce.recipes import ComparisonRecipe, Recipe, build_loss, prepare
 from luce.recipes.methods import build_method
 from luce.runs import compare, run
 from luce.training import TrainingOptions
@@ -302,3 +304,25 @@ def test_merging_changes_nothing() -> None:
     assert type(replaced["a"]) is dict  # PyYAML's safe dump refuses subclasses
     assert base == {"a": {"b": 1, "c": 2}, "d": 3}
     assert top == {"a": {"b": 4}, "e": {"f": 5}}
+
+
+@pytest.mark.parametrize("turned", [0, 1])
+def test_a_teacher_with_classes_in_another_order_is_warned_of(
+    turned: int, toy: ModuleType, make_recipe: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Knowing(torch.nn.Module):
+        """Rows are multiples of their label."""
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            label = (inputs[:, 0, 0, 0].long() + turned) % 4
+            return torch.nn.functional.one_hot(label, 4).float()
+
+    labels = torch.arange(80) % 4
+    rows = torch.ones(80, 1, 2, 2) * labels[:, None, None, None]
+    toy.images = lambda: data.from_datasets(TensorDataset(rows, labels))  # type: ignore[attr-defined]
+    toy.network = lambda **_: Knowing()  # type: ignore[attr-defined]
+    recipe = make_recipe(teacher=Replacement(name="python:toy.network"))
+    recipe.teacher.mean, recipe.teacher.std = [0.0], [1.0]
+    summary = prepare(recipe).teacher.summary  # type: ignore[union-attr]
+    assert summary["test"]["accuracy"] == 1 - turned
+    assert ("the teacher is right on 0 of 20 test rows, where chance gives 5" in caplog.text) == bool(turned)

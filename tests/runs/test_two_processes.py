@@ -19,7 +19,7 @@ from luce.config import parse
 from luce.recipes import Recipe
 from luce.runs import run
 
-from .two_processes import FEATURES, train_on_features
+from .two_processes import FEATURES, train_on_features, train_with_auxiliary
 
 # One launch of two processes that train in turn. tests/methods/test_processes.py keeps a fast launch.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two-processes-runs")]
@@ -153,3 +153,12 @@ def test_they_keep_one_memory(launch: Launch) -> None:
             assert same(value, second[part][name]), name
     lengths = first["method"]["losses.crd.student_bank"].norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(64))  # every row was in a batch of one of the two
+
+
+def test_a_head_that_no_loss_sees_stays_as_it_was(launch: Launch) -> None:
+    """DDP waits for the gradient of every parameter, unless it is told that some are unused."""
+    alone = train_with_auxiliary(16)
+    for rank in (0, 1):
+        together, refused = torch.load(launch.folder / f"auxiliary-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+        assert refused.startswith("expected a student that uses the same parameters in every step")

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from luce import CRDLoss, CrossEntropyLoss, FitNetLoss, IEKDLoss, VIDLoss
+from luce import CRDLoss, CrossEntropyLoss, FitNetLoss, IEKDLoss, KDLoss, VIDLoss
 from luce.cli import main
 from luce.data import Examples
-from luce.methods import FeatureMethod
+from luce.errors import UserError
+from luce.methods import FeatureMethod, LogitMethod
 from luce.models import Classifier
 from luce.signals import LiveTeacher
 from luce.training import TrainingOptions, fit
@@ -58,6 +59,37 @@ def train_on_features(terms: str, batch_size: int, rank: int) -> dict[str, dict[
     return {"method": method.state_dict(), "student": student.state_dict()}
 
 
+class WithAuxiliary(nn.Module):
+    """A student with a second head that no loss sees; only every other step uses it if it `alternates`."""
+
+    def __init__(self, alternates: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.head, self.auxiliary = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.alternates, self.passes = alternates, 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        extra: torch.Tensor = self.auxiliary(inputs)
+        if not self.training:
+            return self.head(inputs) + (extra if self.alternates else 0)
+        self.passes += 1
+        return self.head(inputs) + (extra if self.alternates and self.passes % 2 else 0)
+
+
+def train_with_auxiliary(batch_size: int, *, alternates: bool = False) -> dict[str, torch.Tensor] | str:
+    """Train with KD and return the student's weights, or the message of an error."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(32, 6), torch.arange(32) % 4)
+    student, teacher = WithAuxiliary(alternates), LiveTeacher(Classifier(nn.Linear(6, 4)))
+    options = TrainingOptions(epochs=2, batch_size=batch_size, lr=0.1, optimizer="sgd", cpu=True)
+    try:
+        method = LogitMethod(KDLoss())
+        fit(Classifier(student), method, Examples(data, range(32)), teacher=teacher, options=options)
+    except UserError as error:
+        return str(error)
+    return student.state_dict()
+
+
 def work(folder: Path) -> None:
     """Run every recipe of a folder through the command line, and every training on features."""
     os.chdir(folder)
@@ -68,6 +100,8 @@ def work(folder: Path) -> None:
         Path(f"{path.stem}-{rank}.json").write_text(json.dumps(status), encoding="utf-8")
     for number, terms in enumerate(FEATURES):
         torch.save(train_on_features(terms, 8, rank), f"features-{number}-{rank}.pt")
+    both = [train_with_auxiliary(8), train_with_auxiliary(8, alternates=True)]
+    torch.save(both, f"auxiliary-{rank}.pt")
 
 
 if __name__ == "__main__":
