@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import luce
 from luce.errors import UserError
+from luce.runs.distill import _examples
 
 CLASSES, FEATURES = 3, 8
 
@@ -202,13 +205,131 @@ def test_networks_with_different_classes() -> None:
         distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, 5), dataset)
 
 
-def test_labels_out_of_range() -> None:
-    inputs = torch.randn(8, FEATURES)
+@pytest.mark.parametrize("label", [CLASSES, -2, 10**9])
+@pytest.mark.parametrize(
+    "loss", [None, luce.CrossEntropyLoss(), nn.functional.mse_loss], ids=["pld", "ce", "own"]
+)
+def test_labels_out_of_range(label: int, loss: Any) -> None:
+    inputs, labels = torch.randn(8, FEATURES), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    wrong = labels.clone()
+    wrong[6] = label
     student, teacher = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
-    for label in (CLASSES, -2):
-        targets = torch.tensor([0, 1, 2, 0, 1, 2, 0, label])
-        with pytest.raises(ValueError, match=rf"expected labels in \[0, 3\) .*got {label}"):
-            distill(student, teacher, TensorDataset(inputs, targets))
+    for name, parts in (("training", (wrong, labels)), ("validation", (labels, wrong))):
+        with pytest.raises(UserError, match=rf"labels in \[0, 3\), .* got {label} in {name} row 6; give the"):
+            distill(student, teacher, *((inputs, part) for part in parts), loss=loss)
+
+
+def test_labels_that_begin_at_one() -> None:
+    inputs, labels = torch.randn(6, FEATURES), torch.tensor([1, 2, 3, 1, 2, 3])
+    with pytest.raises(UserError, match=r"got 3 in training row 2; they begin at 1: subtract 1"):
+        distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES), (inputs, labels))
+
+
+def test_labels_to_which_a_loss_gives_a_meaning() -> None:
+    dataset, teacher = toy(64)
+    inputs, labels = dataset.tensors
+    labels[:8] = 255
+    student = nn.Linear(FEATURES, CLASSES)
+    fitted = distill(student, teacher, (inputs, labels), loss=luce.PLDLoss(ignore_index=255))
+    assert len(fitted.history) == 4
+
+
+def test_classes_without_a_training_row_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    rows = torch.randn(8, FEATURES), torch.tensor([0, 4, 0, 4, 0, 4, 0, 4])
+    distill(nn.Linear(FEATURES, 12), nn.Linear(FEATURES, 12), rows)
+    assert "10 of the student's 12 classes have no training row: 1, 2, 3, 5, 6, ...;" in caplog.text
+    assert "`train_data`: 8 rows, 2 classes" in caplog.text
+
+
+@pytest.mark.parametrize("label", [-1, -100])
+def test_validation_rows_without_a_label_count_in_no_figure(
+    label: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset, teacher = toy()
+    inputs, labels = toy(100)[0].tensors
+    hidden = labels.clone()
+    hidden[:60] = label
+    student = nn.Linear(FEATURES, CLASSES)
+    figures = [
+        distill(copy.deepcopy(student), teacher, dataset, rows).history[-1]["validation"]
+        for rows in ((inputs, hidden), (inputs[60:], labels[60:]))
+    ]
+    assert figures[0] == pytest.approx(figures[1])
+    assert "`val_data`: 100 rows, 3 classes, 60 rows without a label" in caplog.text
+    with pytest.raises(UserError, match="validation rows with a label, got none in 100 rows"):
+        distill(student, teacher, dataset, (inputs, torch.full_like(labels, label)))
+
+
+def test_training_rows_of_which_none_counts() -> None:
+    dataset, teacher = toy(8)
+    inputs, labels = dataset.tensors
+    student = nn.Linear(FEATURES, CLASSES)
+    with pytest.raises(UserError, match="got -100 as the label of all 8"):
+        distill(student, teacher, (inputs, torch.full_like(labels, -100)))
+    with pytest.raises(UserError, match="at least one example with a label, got none in 8 rows"):
+        distill(student, teacher, (inputs, torch.full_like(labels, -1)), loss=luce.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("loss", [luce.PLDLoss(), luce.KDLoss()], ids=["pld", "kd"])
+def test_ignored_rows_change_nothing(loss: Any) -> None:
+    dataset, teacher = toy(32)
+    inputs, labels = dataset.tensors
+    more = torch.cat([inputs, 9 * torch.randn(16, FEATURES)])
+    marked = torch.cat([labels, torch.full((16,), -100)])
+    start = nn.Linear(FEATURES, CLASSES)
+    students = []
+    for rows in ((inputs, labels), (more, marked)):  # in one batch, so that both average over 32 rows
+        students.append(copy.deepcopy(start))
+        distill(students[-1], teacher, rows, loss=loss, batch_size=len(rows[1]), epochs=1)
+    torch.testing.assert_close(students[0].weight, students[1].weight)
+    assert not torch.equal(students[0].weight, start.weight)
+
+
+FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("of_data", FLOATING, ids=str)
+def test_every_floating_dtype_of_data_and_networks(of_data: torch.dtype) -> None:
+    dataset, teacher = toy(8)
+    inputs, labels = dataset.tensors
+    for number, of_student in enumerate(FLOATING):
+        student = nn.Linear(FEATURES, CLASSES).to(of_student)
+        answers = copy.deepcopy(teacher).to(FLOATING[number - 1])
+        rows = inputs.to(of_data), labels
+        fitted = distill(student, answers, rows, rows, epochs=1)
+        assert math.isfinite(fitted.history[0]["train"]["loss"])
+        assert student.weight.dtype == of_student
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.uint16, torch.bool], ids=str)
+def test_integers_for_a_network_of_real_numbers(dtype: torch.dtype) -> None:
+    rows = torch.ones(8, FEATURES).to(dtype), torch.arange(8) % 3
+    with pytest.raises(UserError, match=rf"student .*\(8,\) and {dtype}, .* fails .*convert them to float32"):
+        distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES), rows)
+
+
+def test_a_network_for_other_inputs_is_named() -> None:
+    dataset, teacher = toy(8)
+    with pytest.raises(UserError, match=r"expected a student for the data, rows of shape \(8,\)"):
+        distill(nn.Linear(5, CLASSES), teacher, dataset)
+    with pytest.raises(UserError, match=r"expected a teacher for the data, rows of shape \(8,\)"):
+        distill(teacher, nn.Linear(5, CLASSES), dataset)
+
+
+def test_items_are_read_once_for_their_labels() -> None:
+    class Counted(Dataset[Any]):
+        reads = 0
+
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            self.reads += 1
+            return torch.zeros(FEATURES), index % 3
+
+    rows = Counted()
+    _examples(rows, "train_data")
+    assert rows.reads <= 9  # one more for a look at the values
 
 
 def test_an_empty_dataset() -> None:

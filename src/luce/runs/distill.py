@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,21 @@ from rich.progress import Progress
 from torch import nn
 from torch.utils.data import Dataset
 
-from .. import files
+from .. import files, log
 from ..config import parse
 from ..data import Examples
 from ..data.images import check_arrays
 from ..data.sources import as_source
+from ..labels import has_label
 from ..losses.modules import PLDLoss
 from ..methods import LogitMethod, Loss, Method
 from ..models import Classifier
 from ..signals import LiveTeacher, Teacher
 from ..training.engine import Fit, fit
 from ..training.progress import progress_bars
+from ..training.rows import check_rows
 from ..training.settings import TrainingOptions
+from ..training.setup import new_accelerator
 from .folder import claim_folder
 from .identity import Parts, of_examples, of_parts, of_student, of_teacher, remember
 from .plain import plain
@@ -32,8 +36,8 @@ from .plain import plain
 def distill(
     student: nn.Module,
     teacher: nn.Module | Teacher,
-    train_data: Dataset[Any],
-    val_data: Dataset[Any] | None = None,
+    train_data: Dataset[Any] | Sequence[Any],
+    val_data: Dataset[Any] | Sequence[Any] | None = None,
     *,
     loss: Loss | Method | None = None,
     folder: Path | str | None = None,
@@ -46,9 +50,10 @@ def distill(
         student: From inputs to logits ``(N, C)``; trained in place and left with the last epoch's weights.
         teacher: From the same inputs to logits ``(N, C)``; set to evaluation mode and otherwise unchanged. Or
             any `luce.signals.Teacher`, such as a `luce.remote.RemoteTeacher`.
-        train_data: Items are ``(input, label)``, or dicts with ``input`` and ``target``. A label of -1 marks
-            an unlabelled row.
-        val_data: Likewise; chooses the best epoch.
+        train_data: A map-style dataset or a list with items ``(input, label)``, or dicts with ``input`` and
+            ``target``; or a pair of arrays, inputs and labels. Labels are the numbers of logits; -1 marks an
+            unlabelled row, and -100 one that losses skip.
+        val_data: Likewise; chooses the best epoch. Rows without a label count in no figure.
         loss: Called as ``loss(student_logits, teacher_logits, target)``; `luce.PLDLoss` unless given. The
             parameters of a module are trained too. Or a method, such as `luce.methods.FeatureMethod`.
         folder: For metrics and checkpoints; a second call with the same folder, loss, networks, data and
@@ -86,26 +91,36 @@ def distill(
         data = {"classes": plain(getattr(train_data, "classes", None)), "train": of_examples(train)}
         data["validation"] = None if validation is None else of_examples(validation)
         identity = {**of_parts(parts, place), "data": data}
+    network = Classifier(student)
+    source = teacher if isinstance(teacher, Teacher) else LiveTeacher(Classifier(teacher))
+    accelerator = new_accelerator(settings, place)
+    check_rows(method, network, source, train, validation, accelerator.device)
     set_seed(settings.seed)
     with nullcontext() if place is None else files.locked(place), bars as progress, ExitStack() as stack:
         if place is not None:
             claim_folder(place, "training.yaml", settings, identity, within="training")
             stack.callback(remember, parts, place, identity)
         return fit(
-            Classifier(student),
+            network,
             method,
             train,
             validation,
-            teacher=teacher if isinstance(teacher, Teacher) else LiveTeacher(Classifier(teacher)),
+            teacher=source,
             options=settings,
             folder=place,
+            accelerator=accelerator,
             progress=progress,
         )
 
 
-def _examples(dataset: Dataset[Any], name: str) -> Examples:
-    if isinstance(dataset, Examples):
-        return dataset
-    source = as_source(dataset)
-    check_arrays(source, f"`{name}`")
-    return Examples(source, torch.arange(len(source)))
+def _examples(dataset: Dataset[Any] | Sequence[Any], name: str) -> Examples:
+    """Read a dataset and tell what it holds."""
+    if not isinstance(dataset, Examples):
+        source = as_source(dataset)
+        check_arrays(source, f"`{name}`")
+        dataset = Examples(source, torch.arange(len(source)))
+    labels = dataset.targets[has_label(dataset.targets)]
+    without = len(dataset) - len(labels)
+    rest = f", {without} rows without a label" if without else ""
+    log.info(f"`{name}`: {len(dataset)} rows, {len(torch.unique(labels))} classes{rest}")
+    return dataset
