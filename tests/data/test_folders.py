@@ -78,7 +78,7 @@ def test_test_comes_before_val(folder, caplog):
     it = data.load(f"imagefolder:{folder}", image_size=8)
     assert it.test.targets.tolist() == [1]  # numbered as in train though ash is absent
     assert "; val is not used;" in caplog.text
-    assert "test has no images of some classes: 1 (ash)" in caplog.text
+    assert "no row in the test part" in caplog.text
 
 
 def test_a_test_folder_without_classes_is_not_used(folder, caplog):
@@ -289,7 +289,9 @@ def test_impossible_sizes_are_refused(small, size):
         data.load(f"imagefolder:{small}", image_size=size)
 
 
-def test_random_crops_need_a_size(small):
+def test_random_crops_need_a_size_and_a_truth_value(small):
+    with pytest.raises(UserError, match="`random_crop` to be true or false, got 'no'"):
+        data.load(f"imagefolder:{small}", image_size=8, random_crop="no")
     with pytest.raises(UserError, match="`image_size`, the side of the crops, with `random_crop`"):
         data.load(f"imagefolder:{small}", random_crop=True)
 

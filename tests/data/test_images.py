@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 import luce
 from luce import data
+from luce.data import images
 from luce.data.images import as_seen, read_header, read_image
 from luce.errors import UserError
 
@@ -120,6 +121,14 @@ def test_white_may_be_0_and_12_bits_may_be_white():
     assert pixels(tiff(16, 1, struct.pack("<HH", 0, 65535))) == [[[0] * 3, [255] * 3]]
     # Two values of 12 bits in three bytes: 4095 and 0.
     assert pixels(tiff(12, 1, b"\xff\xf0\x00")) == [[[255] * 3, [0] * 3]]
+
+
+def test_16_bits_with_small_values_are_noticed_once(caplog):
+    images._say_dark.cache_clear()
+    for high in (0, 256, 255, 200):
+        seen(Image.fromarray(np.array([[0, high]], np.uint16)))
+    (line,) = caplog.messages
+    assert "no value above 255" in line
 
 
 def test_1_bit():
@@ -314,7 +323,10 @@ def test_half_a_file_is_refused(format):
         read_image(io.BytesIO(whole[: len(whole) // 2]), "a/b")
 
 
-@pytest.mark.parametrize("content", [b"", b"rubbish", b"<html></html>", b"\x89PNG\r\n\x1a\n"])
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"<html></html>", b"\x89PNG\r\n\x1a\n", EPS])
 def test_what_is_no_image_is_refused(content):
     with pytest.raises(UserError, match="cannot read the image x"):
         read_image(io.BytesIO(content), "x")
@@ -343,8 +355,11 @@ def warnings_of(inputs, caplog):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_last_are_noticed(channels, caplog):
-    (line,) = warnings_of(torch.rand(8, 5, 6, channels), caplog)
-    assert f"inputs of shape (5, 6, {channels}) look like images with the channels last" in line
+    line, other = warnings_of(torch.rand(8, 5, 6, channels), caplog)
+    assert line.replace("train part", "test part") == other
+    assert (
+        f"the train part of `datasets`: inputs of shape (5, 6, {channels}) look like images with the" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -353,12 +368,14 @@ def test_channels_last_are_noticed(channels, caplog):
         (torch.rand(8, 3, 5, 5) * 255, r"values from .* to 2.*expects \[0, 1\]: divide bytes by 255"),
         (torch.rand(8, 1, 5, 5) - 0.5, r"values from -0.* to 0"),
         (torch.full((8, 3, 5, 5), 255), r"images of torch.int64 with values from 255 to 255 are not scaled"),
+        (torch.ones(8, 3, 5, 5, dtype=torch.uint16), r"images of torch.uint16 with values from 1 to 1"),
+        (torch.ones(8, 3, 5, 5, dtype=torch.bool), r"images of torch.bool with values from 1 to 1"),
         (torch.ones(8, 3, 5, 5, dtype=torch.uint8), "no value above 1 and become nearly black"),
     ],
-    ids=["0 to 255", "negative", "integers", "bits"],
+    ids=["0 to 255", "negative", "integers", "16 bits", "bool", "bits"],
 )
 def test_values_outside_0_1_are_noticed(inputs, text, caplog):
-    (line,) = warnings_of(inputs, caplog)
+    line, _ = warnings_of(inputs, caplog)
     assert re.search(text, line)
 
 

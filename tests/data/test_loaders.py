@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +106,17 @@ def test_fashion_mnist_from_a_folder(tmp_path, below, suffix):
     assert fashion.classes[fashion.train[0][1]] == "Ankle boot"
     assert len(fashion.test) == 1
     assert fashion.test[0][1] == 3
+
+
+def test_fashion_mnist_from_elsewhere_is_told(tmp_path, monkeypatch, caplog):
+    write_idx(tmp_path / "debian", "train", np.zeros((2, 4, 4)), np.array([9, 0]))
+    write_idx(tmp_path / "debian", "t10k", np.zeros((1, 4, 4)), np.array([3]))
+    monkeypatch.setattr(loaders, "DEBIAN", tmp_path / "debian")
+    data.load("fashion-mnist")
+    assert "read from" not in caplog.text
+    monkeypatch.setattr(loaders, "DEBIAN", Path(os.path.relpath(tmp_path / "debian", "/")))
+    data.load("fashion-mnist", root=tmp_path)
+    assert f"read from {tmp_path / 'debian'}, as {tmp_path} has none of its files" in caplog.text
 
 
 def test_fashion_mnist_names_what_does_not_fit(tmp_path):

@@ -62,6 +62,7 @@ class Data:
             source = as_source(getattr(self, part))
             object.__setattr__(self, part, source)
             _check_labels(source.targets, self.classes, f"the {part} part of `{self.name}`")
+            check_arrays(source, f"the {part} part of `{self.name}`")
 
 
 def describe(
@@ -82,7 +83,6 @@ def describe(
         mean, std = channel_statistics(train.inputs)
     elif isinstance(train, LazyImages):
         mean, std = IMAGENET_MEAN, IMAGENET_STD
-    check_arrays(train, f"`{name}`")
     shape = tuple(train.plain.read(0).shape)
     return Data(name, train, test, names, shape, mean, std, licence, tokenizer)
 

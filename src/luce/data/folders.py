@@ -131,8 +131,6 @@ def _warn(name: str, train: Listing, test: Listing) -> None:
         log.warning(
             f"{name}: folders of train without images are no classes: {named(empty)}; delete or fill them"
         )
-    if absent := [label for label in train.classes if not test.files.get(label)]:
-        log.warning(f"{name}: {test.folder.name} has no images of some classes: {named(absent)}")
     if len(train.classes) == 1:
         log.warning(
             f"{name}: there is only one class, {shown(train.classes[0])}; "

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from .. import log
 from ..errors import UserError, import_optional, one_line
+from .sources import InMemory, LazyImages, Source
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .sources import Source
-
 Size = tuple[int, int]
 
 CHANNELS = (1, 3, 4)
-LOOKED_AT = 1000  # rows of an array whose values are checked
+LOOKED_AT = 10**7  # values of an array that are checked, in evenly spaced rows
+FORMATS = "JPEG PNG TIFF GIF WEBP BMP PPM JPEG2000 AVIF DDS DIB ICO IM MSP PCX PSD QOI SGI SUN TGA XBM XPM"
+"""Pillow's raster formats. EPS is not among them: Pillow would run Ghostscript, whatever a file's suffix."""
 
 
 def read_image(
@@ -75,7 +77,9 @@ def read_header(file: Path | IO[bytes], name: str) -> tuple[Size, bool]:
 def _opened(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
     image_module: Any = import_optional("PIL.Image", "vision")
     try:
-        with image_module.open(file) as image:
+        image_module.init()
+        formats = [name for name in FORMATS.split() if name in image_module.OPEN]  # not every build has all
+        with image_module.open(file, formats=formats) as image:
             yield image
     except UserError as error:
         raise UserError(f"cannot use the image {name}: {error}") from error
@@ -152,12 +156,22 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             f"expected values from 0 to {top} in mode {image.mode}, got {low:g} to {high:g}; "
             "scale them as they should be seen and store 8 bits per channel"
         )
+    if 0 < high < 256 and top == 65535:
+        _say_dark()
     if tags.get(262) == 0:  # 0 is white
         values = top - values
     shades = np.rint(values * (255 / top)).astype(np.uint8)
     if isinstance(image.info.get("transparency"), int):
         shades[np.asarray(image) == image.info["transparency"]] = 255
     return Image.fromarray(shades)
+
+
+@functools.cache  # once, not for every image
+def _say_dark() -> None:
+    log.warning(
+        "a 16-bit image has no value above 255 and becomes nearly black, as 65535 is white; "
+        "if its values are meant for 0 .. 255, store the images with 8 bits"
+    )
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
@@ -197,11 +211,12 @@ def _transpositions() -> dict[int, Image.Transpose]:
 def check_arrays(source: Source, name: str) -> None:
     """Warn of inputs that look like images but have the channels last, or values outside [0, 1].
 
-    Looks at up to 1,000 rows in memory, otherwise at the first row. Changes nothing.
+    Looks at evenly spaced rows in memory, otherwise at the first row. Changes nothing.
     """
-    inputs: Tensor | None = getattr(source, "inputs", None)
-    inputs = source.plain.read(0).unsqueeze(0) if inputs is None else inputs
-    if inputs.ndim != 4 or not inputs.numel():
+    if isinstance(source, LazyImages):
+        return
+    inputs = source.inputs if isinstance(source, InMemory) else source.plain.read(0).unsqueeze(0)
+    if inputs.ndim != 4 or not inputs.numel() or inputs.is_complex():
         return
     last = inputs.shape[3] in CHANNELS and inputs.shape[1] not in CHANNELS
     if last:
@@ -209,17 +224,18 @@ def check_arrays(source: Source, name: str) -> None:
             f"{name}: inputs of shape {tuple(inputs.shape[1:])} look like images with the channels last; "
             "Luce takes the first dimension for the channels: use `inputs.permute(0, 3, 1, 2)`"
         )
-    if not last and inputs.shape[1] not in CHANNELS:
+    elif inputs.shape[1] not in CHANNELS:
         return
-    rows = inputs[:: max(1, len(inputs) // LOOKED_AT)]
+    rows = inputs[:: 1 + inputs.numel() // LOOKED_AT]
+    rows = rows.float() if inputs.is_floating_point() else rows.long()  # some dtypes have no minimum
     low, high = rows.min().item(), rows.max().item()
     if inputs.is_floating_point():
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # also if one is NaN
+        if low < -1e-3 or high > 1 + 1e-3:
             log.warning(
                 f"{name}: images have values from {low:.4g} to {high:.4g}, Luce expects [0, 1]: divide bytes "
                 "by 255, or store them as uint8; leave other scaling to the network"
             )
-    elif str(inputs.dtype) != "torch.uint8":
+    elif inputs.dtype != torch.uint8:
         log.warning(
             f"{name}: images of {inputs.dtype} with values from {low} to {high} are not scaled to [0, 1], as "
             "only uint8 is: use `inputs.to(torch.uint8)` for 0 .. 255, otherwise divide"

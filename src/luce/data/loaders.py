@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import log
 from ..errors import MissingExtra, UserError, import_optional, unknown_name
 from .dataset import Data, describe, stratified
 from .folders import load_image_folder
@@ -112,6 +113,8 @@ def load_fashion_mnist(_: str, root: Path | None) -> Data:
     folders = [root, root / "FashionMNIST/raw", root / DEBIAN] if root else []
     for folder in [*folders, "/" / DEBIAN]:
         if any(folder.glob("train-images-idx3-ubyte*")):
+            if root is not None and folder not in folders:
+                log.info(f"`fashion-mnist`: read from {folder}, as {root} has none of its files")
             return describe(
                 "fashion-mnist",
                 _read_idx_part(folder, "train"),

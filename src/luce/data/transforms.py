@@ -32,8 +32,11 @@ def views(
     """Return the views of training and evaluation; without ``image_size``, images stay as they are.
 
     Raises:
-        UserError: If ``image_size`` is no positive integer, or missing for ``random_crop``.
+        UserError: If ``image_size`` is no positive integer, or missing for ``random_crop``, or the latter is
+            no truth value.
     """
+    if type(random_crop) is not bool:
+        raise UserError(f"expected `random_crop` to be true or false, got {random_crop!r}")
     if image_size is None:
         if random_crop:
             raise UserError("expected `image_size`, the side of the crops, with `random_crop`")
