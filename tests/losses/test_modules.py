@@ -51,7 +51,7 @@ def test_an_unknown_option_is_refused(default):
     with pytest.raises(TypeError, match="temprature"):
         default.loss.module(temprature=4.0)
     with pytest.raises(TypeError, match="unknown option of PLDLoss: `topk`; did you mean `top_k`"):
-        PLDLoss(topk=3)
+        luce.PLDLoss(topk=3)
 
 
 def test_a_module_holds_nothing_to_save_and_survives_copies(case):
