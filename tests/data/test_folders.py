@@ -175,6 +175,26 @@ def test_names_need_not_be_utf_8(small, caplog):
         data.load(f"imagefolder:{small}")
 
 
+def test_messages_stay_on_one_line(small, caplog):
+    (small / "train" / "ash" / "Icon\r").touch()
+    paint(small / "train" / "two\nlines" / "0.png", size=(6, 4))
+    assert data.load(f"imagefolder:{small}").classes == ("ash", "beech", "two\\nlines")
+    assert "left out no images: 1 (train/ash/Icon\\r)" in caplog.messages[0]
+
+
+def test_a_folder_that_cannot_be_read_is_named(small, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("beech"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot read the folder .*train/beech \(Permission denied\)"):
+        data.load(f"imagefolder:{small}")
+
+
 def test_phantom_classes_are_named(small, caplog):
     (small / "train" / "cedar").mkdir()
     (small / "train" / "downloads").mkdir()

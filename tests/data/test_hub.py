@@ -126,6 +126,13 @@ def test_missing_and_damaged_images_are_named(hub):
         data.load("hf:some/photos")
 
 
+def test_empty_splits_are_named(hub):
+    features = {"image": datasets.Image(), "label": LABELS}
+    hub(features, train={"image": [grey(0)], "label": [0]}, test={"image": [], "label": []})
+    with pytest.raises(UserError, match="expected rows in the split `test` of `some/photos`, got none"):
+        data.load("hf:some/photos")
+
+
 def test_arrays_of_bytes_are_images(hub, caplog):
     features = {"image": datasets.Array3D((2, 2, 3), "uint8"), "label": LABELS}
     columns = {"image": [np.full((2, 2, 3), 51, np.uint8)] * 2, "label": [0, 1]}

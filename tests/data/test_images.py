@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import luce
 from luce import data
 from luce.data import images
 from luce.data.images import as_seen, read_header, read_image
-from luce.errors import UserError
+from luce.errors import MissingExtra, UserError
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 
@@ -343,6 +344,12 @@ def test_an_image_that_would_fill_the_memory_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
     with pytest.raises(UserError, match=r"cannot read the image x \(.*exceeds limit .*\); store it smaller"):
         read_image(stored(Image.new("L", (3, 3))), "x")
+
+
+def test_pillow_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)  # as if not installed
+    with pytest.raises(MissingExtra, match=r"pip install 'luce\[vision\]'"):
+        read_image(io.BytesIO(b""), "x")
 
 
 # Arrays -----------------------------------------------------------------------------------------------------

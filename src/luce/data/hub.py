@@ -68,6 +68,8 @@ def load_hub(
             raise UserError(
                 f"expected a split `{split}` in `{name}`, got {', '.join(splits)}; set `test_split`"
             )
+        if not len(splits[split]):
+            raise UserError(f"expected rows in the split `{split}` of `{name}`, got none")
 
     features = splits["train"].features
     pictures = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]

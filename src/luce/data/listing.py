@@ -109,8 +109,9 @@ def _scan(
 
 
 def shown(path: str | Path) -> str:
-    """Return a path as text that can be printed and stored, also if its bytes are not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Return a path as one printable line, also if it has line breaks or its bytes are not UTF-8."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def named(paths: list[str], most: int = 3) -> str:
