@@ -143,3 +143,16 @@ def test_classes_without_a_training_row_are_named_in_a_warning(caplog):
 def test_classes_are_names(classes):
     with pytest.raises(UserError, match="`classes` as a list of names, got"):
         data.from_datasets(pairs(0, 1), pairs(0, 1), classes=classes)
+
+
+def test_train_and_test_rows_are_alike():
+    def rows(*shape, dtype=torch.float32):
+        return TensorDataset(torch.ones(2, *shape).to(dtype), torch.tensor([0, 1]))
+
+    data.from_datasets(rows(3, 8, 8), rows(3, 9, 9))
+    data.from_datasets(rows(5, dtype=torch.int64), rows(7, dtype=torch.int64))  # token ids
+    for other in (rows(1, 8, 8), rows(3, 8), rows(3, 8, 8, dtype=torch.int64)):
+        with pytest.raises(
+            UserError, match=r"test rows like the training rows, torch.float32 of shape \(3, 8,"
+        ):
+            data.from_datasets(rows(3, 8, 8), other)

@@ -214,6 +214,17 @@ def frame():
         (frame, r"got DataFrame; give .*to_numpy\(\)"),
         (lambda: Listed, "got Listed; make an instance"),
         (lambda: data.load("sklearn:iris"), "got Data; give its `train`"),
+        (lambda: (np.zeros((4, 2)), np.zeros(4), np.zeros(4)), "pair of arrays, .* got 3 arrays"),
+        (lambda: TensorDataset(torch.zeros(4, 2)), "pair of arrays, .* got 1 arrays"),
+        (lambda: (torch.zeros(4, 2).to_sparse(), [0] * 4), "got Tensor; make it dense"),
+        (
+            lambda: (np.ma.masked_equal(np.arange(4.0)[:, None], 2), [0] * 4),
+            "values are masked: fill them in",
+        ),
+        (
+            lambda: (np.zeros((2, 2)), np.ma.masked_equal([0, 1], 1)),
+            "got 0, None; .*give -1 where there is",
+        ),
         (lambda: None, "got NoneType; give it `__len__` and `__getitem__`"),
     ],
 )
@@ -256,6 +267,7 @@ def test_labels_of_items_may_be_any_one_integer(label):
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
+        ([], []),
         ([1, 0], [1, 0]),
         ([torch.tensor(1), torch.tensor(0)], [1, 0]),
         ((True, False), [1, 0]),

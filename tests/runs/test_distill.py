@@ -314,6 +314,8 @@ def test_a_network_for_other_inputs_is_named() -> None:
         distill(nn.Linear(5, CLASSES), teacher, dataset)
     with pytest.raises(UserError, match=r"expected a teacher for the data, rows of shape \(8,\)"):
         distill(teacher, nn.Linear(5, CLASSES), dataset)
+    with pytest.raises(UserError, match=r"expected a student for the data, rows of shape \(9,\)"):
+        distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, (torch.zeros(3, 9), [0, 1, 2]))
 
 
 def test_items_are_read_once_for_their_labels() -> None:
@@ -336,6 +338,8 @@ def test_an_empty_dataset() -> None:
     empty = TensorDataset(torch.zeros(0, FEATURES), torch.zeros(0, dtype=torch.long))
     with pytest.raises(UserError, match="expected at least one example, got none"):
         distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES), empty)
+    with pytest.raises(UserError, match="expected at least one example, got none"):
+        distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES), [])
 
 
 def test_progress_bars_stay_off_the_output(capfd: pytest.CaptureFixture[str]) -> None:

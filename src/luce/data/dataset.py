@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,23 @@ def describe(
         mean, std = channel_statistics(train.inputs)
     elif isinstance(train, LazyImages):
         mean, std = IMAGENET_MEAN, IMAGENET_STD
-    shape = tuple(train.plain.read(0).shape)
+    shape = tuple(_same_form(train, test).shape)
     return Data(name, train, test, names, shape, mean, std, licence, tokenizer)
+
+
+def _same_form(train: Source, test: Source) -> Tensor:
+    """Return the first training row if the first test row is like it; images may differ in size."""
+    first = train.plain.read(0)
+    other = test.plain.read(0) if len(test) else first
+    size = -2 if first.ndim == 3 else first.ndim
+    if first.is_floating_point() != other.is_floating_point() or (
+        first.is_floating_point() and (first.ndim, first.shape[:size]) != (other.ndim, other.shape[:size])
+    ):
+        raise UserError(
+            f"expected test rows like the training rows, {first.dtype} of shape {tuple(first.shape)}, got "
+            f"{other.dtype} of shape {tuple(other.shape)}"
+        )
+    return first
 
 
 def say_rows(data: Data, *remarks: str) -> Data:
@@ -150,7 +165,7 @@ def _numbered(targets: Tensor) -> tuple[str, ...]:
 
 
 def _class_names(classes: Any) -> tuple[str, ...]:
-    if isinstance(classes, str) or not isinstance(classes, Iterable):
+    if isinstance(classes, str | Mapping) or not isinstance(classes, Iterable):
         raise UserError(f"expected `classes` as a list of names, got {classes!r}")
     return tuple(map(str, classes))
 

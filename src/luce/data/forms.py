@@ -60,7 +60,7 @@ def pair_of(item: Any, index: int) -> tuple[Any, Any]:
             return item["input"], item["target"]
         got, way = f"a dict with {_names(item)}", "rename its keys"
     elif isinstance(item, tuple | list):
-        got, way = f"a {type(item).__name__} of {len(item)}", "return the input and the label only"
+        got, way = f"a {type(item).__name__} of {len(item)}", "return the input and its label"
     else:
         got, way = type(item).__name__, "return the input together with its label"
     raise UserError(
@@ -75,9 +75,13 @@ def as_tensor(values: Any, what: str) -> Tensor:
     Raises:
         UserError: If it is something else, or an array of no numbers; it is called ``what``.
     """
-    if isinstance(values, Tensor):
+    if isinstance(values, Tensor) and values.layout == torch.strided:
         return values.detach().cpu()
-    if type(values).__module__.startswith("PIL"):
+    if isinstance(values, Tensor):
+        way = "make it dense with `to_dense()`"
+    elif np.ma.is_masked(values):
+        way = "some values are masked: fill them in"
+    elif type(values).__module__.startswith("PIL"):
         way = "give the dataset a transform that makes tensors, such as torchvision's `ToTensor()`"
     elif isinstance(values, Mapping):
         way = f"join {_names(values)} into one tensor"
@@ -118,6 +122,7 @@ def _indices(labels: Any, expected: str, hidden: int) -> Tensor:
     try:
         values = labels.detach().cpu() if isinstance(labels, Tensor) else _numbers(labels)
     except (TypeError, ValueError):  # text, None, lists of unequal length
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels
         some = ", ".join(map(repr, list(labels)[:3])) if hasattr(labels, "__iter__") else repr(labels)
         raise UserError(
             f"expected {expected}, got {some}; number the classes 0 .. C-1, such as with "
@@ -127,7 +132,7 @@ def _indices(labels: Any, expected: str, hidden: int) -> Tensor:
     if values.ndim > 1 and values.shape[1:].numel() == 1:
         values = values.flatten()
     real = values.is_floating_point() or values.is_complex()
-    if values.ndim == 1 and not real:
+    if values.ndim == 1 and (not real or not len(values)):
         return values.long()
     raise UserError(
         f"expected {expected}, got {values.dtype} of shape {tuple(values.shape[hidden:])}; "
@@ -136,6 +141,8 @@ def _indices(labels: Any, expected: str, hidden: int) -> Tensor:
 
 
 def _numbers(labels: Any) -> Tensor:
+    if np.ma.is_masked(labels):
+        raise ValueError("masked labels are missing")
     array = np.array(labels)
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 

@@ -256,11 +256,13 @@ def as_source(dataset: Any) -> Source:
     # A subclass may change labels as it reads items.
     if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
         parts: Any = dataset.tensors
-    elif isinstance(dataset, tuple | list) and len(dataset) == 2 and hasattr(dataset[0], "__array__"):
+    elif isinstance(dataset, tuple | list) and dataset and hasattr(dataset[0], "__array__"):
         parts = dataset
     else:
         return Wrapped(dataset)
-    return InMemory(*parts) if len(parts) == 2 else Wrapped(dataset)
+    if len(parts) != 2:
+        raise UserError(f"expected a pair of arrays, (inputs, labels), got {len(parts)} arrays")
+    return InMemory(*parts)
 
 
 def as_input(values: Tensor) -> Tensor:

@@ -117,8 +117,8 @@ def _examples(dataset: Dataset[Any] | Sequence[Any], name: str) -> Examples:
     """Read a dataset and tell what it holds."""
     if not isinstance(dataset, Examples):
         source = as_source(dataset)
-        check_arrays(source, f"`{name}`")
         dataset = Examples(source, torch.arange(len(source)))
+        check_arrays(source, f"`{name}`")
     labels = dataset.targets[has_label(dataset.targets)]
     without = len(dataset) - len(labels)
     rest = f", {without} rows without a label" if without else ""

@@ -42,13 +42,18 @@ def check_rows(
             f"expected validation rows with a label, got none in {len(validation)} rows; give other rows, or "
             "no validation data"
         )
-    inputs = train.plain.batch(range(min(ROWS, len(train))))["input"].to(device)
-    logits = _logits("student", student.to(device), inputs)
+    networks = {"student": student}
     if teacher is not None and isinstance(teacher.network, Classifier):
-        _logits("teacher", teacher.network.to(device), inputs)
-    if logits.ndim != 2:
+        networks["teacher"] = teacher.network
+    shapes = [
+        _logits(role, network.to(device), rows, device).shape
+        for role, network in networks.items()
+        for rows in (train, validation)
+        if rows is not None
+    ]
+    if len(shapes[0]) != 2:
         return
-    classes = logits.shape[1]
+    classes = shapes[0][1]
     # Options of losses give other labels a meaning.
     names = ("ignore_index", "unlabelled_index")
     allowed = {getattr(module, name, UNLABELLED) for module in method.modules() for name in names}
@@ -70,7 +75,8 @@ def _name_absent(targets: Tensor, classes: int) -> None:
 
 
 @torch.no_grad()
-def _logits(role: str, network: Classifier, inputs: Tensor) -> Tensor:
+def _logits(role: str, network: Classifier, rows: Examples, device: torch.device) -> Tensor:
+    inputs = rows.plain.batch(range(min(ROWS, len(rows))))["input"].to(device)
     devices = [inputs.device] if inputs.device.type == "cuda" else []
     with in_evaluation(network), torch.random.fork_rng(devices):
         try:
