@@ -36,6 +36,16 @@ def _plain(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
 
 
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names, and the number of the others.
+
+    >>> listed("abcde")
+    'a, b, c and 2 more'
+    """
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def one_line(error: Exception) -> str:
     """Return the message of `error` on one line of at most 400 characters; its type if it has none."""
     return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__

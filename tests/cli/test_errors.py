@@ -342,7 +342,7 @@ def test_a_run_without_its_student(teacher: Path, refuses) -> None:
 
 
 def test_evaluating_on_data_of_another_kind(teacher: Path, refuses) -> None:
-    assert "student's 3 classes, got `sklearn:digits` with 10" in refuses(
+    assert "for the 10 classes of `sklearn:digits`, got one for 3 from runs/teacher" in refuses(
         "evaluate", "runs/teacher", "--data.name", "sklearn:digits"
     )
     assert "for the inputs of `sklearn:wine`" in refuses(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -19,6 +20,7 @@ from luce import models
 from luce.data import Tokenizer
 from luce.errors import UserError
 from luce.models import Classifier, mask_padding
+from luce.models.classes import class_names
 from luce.models.hooks import Features
 from luce.models.loaders import FreshWeights
 from luce.models.text import check_tokens
@@ -211,6 +213,26 @@ def test_only_the_head_is_fresh_for_other_classes(bert_folder: Path) -> None:
         FreshWeights, match=r"does not fill classifier\.bias, classifier\.weight for 5 classes;"
     ):
         models.build(f"hf:{bert_folder}", classes=5, num_hidden_layers=1)
+
+
+def test_a_trained_head_states_its_classes(bert_folder: Path, tmp_path: Path) -> None:
+    names = {"0": "crude", "1": "grain", "2": "money"}
+    folder = shutil.copytree(bert_folder, tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": names}))
+    assert class_names(models.build(f"hf:{folder}", classes=3)) == ("crude", "grain", "money")
+    assert class_names(models.build(f"hf:{bert_folder}", classes=3)) == ("LABEL_0", "LABEL_1", "LABEL_2")
+    told = models.build(f"hf:{bert_folder}", classes=3, id2label={0: "x", 1: "y", 2: "z"})
+    assert class_names(told) == ("x", "y", "z")
+    with pytest.warns(FreshWeights):  # layers below the head
+        assert class_names(models.build(f"hf:{folder}", classes=3, num_hidden_layers=3)) is not None
+    with pytest.warns(FreshWeights):
+        assert class_names(models.build(f"hf:{folder}", classes=5)) is None
+    weights = models.build(f"hf:{folder}", classes=3).bert.state_dict()
+    save_file({f"bert.{name}": value for name, value in weights.items()}, folder / "model.safetensors")
+    with pytest.warns(FreshWeights):  # a checkpoint without a head, as before its first training
+        assert class_names(models.build(f"hf:{folder}", classes=3)) is None
+    assert class_names(models.build(f"hf:{folder}", classes=3, pretrained=False)) is None
 
 
 def test_a_long_list_of_fresh_weights_is_cut_short(bert_folder: Path) -> None:

@@ -283,7 +283,7 @@ def test_servers_that_do_not_fit_the_data(
 ) -> None:
     for said, message in (
         ({"classes": 5}, "for the 4 classes .* got one for 5"),
-        ({"classes": ["1", "0", "2", "3"]}, "in their order"),
+        ({"classes": ["0", "1", "2", "7"]}, "for the classes of .*, got `7` in place of `3` from http"),
         ({"input_shape": [3]}, r"of shape \(1, 8, 8\), got one for \(3,\)"),
     ):
         with puppet(good, **{"classes": ["0", "1", "2", "3"], "input_shape": None, **said}) as server:

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..losses import FeatureLoss
 from ..losses.modules import WeightedSum
 from ..losses.modules.weighted_sum import losses_of, warmed_up
+from ..models.classifier import Classifier
 from ..models.hooks import Features, find
 from ..models.modes import in_evaluation
 from ..signals import Signal, Teacher
@@ -220,14 +221,24 @@ def reuse_classifier(student: nn.Module, teacher: Teacher, *, loss: str) -> None
     if teacher.network is None:
         raise UserError(f"expected a teacher with a network for {loss}, got {teacher.description}")
     own, reused = find(student, "head"), find(teacher.network, "head")
+    rows = {name: _in_order(value, teacher.network, student) for name, value in reused.state_dict().items()}
     try:
-        own.load_state_dict(reused.state_dict())
+        own.load_state_dict(rows)
     except RuntimeError as error:
         raise UserError(
             f"expected a student with a head like the teacher's for {loss}; build it as `simkd:NAME` with "
             f"the teacher's name and options, got {own} for {reused}"
         ) from error
     own.requires_grad_(False)
+
+
+def _in_order(rows: Tensor, teacher: nn.Module, student: nn.Module) -> Tensor:
+    """Return rows of the teacher's head in the order that the classes have in the student's."""
+    if isinstance(teacher, Classifier) and teacher.order is not None:
+        rows = rows[teacher.order.to(rows.device)]
+    if isinstance(student, Classifier) and student.order is not None:
+        rows = rows[student.order.argsort().to(rows.device)]
+    return rows
 
 
 @contextmanager

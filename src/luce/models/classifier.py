@@ -31,6 +31,10 @@ class Classifier(nn.Module):
         mean: Mean per channel (dimension 1 of a batch), or a single value.
         std: Positive standard deviation, likewise.
 
+    Attributes:
+        order: The class of the body behind each logit, ``(C,)``; None for the body's own order. Weights,
+            feature paths and exported files keep that of the body.
+
     Example:
         >>> Classifier(nn.Flatten(), mean=[0.5], std=[0.5])(torch.tensor([[[0.0, 1.0]]]))
         tensor([[-1.,  1.]])
@@ -58,9 +62,12 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
         self.normalises = any(mean) or any(value != 1 for value in std)
+        # No buffer: an average of the weights would average these numbers too.
+        self.order: Tensor | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return logits_of(self.body(self.normalised(inputs)))
+        logits = logits_of(self.body(self.normalised(inputs)))
+        return logits if self.order is None else logits.index_select(1, self.order.to(logits.device))
 
     def normalised(self, inputs: Tensor) -> Tensor:
         """Return the inputs as the network receives them."""

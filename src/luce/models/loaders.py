@@ -72,7 +72,8 @@ def from_hugging_face(
 ) -> nn.Module:
     """Load a classifier of images or text from the Hugging Face hub or a local folder.
 
-    The checkpoint's head is kept if it fits ``classes``. Otherwise it is initialised at random, with a
+    The checkpoint's head is kept if it fits ``classes``; the network then states the names of its classes as
+    ``class_names``. Otherwise it is initialised at random, with a
     warning: this is right for a student and never for a teacher. Options are fields of the network's config,
     such as ``num_hidden_layers``, which keeps the first layers of the checkpoint; ``pretrained: false``
     initialises all weights at random. Weights are float32 even if the checkpoint has fewer bits, which are
@@ -141,6 +142,9 @@ def _from_checkpoint(
         )
     model, report = loaded
     fresh = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    base: Any = model
+    if all(key.startswith(f"{base.base_model_prefix}.") for key in fresh):  # the head is the checkpoint's
+        base.class_names = tuple(base.config.id2label[place] for place in range(classes))
     if fresh:
         more = f" and {len(fresh) - LISTED} more" if len(fresh) > LISTED else ""
         warnings.warn(

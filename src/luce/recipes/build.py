@@ -11,9 +11,10 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from .. import data, files, models
+from .. import data, files, log, models
 from ..data import Data, Examples
 from ..errors import UserError
+from ..models.classes import Match, align, class_names
 from ..models.modes import in_evaluation
 from ..models.text import check_tokens
 from ..signals import Teacher
@@ -127,16 +128,11 @@ def build_network(
     Raises:
         UserError: If it cannot be built, its checkpoint cannot be read, or it does not fit the data.
     """
-    source = Path(options.checkpoint) if options.checkpoint is not None else None
+    source = None if options.checkpoint is None else Path(options.checkpoint)
     if source is not None and source.is_dir():
         network, description = checkpoint.load_student(source, trusted=trusted)
-        if len(description["classes"]) != len(loaded.classes):
-            raise UserError(
-                f"expected a network for the {len(loaded.classes)} classes of `{loaded.name}`, "
-                f"got one for {len(description['classes'])} from {source}"
-            )
-        check_fit(network, loaded)
-        return network, description
+        _report_replaced(options, description, source)
+        return network, adapt(network, description, loaded, str(source), options.match_classes)
     shape: dict[str, Any] = {"classes": len(loaded.classes), "input_shape": loaded.input_shape}
     if source is None:
         body = models.build(options.name, **shape, **options.options)
@@ -147,8 +143,53 @@ def build_network(
         options.name, options.options, loaded.classes, loaded.input_shape, mean, std
     )
     network = models.Classifier(body, mean, std)
+    own = class_names(body)
+    if source is None and own is None:
+        check_fit(network, loaded)
+        return network, description
+    description["classes"] = own
+    return network, adapt(network, description, loaded, str(source or options.name), options.match_classes)
+
+
+def _report_replaced(options: ModelOptions, description: dict[str, Any], folder: Path) -> None:
+    """State the fields of a network that its run folder replaces; a default may not have been asked for."""
+    default = ModelOptions()
+    for ours, theirs in {"name": "model", "options": "options", "mean": "mean", "std": "std"}.items():
+        asked, found = getattr(options, ours), description[theirs]
+        if asked not in (getattr(default, ours), found):
+            log.info(f"the run folder {folder} sets `{ours}` to {found}, not the {asked} beside `checkpoint`")
+
+
+def adapt(
+    network: models.Classifier, description: dict[str, Any], loaded: Data, source: str, match: Match
+) -> dict[str, Any]:
+    """Make a trained network answer in the classes of the data, in their order, and check it on one row.
+
+    Args:
+        network: From weights of its own; its logits are reordered if need be.
+        description: As of `luce.training.checkpoint`; its ``classes`` are None if they have no names.
+        loaded: The data.
+        source: Where the network is from, for messages.
+        match: How classes are matched; see `luce.models.classes.align`.
+    Returns:
+        The description with the data's names of the classes, in the order of the network's own logits.
+    Raises:
+        UserError: If the network does not fit the data.
+    """
+    classes, shape = list(loaded.classes), list(loaded.input_shape)
+    own = description["classes"]
+    network.order = align(
+        len(classes) if own is None else own, classes, source=source, data=loaded.name, match=match
+    )
     check_fit(network, loaded)
-    return network, description
+    if len(shape) > 1 and description["input_shape"] != shape:  # texts may have any length
+        log.warning(
+            f"{source} was trained on inputs of shape {tuple(description['input_shape'])}, and those of "
+            f"`{loaded.name}` are {tuple(shape)}: resize them, or expect another accuracy"
+        )
+    if network.order is not None:
+        classes = [classes[place] for place in network.order.argsort().tolist()]
+    return {**description, "classes": classes}
 
 
 @torch.no_grad()

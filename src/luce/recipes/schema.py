@@ -70,6 +70,8 @@ class ModelOptions:
             network and normalisation replace the other fields.
         mean: Mean of each input channel that the network subtracts; None for that of the data.
         std: Standard deviation that it divides by, likewise.
+        match_classes: How the classes of a trained network are matched with the data's: by ``name``, or by
+            ``position`` whatever their names are.
     """
 
     name: str = "mlp"
@@ -77,6 +79,7 @@ class ModelOptions:
     checkpoint: str | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+    match_classes: Literal["name", "position"] = "name"
 
     def __post_init__(self) -> None:
         refuse_options(self.options, "model", ("name", "classes", "input_shape"))

@@ -16,6 +16,7 @@ from .. import log, models
 from ..data import Data, Examples
 from ..errors import UserError
 from ..methods import Method
+from ..models.classes import Match, align, assume, class_names
 from ..remote import RemoteTeacher
 from ..signals import BlackBox, CachedTeacher, LiveTeacher, LocalBlackBox, Teacher
 from ..signals.blackbox import FLOOR
@@ -63,6 +64,9 @@ def open_teacher(inputs: RunInputs, recipe: Recipe, *, trusted: bool = False) ->
             "name a run folder or a file as `teacher.checkpoint`"
         )
     network, description = build_network(options, inputs.data, trusted=trusted or recipe.names)
+    named = options.checkpoint is not None or class_names(network.body) is not None
+    if not named and options.match_classes == "name":
+        assume(options.name, inputs.data.name)
     if options.answers is not None:
         local_box(network, options, len(inputs.data.classes))  # refuses wrong limits
     return network, description
@@ -159,7 +163,7 @@ def _connect(recipe: Recipe, options: TeacherOptions, inputs: RunInputs) -> Remo
         token=_token(options),
         floor=options.floor,
     )
-    check_service(box, inputs.data)
+    check_service(box, inputs.data, options.match_classes)
     return box
 
 
@@ -184,24 +188,15 @@ def _ask_server(
     return LoadedTeacher(train, test, summary, box)
 
 
-def check_service(box: RemoteTeacher, loaded: Data) -> None:
-    """Check that a server classifies the inputs of the data into its classes.
+def check_service(box: RemoteTeacher, loaded: Data, match: Match = "name") -> None:
+    """Check that a server classifies the inputs of the data into its classes, and put them in its order.
 
     Raises:
         UserError: If it does not.
     """
-    service, names = box.service, tuple(loaded.classes)
-    if service.classes != len(names):
-        raise UserError(
-            f"expected a teacher for the {len(names)} classes of `{loaded.name}`, got one for "
-            f"{service.classes} from {box.url}"
-        )
-    # Only another order is refused: different names may well mean the same classes.
-    if service.names is not None and service.names != names and sorted(service.names) == sorted(names):
-        raise UserError(
-            f"expected a teacher with the classes of `{loaded.name}` in their order, {', '.join(names[:5])} "
-            f"..., got the same in another order from {box.url}: {', '.join(service.names[:5])} ..."
-        )
+    service = box.service
+    own = service.classes if service.names is None else service.names
+    box.order = align(own, loaded.classes, source=box.url, data=loaded.name, match=match)
     if service.input_shape not in (None, tuple(loaded.input_shape)):
         raise UserError(
             f"expected a teacher for the inputs of `{loaded.name}`, of shape {tuple(loaded.input_shape)}, "

@@ -187,6 +187,7 @@ def _recipe(options: DiagnoseOptions) -> tuple[Recipe, bool]:
     recipe.data.augment = "none"
     assert recipe.teacher is not None
     recipe.teacher.cache_outputs = recipe.teacher.test = True
+    recipe.student.match_classes = recipe.teacher.match_classes
     return recipe, same_data
 
 

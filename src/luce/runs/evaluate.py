@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from .. import data, log
-from ..errors import UserError
-from ..recipes.build import RunInputs, check_fit, prepare_data
+from ..recipes.build import RunInputs, adapt, prepare_data
 from ..recipes.schema import Recipe
 from ..recipes.teacher import load_teacher
 from ..training import checkpoint, metrics
@@ -40,12 +39,7 @@ def evaluate(folder: Path, recipe: Recipe, *, trusted: bool = False) -> dict[str
         recipe = dataclasses.replace(recipe, teacher=teacher)
     accelerator = new_accelerator(recipe.training)
     inputs = prepare_data(recipe)
-    if len(description["classes"]) != len(inputs.data.classes):
-        raise UserError(
-            f"expected data with the student's {len(description['classes'])} classes, "
-            f"got `{inputs.data.name}` with {len(inputs.data.classes)}"
-        )
-    check_fit(student, inputs.data)
+    adapt(student, description, inputs.data, str(folder), recipe.student.match_classes)
     _say_which_rows(folder, inputs)
     inputs = load_teacher(inputs, recipe, accelerator.device, trusted=trusted)
     return test_figures(accelerator.prepare(student), accelerator, inputs)

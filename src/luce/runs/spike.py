@@ -16,7 +16,7 @@ from .. import __version__, data, stops
 from ..data import Examples
 from ..errors import UserError
 from ..recipes import read_stored
-from ..recipes.build import prepare_data
+from ..recipes.build import adapt, prepare_data
 from ..spiking import read
 from ..spiking.experiment import Settings, SpikingResult, convert_and_simulate
 from ..training import checkpoint
@@ -82,6 +82,10 @@ def spike(
     recipe = read_stored(folder / "recipe.yaml", {"teacher": None}, trusted=options.trusted)
     recipe.training.cpu = recipe.training.cpu or options.cpu
     inputs = prepare_data(recipe)
+    adapt(student, description, inputs.data, str(folder), recipe.student.match_classes)
+    # The chain answers in the order of the network, so labels follow it; the last one is that of no class.
+    order = range(len(inputs.data.classes)) if student.order is None else student.order.tolist()
+    labels = torch.tensor([*order, data.UNLABELLED])
     device = new_accelerator(recipe.training).device
     student = student.to(device)
     train = _spaced(inputs.train.plain, options.calibration)
@@ -92,7 +96,7 @@ def spike(
     def batches(rows: Examples) -> Iterator[tuple[Tensor, Tensor]]:
         with stops.noted():
             for batch in data.loader(rows, batch_size=BATCH, seed=None, workers=recipe.data.workers):
-                yield batch["input"].to(device), batch["target"].to(device)
+                yield batch["input"].to(device), labels[batch["target"]].to(device)
                 stops.check()
 
     @contextmanager

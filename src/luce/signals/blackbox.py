@@ -121,6 +121,7 @@ class BlackBox(Teacher):
         floor: See `logits_from`.
         repeats_are_free: Whether a row that was answered once is never paid for again.
         address: Where the answers come from, for messages.
+        order: The class of its answers behind each logit of a signal, ``(C,)``; None for their own order.
     """
 
     answers: AnswerKind
@@ -130,6 +131,7 @@ class BlackBox(Teacher):
     floor: float
     repeats_are_free: bool = False
     address: str = "at hand"
+    order: Tensor | None = None
 
     def signal(self, batch: Batch) -> DenseSignal:
         """Query the rows of a batch and convert the answers to logits; see `logits_from`.
@@ -139,6 +141,8 @@ class BlackBox(Teacher):
         """
         inputs = batch["input"]
         logits = logits_from(self.query(inputs), self.answers, self.classes, floor=self.floor)
+        if self.order is not None:
+            logits = logits.index_select(1, self.order.to(logits.device))
         return DenseSignal(logits.to(inputs.device), kind=self.answers)
 
     @abstractmethod

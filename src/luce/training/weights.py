@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import files, log
-from ..errors import UserError
+from ..errors import UserError, listed
 
 ENTRIES = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights"),
@@ -88,7 +88,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     loaded = model.state_dict()
     if broken := [name for name in weights if not loaded[name].isfinite().all()]:
         log.warning(
-            f"the checkpoint {path} has infinite or undefined numbers in {_listed(broken)}, as those "
+            f"the checkpoint {path} has infinite or undefined numbers in {listed(broken)}, as those "
             "become that are too large for their dtype; save it in float32"
         )
 
@@ -112,13 +112,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     found = _entries(content)
     known = [entry for name in ENTRIES for entry in found if entry.split(".")[-1] == name]
     if not found or (len(found) > 1 and not known):
-        what = (
-            f"one network, got {_listed(found)}" if found else "tensors by name, as state_dict() gives them"
-        )
+        what = f"one network, got {listed(found)}" if found else "tensors by name, as state_dict() gives them"
         raise UserError(f"expected {path} to hold {what}; save the state_dict of a network alone")
     entry = (known or list(found))[0]
     if len(known) > 1:
-        others = _listed(f"`{other}`" for other in known[1:])
+        others = listed(f"`{other}`" for other in known[1:])
         log.info(f"the checkpoint {path} holds weights in several entries: reads `{entry}`, not {others}")
     return found[entry], entry
 
@@ -166,7 +164,7 @@ def _renamed(
         whole = [prefix for prefix in count if count[prefix] == len(wanted)]
         if len(whole) > 1 and "" not in whole:
             raise UserError(
-                f"expected one network in {path}, got several that fit, under the prefixes {_listed(whole)}; "
+                f"expected one network in {path}, got several that fit, under the prefixes {listed(whole)}; "
                 "save the state_dict of one of them"
             )
         prefix = "" if "" in whole or not count else count.most_common(1)[0][0]
@@ -176,7 +174,7 @@ def _renamed(
         if whole:
             if left := [name for name in tensors if name not in inside]:
                 log.info(
-                    f"the checkpoint {path} holds the network under `{prefix}`: leaves out {_listed(left)}"
+                    f"the checkpoint {path} holds the network under `{prefix}`: leaves out {listed(left)}"
                 )
             break
     return found
@@ -211,14 +209,4 @@ def _misfits(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[s
             if own[name].is_floating_point() and not weights[name].is_floating_point()
         ],
     }
-    return [f"{kind}: {_listed(names, 2)}" for kind, names in found.items() if names]
-
-
-def _listed(names: Iterable[str], most: int = 3) -> str:
-    """Return the first names, and the number of the others.
-
-    >>> _listed("abcde")
-    'a, b, c and 2 more'
-    """
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return [f"{kind}: {listed(names, 2)}" for kind, names in found.items() if names]
