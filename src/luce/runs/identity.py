@@ -49,7 +49,7 @@ def of_network(network: nn.Module) -> dict[str, Any]:
     """
     normalisation = {}
     if isinstance(network, Classifier):
-        normalisation = {"mean": network.mean.tolist(), "std": network.std.tolist()}
+        normalisation = {"mean": network.mean.tolist(), "std": network.std.tolist(), **_order(network.order)}
         network = network.body
     state = {
         name: value
@@ -66,6 +66,11 @@ def of_network(network: nn.Module) -> dict[str, Any]:
         **normalisation,
         "weights": digest.of_tensors(state),
     }
+
+
+def _order(order: Tensor | None) -> dict[str, Any]:
+    """Describe in which order the logits of a network are given, if not in its own."""
+    return {} if order is None else {"order": order.tolist()}
 
 
 def _options(module: nn.Module) -> list[Any]:
@@ -91,6 +96,7 @@ def of_teacher(teacher: Teacher | nn.Module) -> Any:
     described: dict[str, Any] = {"class": name_of(type(teacher))}
     if isinstance(teacher, BlackBox):
         described |= {"answers": teacher.answers, "top_k": teacher.top_k, "floor": teacher.floor}
+        described |= _order(teacher.order)
     if isinstance(teacher, RemoteTeacher):
         return {**described, "url": teacher.url, "model": teacher.service.model}
     if isinstance(teacher, LocalBlackBox):
