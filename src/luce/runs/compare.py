@@ -18,6 +18,7 @@ from ..recipes.build import RunInputs, build_student, prepare_data
 from ..recipes.methods import build_method
 from ..recipes.schema import ComparisonRecipe, Recipe
 from ..recipes.teacher import OpenTeacher, load_teacher, open_teacher
+from ..training import checkpoint
 from ..training.progress import Bar
 from ..training.setup import new_accelerator
 from .dry_run import dry_run
@@ -61,6 +62,8 @@ def compare(
             build_method(one)
     inputs = {setting: prepare_data(one) for setting, one in dict(to_check).items()}
     left = [place for place in grid if not _is_finished(place)]
+    for place in grid.keys() - set(left):
+        checkpoint.clear(place)  # a run may have been killed just before
     if left or not _is_stored(folder, recipe):  # wrong values are told before another recipe
         _dry_runs(to_check, inputs)
         if recipe.teacher_training is not None:

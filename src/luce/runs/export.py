@@ -161,17 +161,6 @@ def write_onnx(path: Path, student: models.Classifier, description: Description)
         import_optional(module, "export")
     network = baked(student).cpu().eval()
     rows = example(network, description, rows=2)
-    differences: list[float] = []
-
-    def fill(aside: Path) -> None:
-        target = aside.with_suffix(".onnx")  # onnxruntime and torch require the ending
-        try:
-            program.save(str(target), external_data=False)
-            differences.append(_difference(target, network, description))
-            target.replace(aside)
-        finally:
-            target.unlink(missing_ok=True)
-
     try:
         with _quiet():
             program: Any = torch.onnx.export(
@@ -183,20 +172,22 @@ def write_onnx(path: Path, student: models.Classifier, description: Description)
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
-        files.write(path, fill)
+        content = program.model_proto.SerializeToString()
+        difference = _difference(content, network, description)
     except UserError:
         raise
     except Exception as error:  # an exporter raises anything at what it does not know
         raise UserError(f"`{description['model']}` cannot be exported as ONNX: {one_line(error)}") from error
-    return differences[0] if differences else 0.0  # only the main process writes
+    files.write_bytes(path, content)
+    return difference
 
 
 @torch.no_grad()
-def _difference(path: Path, network: nn.Module, description: Description) -> float:
+def _difference(content: bytes, network: nn.Module, description: Description) -> float:
     """Return the largest difference between the logits of onnxruntime and PyTorch, on one and five rows."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     largest = 0.0
     for count in (1, 5):
         rows = example(network, description, rows=count)

@@ -40,6 +40,8 @@ def folder_matches(
             files.
     """
     present = files.content(folder)
+    if "metrics.jsonl" in present and not (folder / "metrics.jsonl").stat().st_size:  # no epoch has ended
+        present.remove("metrics.jsonl")
     free = present <= {name, *BEFORE_TRAINING} and present != {name}
     if name not in present:
         if not free:

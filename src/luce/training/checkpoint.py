@@ -22,6 +22,7 @@ from .weights import load_weights as load_weights
 from .weights import read_weights as read_weights
 
 State = dict[str, Any]
+ASIDE = ".checkpoint.part"
 
 BEST, LAST, DESCRIPTION = "student.safetensors", "student-last.safetensors", "student.json"
 RESTORE = "restore it from a copy, or train again in another folder"
@@ -38,7 +39,7 @@ def save(folder: Path, accelerator: Accelerator, epoch: int, extra: State) -> No
     Raises:
         UserError: If the files cannot be written.
     """
-    aside, final = folder / ".checkpoint.part", folder / f"checkpoint-{epoch}"
+    aside, final = folder / ASIDE, folder / f"checkpoint-{epoch}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     # No process may write before the remains of an interrupted save are removed.
@@ -95,10 +96,10 @@ def restore(folder: Path, accelerator: Accelerator) -> State | None:
 
 
 def clear(folder: Path) -> None:
-    """Remove the checkpoints of a finished run, whose weights are exported."""
+    """Remove the checkpoints of a finished run, whose weights are exported; a folder may be read-only."""
     if processes().is_main_process:
-        for path in _checkpoints(folder):
-            shutil.rmtree(path)
+        for path in (*_checkpoints(folder), folder / ASIDE):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
