@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 
 import luce
 from luce.errors import UserError
-from luce.remote.cache import KEYS_PER_QUERY, AnswerCache, key_of
+from luce.remote.cache import KEYS_PER_QUERY, AnswerCache, key_of, sealed
 
 MARK = b"the answer to one question"
 WRITER = f"""
@@ -156,3 +157,94 @@ def test_other_files_are_not_touched(tmp_path: Path) -> None:
         AnswerCache(newer, "one")
     with pytest.raises(UserError, match="cannot use the cache of answers"):
         AnswerCache(tmp_path, "one")
+
+
+@pytest.mark.parametrize("column", ["told", "content"])
+def test_paid_answers_of_version_1_are_kept(column: str, tmp_path: Path) -> None:
+    """A column had two names in that version."""
+    path = tmp_path / "answers.sqlite"
+    with sqlite3.connect(path) as base:
+        for statement in (
+            "CREATE TABLE name (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
+            f"CREATE TABLE answer (teacher INTEGER NOT NULL, row BLOB NOT NULL, {column} BLOB NOT NULL, "
+            "PRIMARY KEY (teacher, row)) WITHOUT ROWID",
+            "CREATE TABLE spent (teacher INTEGER NOT NULL, account INTEGER NOT NULL, rows INTEGER NOT NULL, "
+            "PRIMARY KEY (teacher, account)) WITHOUT ROWID",
+            f"PRAGMA application_id = {0x4C554345}",
+            "PRAGMA user_version = 1",
+            "INSERT INTO name VALUES (1, 'one'), (2, 'me')",
+            "INSERT INTO spent VALUES (1, 2, 5)",
+        ):
+            base.execute(statement)
+        base.execute("INSERT INTO answer VALUES (1, ?, ?)", (b"k", sealed(b"k", b"answer")))
+    base.close()
+    for _ in range(2):
+        answers = AnswerCache(path, "one", "me")
+        assert (answers.find([b"k"]), answers.paid) == ({b"k": b"answer"}, 5)
+        answers.close()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_flipped_bits_are_told_or_change_nothing(seed: int, tmp_path: Path) -> None:
+    """A damaged key may hide its answer, which is then paid for again; no answer and no bill is wrong."""
+    path, random = tmp_path / "answers.sqlite", Random(seed)
+    known = {b"%d" % number: random.randbytes(50) for number in range(100)}
+    answers = AnswerCache(path, "one", "me")
+    answers.save(known)
+    answers.close()
+    whole, told = path.read_bytes(), 0
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for _ in range(random.randint(1, 6)):
+            damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            answers = AnswerCache(path, "one", "me")
+            assert answers.find(known).items() <= known.items()
+            assert answers.paid == 100
+            answers.close()
+        except UserError:
+            told += 1
+        for left in ("-wal", "-shm"):
+            Path(f"{path}{left}").unlink(missing_ok=True)
+    assert told > 20
+
+
+@pytest.mark.parametrize("cut", [1, 50, 100, 1000, 4096, 5000])
+def test_a_file_cut_anywhere_is_told(cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    answers = AnswerCache(path, "one")
+    answers.save({b"%d" % number: os.urandom(200) for number in range(100)})
+    answers.close()
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"answers\.sqlite"):
+        AnswerCache(path, "one").find([b"1"])
+
+
+def test_a_full_disk_is_told_and_costs_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    answers = AnswerCache(path, "one", "me")
+    answers.save({b"k": b"1"})
+    pages = answers._base.execute("PRAGMA page_count").fetchone()[0]
+    answers._base.execute(f"PRAGMA max_page_count = {pages}")  # SQLite then answers as on a full disk
+    with pytest.raises(UserError, match=r"cannot use the cache of answers .* is full\); free some space"):
+        answers.save({b"%d" % number: os.urandom(1000) for number in range(100)})
+    assert (answers.find([b"k", b"1"]), answers.paid) == ({b"k": b"1"}, 1)
+    answers._base.execute("PRAGMA max_page_count = 1000000")
+    answers.save({b"l": b"2"})
+    answers.close()
+    again = AnswerCache(path, "one", "me")
+    assert (again.find([b"k", b"l"]), again.paid) == ({b"k": b"1", b"l": b"2"}, 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask")
+def test_the_file_has_the_permissions_that_the_user_asks_for(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        answers = AnswerCache(tmp_path / "a", "one")
+        answers.save({b"k": b"1"})
+    finally:
+        os.umask(before)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a-wal", "a-shm"}
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o664

@@ -14,27 +14,42 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import log
 from ..errors import UserError
 
 APPLICATION_ID = 0x4C554345
 """Distinguishes caches of answers from other SQLite files."""
-VERSION = 1
+VERSION = 2
+SMALLEST = 512
+"""Bytes of the smallest SQLite file."""
 KEYS_PER_QUERY = 500
 """Keys in one SQL query; older versions of SQLite allow a thousand."""
 
 TABLES = (
-    "CREATE TABLE name (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
+    "CREATE TABLE name (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE, crc INTEGER)",
     "CREATE TABLE answer (teacher INTEGER NOT NULL, row BLOB NOT NULL, content BLOB NOT NULL, "
     "PRIMARY KEY (teacher, row)) WITHOUT ROWID",
     "CREATE TABLE spent (teacher INTEGER NOT NULL, account INTEGER NOT NULL, rows INTEGER NOT NULL, "
-    "PRIMARY KEY (teacher, account)) WITHOUT ROWID",
+    "crc INTEGER, PRIMARY KEY (teacher, account)) WITHOUT ROWID",
     f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {VERSION}",
+)
+FROM_VERSION_1 = (
+    "ALTER TABLE name ADD COLUMN crc INTEGER",
+    "ALTER TABLE spent ADD COLUMN crc INTEGER",
+    "UPDATE name SET crc = crc(id, text)",
+    "UPDATE spent SET crc = crc(teacher, account, rows)",
     f"PRAGMA user_version = {VERSION}",
 )
 
 
 SEAL = 4
 """Bytes of an answer's checksum."""
+
+
+def crc(*values: int | str) -> int:
+    """Return a checksum of a row, as a function of SQL."""
+    return zlib.crc32(repr(values).encode())
 
 
 def sealed(key: bytes, answer: bytes) -> bytes:
@@ -72,12 +87,14 @@ class AnswerCache:
         with self._guarded():
             if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
+                self._create(Path(path))
             self._base = sqlite3.connect(
                 ":memory:" if path is None else path,
                 timeout=60,
                 check_same_thread=False,
                 isolation_level=None,
             )
+            self._base.create_function("crc", -1, crc, deterministic=True)
             self._open()
         self.teacher, self._account = self._name(teacher), self._name(account)
 
@@ -117,8 +134,8 @@ class AnswerCache:
         with self._guarded(), self._transaction():
             self._base.executemany("INSERT OR IGNORE INTO answer VALUES (?, ?, ?)", rows)
             self._base.execute(
-                "INSERT INTO spent VALUES (?, ?, ?) "
-                "ON CONFLICT (teacher, account) DO UPDATE SET rows = rows + excluded.rows",
+                "INSERT INTO spent VALUES (?1, ?2, ?3, crc(?1, ?2, ?3)) ON CONFLICT (teacher, account) "
+                "DO UPDATE SET rows = rows + ?3, crc = crc(?1, ?2, rows + ?3)",
                 (self.teacher, self._account, len(rows)),
             )
 
@@ -137,12 +154,26 @@ class AnswerCache:
             raise self.damaged("the checksum of an answer")
         return answer
 
+    def _create(self, path: Path) -> None:
+        """Create the file with the permissions of the user's umask; SQLite has its own."""
+        try:
+            with path.open("xb"):
+                return
+        except FileExistsError:
+            size = path.stat().st_size
+        if 0 < size < SMALLEST:  # SQLite would write over it
+            raise self.damaged(f"{size} bytes")
+        if not size:
+            log.warning(
+                f"the cache of answers {path} is an empty file; answers that it held are paid for again"
+            )
+
     def _open(self) -> None:
         application, version = (
             self._base.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
         )
         empty = self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if (application, version) != (APPLICATION_ID, VERSION) and not empty:
+        if (application, version) not in ((APPLICATION_ID, VERSION), (APPLICATION_ID, 1)) and not empty:
             content = "another version" if application == APPLICATION_ID else "other data"
             raise UserError(f"expected a cache of answers, got {self.path} with {content}")
         self._base.execute("PRAGMA journal_mode = WAL")
@@ -154,10 +185,24 @@ class AnswerCache:
                         self._base.execute(statement)
         if (problem := self._base.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise self.damaged(problem)
+        with self._transaction():
+            if self._base.execute("PRAGMA user_version").fetchone()[0] == 1:
+                self._upgrade()
+        for table, values in (("name", "id, text"), ("spent", "teacher, account, rows")):
+            if self._base.execute(f"SELECT 1 FROM {table} WHERE crc IS NOT crc({values})").fetchone():
+                raise self.damaged(f"the checksum of an entry of `{table}`")
+
+    def _upgrade(self) -> None:
+        columns = {row[1] for row in self._base.execute("PRAGMA table_info(answer)")}
+        if "told" in columns:  # the first name of `content`
+            self._base.execute("ALTER TABLE answer RENAME COLUMN told TO content")
+        for statement in FROM_VERSION_1:
+            self._base.execute(statement)
 
     def _name(self, text: str) -> int:
         with self._guarded(), self._transaction():
             self._base.execute("INSERT OR IGNORE INTO name (text) VALUES (?)", (text,))
+            self._base.execute("UPDATE name SET crc = crc(id, text) WHERE text = ? AND crc IS NULL", (text,))
             return int(self._base.execute("SELECT id FROM name WHERE text = ?", (text,)).fetchone()[0])
 
     @contextmanager
@@ -166,7 +211,8 @@ class AnswerCache:
         try:
             yield
         except BaseException:
-            self._base.execute("ROLLBACK")
+            if self._base.in_transaction:  # a full disk has ended it
+                self._base.execute("ROLLBACK")
             raise
         self._base.execute("COMMIT")
 
@@ -181,5 +227,5 @@ class AnswerCache:
                     f"cannot use the cache of answers {self.path} ({error}); free some space, or name "
                     "another as `teacher.cache`"
                 ) from error
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 raise self.damaged(str(error)) from error
