@@ -122,3 +122,10 @@ def test_indices_are_numbers_of_rows(examples):
             Examples(examples.source, wrong)
     with pytest.raises(UserError, match=r"`targets` to be class indices, got torch.float64"):
         Examples(examples.source, [0, 1], [0.5, 1.0])
+
+
+def test_rows_that_losses_skip_are_not_counted(examples):
+    some = Examples(examples.source, [5, 3, 1], [-100, -1, 1])
+    assert [item["index"] for item in some.counted] == [3, 1]
+    assert [item["index"] for item in some.labelled] == [1]
+    assert examples.counted is examples

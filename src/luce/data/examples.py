@@ -96,6 +96,16 @@ class Examples(Dataset[dict[str, Any]]):
             raise UserError(f"expected at least one example with a label, got none in {len(self)} rows")
         return self._at(rows)
 
+    @property
+    def counted(self) -> Examples:
+        """The rows that losses do not skip."""
+        rows = (self.targets != IGNORED).nonzero().squeeze(1)
+        if not len(rows):
+            raise UserError(
+                f"expected training rows that count, got {IGNORED} as the label of all {len(self)}"
+            )
+        return self if len(rows) == len(self) else self._at(rows)
+
     def repeat_to(self, size: int) -> Examples:
         """Repeat the rows until there are ``size`` of them, so that epochs have equal numbers of steps."""
         if size < len(self):

@@ -65,6 +65,7 @@ def prepare_data(recipe: Recipe) -> RunInputs:
     options = recipe.data
     loaded = data.load(options.name, root=options.root, **options.options)
     train, validation, test = data.split(loaded, validation=options.validation, seed=options.split_seed)
+    train = train.counted  # before a teacher is paid for its answers
     if options.labels_per_class is not None:
         train = data.keep_labels(train, per_class=options.labels_per_class, seed=options.split_seed)
     for name in (options.augment, options.strong_augment):

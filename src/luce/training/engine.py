@@ -90,7 +90,7 @@ def fit(
         student: Trained in place.
         method: Computes the loss of a step. Its parameters, if it has any, are trained too.
         train: Training rows. For a method that cannot use unlabelled rows, labelled rows are repeated in
-            their place, so that all methods make equally many steps.
+            their place, so that all methods make equally many steps. Rows of the label -100 are left out.
         validation: Rows that choose the best epoch.
         teacher: Answers the method's batches.
         options: How to train.
@@ -112,7 +112,7 @@ def fit(
         raise UserError("expected a folder to track the training in, got none; give one or no `trackers`")
     check_own_steps(method, options)
     check_networks(student, teacher)
-    rows, held_out = divide(method, train, options.seed)
+    rows, held_out = divide(method, train.counted, options.seed)
     train = rows if method.uses_unlabelled else rows.labelled.repeat_to(len(rows))
 
     accelerator = accelerator or new_accelerator(options, folder)
