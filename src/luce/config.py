@@ -80,6 +80,11 @@ def as_path(path: Path | str) -> Path:
     return expanded
 
 
+def name_or_path(name: str) -> str:
+    """A name on a hub unchanged, or a folder with its ``~`` expanded."""
+    return str(as_path(name)) if name.startswith("~") else name
+
+
 def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Merge nested mappings into a new one; later values, and a whole `Replacement`, replace earlier ones.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import log
+from ..config import as_path
 from ..errors import UserError
 from .dataset import Data, describe
 from .headers import Headers
@@ -48,7 +49,7 @@ def load_image_folder(
     """
     name = f"imagefolder:{shown(path)}"
     training, evaluation = views(image_size, random_crop)
-    folder = (root or Path()) / Path(path).expanduser()
+    folder = (root or Path()) / as_path(path)
     train, test = _parts(folder)
     paths = [part.folder / name for part in (train, test) for name in part.names]
     headers = Headers.read(len(paths), lambda index: (paths[index], shown(paths[index])))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import name_or_path
 from ..errors import UserError, import_optional, unknown_name
 from .dataset import Data, describe, say_rows
 from .headers import Headers
@@ -58,7 +59,8 @@ def load_hub(
     """
     datasets = import_optional("datasets", "text")
     try:
-        splits = datasets.load_dataset(name, config, cache_dir=None if root is None else str(root))
+        cache = None if root is None else str(root)
+        splits = datasets.load_dataset(name_or_path(name), config, cache_dir=cache)
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"`datasets` could not load `{name}`: {reason}") from error

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import log
+from ..config import as_path
 from ..errors import MissingExtra, UserError, import_optional, unknown_name
 from .dataset import Data, describe, stratified
 from .folders import load_image_folder
@@ -76,7 +77,7 @@ def load(name: str, *, root: str | Path | None = None, **options: Any) -> Data:
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         for option in options.keys() - known:
             raise UserError(f"data `{name}` has no option `{option}`; it has: {', '.join(known) or 'none'}")
-    return loader(argument, None if root is None else Path(root).expanduser(), **options)
+    return loader(argument, None if root is None else as_path(root), **options)
 
 
 def names() -> tuple[str, ...]:

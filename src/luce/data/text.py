@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import name_or_path
 from ..errors import UserError, import_optional, one_line
 
 CHUNK = 4096
@@ -110,7 +111,7 @@ class Tokenizer:
 def _load(name: str) -> Any:
     transformers = import_optional("transformers", "text")
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(name_or_path(name), trust_remote_code=False)
     except Exception as error:  # anything but a tokenizer fails in many ways
         raise UserError(
             f"expected a tokenizer on the hub or in a local folder, got `{name}` ({one_line(error)})"

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config import name_or_path
 from ..errors import UserError, import_optional, one_line, unknown_name
 from .network import image_channels
 from .text import mask_padding
@@ -86,7 +87,8 @@ def from_hugging_face(
             f"`hf:{name}` has no option `{option}`: Luce sets float32 weights and the classes of the data, "
             "and runs no code of a checkpoint"
         )
-    settings = {name: value for name, value in options.items() if name != "pretrained"}
+    name = name_or_path(name)
+    settings = {option: value for option, value in options.items() if option != "pretrained"}
     try:
         with _quiet(transformers):
             config, others = transformers.AutoConfig.from_pretrained(

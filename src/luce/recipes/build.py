@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from .. import data, files, log, models
+from ..config import as_path
 from ..data import Data, Examples
 from ..errors import UserError
 from ..models.classes import Match, align, class_names
@@ -129,7 +130,7 @@ def build_network(
     Raises:
         UserError: If it cannot be built, its checkpoint cannot be read, or it does not fit the data.
     """
-    source = None if options.checkpoint is None else Path(options.checkpoint)
+    source = None if options.checkpoint is None else as_path(options.checkpoint)
     if source is not None and source.is_dir():
         network, description = checkpoint.load_student(source, trusted=trusted)
         _report_replaced(options, description, source)

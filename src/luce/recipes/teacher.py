@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import log, models
+from ..config import as_path
 from ..data import Data, Examples
 from ..errors import UserError
 from ..methods import Method
@@ -265,7 +266,7 @@ def _token(options: TeacherOptions) -> str | None:
         return os.environ[options.token_env].strip()
     if options.token_file is not None:
         try:
-            return Path(options.token_file).read_text(encoding="utf-8").strip()
+            return as_path(options.token_file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the token in {options.token_file} ({error})") from error
     return None

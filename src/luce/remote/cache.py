@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import log
+from ..config import as_path
 from ..errors import UserError
 
 APPLICATION_ID = 0x4C554345
@@ -83,13 +84,13 @@ class AnswerCache:
     """
 
     def __init__(self, path: Path | str | None, teacher: str, account: str = "") -> None:
-        self.path, self._lock = path, threading.Lock()
+        self.path, self._lock = None if path is None else as_path(path), threading.Lock()
         with self._guarded():
-            if path is not None:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                self._create(Path(path))
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._create(self.path)
             self._base = sqlite3.connect(
-                ":memory:" if path is None else path,
+                ":memory:" if self.path is None else self.path,
                 timeout=60,
                 check_same_thread=False,
                 isolation_level=None,

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config import as_path
 from ..documents import dump_yaml
 from ..errors import UserError
 from . import plots
@@ -43,8 +44,8 @@ def write_html(folder: Path | str, out: Path | str | None = None) -> Path:
     Raises:
         UserError: If the folder is of neither kind, a file in it cannot be read, or the page not written.
     """
-    folder = Path(folder)
-    out = folder / "report.html" if out is None else Path(out)
+    folder = as_path(folder)
+    out = folder / "report.html" if out is None else as_path(out)
     if (folder / "comparison.yaml").exists():
         page = _comparison_page(read_comparison(folder))
     elif (folder / "recipe.yaml").exists() or (folder / "result.json").exists():

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import as_path
 from ..documents import damaged, load_json, read_json, read_yaml
 from ..errors import UserError, unknown_name
 
@@ -181,7 +182,7 @@ def read_run(folder: Path | str) -> Run:
     Raises:
         UserError: If a file is missing, cannot be read or lacks a field; names the file.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     path = folder / "result.json"
     if folder.is_dir() and not path.exists():
         raise UserError(f"{path} does not exist: the run has not finished; finish it or name another folder")
@@ -228,7 +229,7 @@ def read_comparison(folder: Path | str) -> Comparison:
     Raises:
         UserError: If a file cannot be read, the baseline is none of the methods or no run has finished.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     path = folder / "comparison.yaml"
     recipe = read_yaml(path)
     with _fields_of(path):

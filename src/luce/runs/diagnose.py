@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from .. import __version__, analysis, data, suggest_temperature
 from ..analysis.page import DiagnosisReport
 from ..checks import check_positive
-from ..config import merge, parse, read_yaml
+from ..config import as_path, merge, parse, read_yaml
 from ..data import Data, Examples
 from ..data.sources import as_source
 from ..errors import UserError
@@ -162,7 +161,7 @@ def _recipe(options: DiagnoseOptions) -> tuple[Recipe, bool]:
         UserError: If the teacher is neither a run folder nor a name, or an override is unknown.
     """
     content: dict[str, Any] = {"name": options.data}
-    folder, same_data = Path(options.teacher), False
+    folder, same_data = as_path(options.teacher), False
     if folder.is_dir():
         teacher: dict[str, Any] = {"checkpoint": options.teacher}
         if options.checkpoint is not None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .. import files, log
-from ..config import parse
+from ..config import as_path, parse
 from ..data import Examples
 from ..data.images import check_arrays
 from ..data.sources import as_source
@@ -77,7 +77,7 @@ def distill(
     settings = parse(TrainingOptions, options, kind="option of luce.distill:")
     train = _examples(train_data, "train_data")
     validation = None if val_data is None else _examples(val_data, "val_data")
-    place = None if folder is None else Path(folder)
+    place = None if folder is None else as_path(folder)
     bars: AbstractContextManager[Progress | None] = progress_bars() if show_progress else nullcontext()
     loss = PLDLoss() if loss is None else loss
     method = loss if isinstance(loss, Method) else LogitMethod(loss)

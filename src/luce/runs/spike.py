@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from .. import __version__, data, stops
+from ..config import as_path
 from ..data import Examples
 from ..errors import UserError
 from ..recipes import read_stored
@@ -76,7 +77,7 @@ def spike(
         >>> spike("runs/digits-bsnn", SpikeOptions(steps=32)).test.accuracy[-1]  # doctest: +SKIP
         0.974
     """
-    options, folder = options or SpikeOptions(), Path(folder)
+    options, folder = options or SpikeOptions(), as_path(folder)
     student, description = checkpoint.load_student(folder, trusted=options.trusted)
     read(student.body)  # refuse a network that cannot be converted before loading the data
     recipe = read_stored(folder / "recipe.yaml", {"teacher": None}, trusted=options.trusted)
