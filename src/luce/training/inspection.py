@@ -15,7 +15,7 @@ from ..methods.observation import Observation, observing
 from ..models import Classifier
 from ..models.hooks import first_tensor
 from ..signals import Signal
-from .networks import DOUBT, at_most, judge_accuracy
+from .networks import DOUBT, at_most, check_width, judge_accuracy
 
 Terms = dict[str, Tensor]
 
@@ -46,6 +46,7 @@ class FirstLook:
         self.highest = int(targets.max()) if len(targets) else -1
         self.batches = 0
         self.silent: set[str] | None = None
+        self.indirect = False
         self.counts: Tensor | None = None
         self.classes = 0
         self.figures: dict[str, Tensor] = {}
@@ -65,18 +66,18 @@ class FirstLook:
             try:
                 terms = compute(batch)
             except (ValueError, RuntimeError) as error:
-                self._check_widths(outputs, seen.signal)
+                _check_widths(outputs, seen.signal)
                 if reason := self._explanation(batch, outputs, seen.signal):
                     # A loss that is not finite keeps its kind of error.
                     kind = type(error) if isinstance(error, UserError) else UserError
                     raise kind(reason) from error
                 raise
-        self._check_widths(outputs, seen.signal)
+        _check_widths(outputs, seen.signal)
         if self.batches == 0:
             self.figures = _answers(outputs, seen.signal, batch["input"])
-            self._report_labels(outputs)
             _report_features(seen.features)
         if self.silent or self.silent is None:
+            self.indirect = bool(seen.features or self.learned)
             self.figures |= self._gradients(terms, [*outputs, *seen.features.values()])
             self.figures["labelled"] = (batch["target"] >= 0).any()
         self._count(seen)
@@ -112,18 +113,6 @@ class FirstLook:
             self._report_accuracy(*map(int, self.counts.tolist()))
         self.silent, self.counts = set(), None
 
-    def _check_widths(self, outputs: Sequence[Tensor], signal: Signal | None) -> None:
-        answers = [] if signal is None else [signal.logits]
-        for role, logits in (("student", outputs[:1]), ("teacher", answers)):
-            for tensor in logits:
-                # Behind (N, C) some losses take the classes last.
-                if tensor.ndim < 2 or tensor.shape[1] == tensor.shape[-1] == 1:
-                    raise UserError(
-                        f"expected a {role} with at least two logits per row, one for each class, got an "
-                        f"output of shape {tuple(tensor.shape)}, whose softmax is always 1; give a binary "
-                        "choice two logits, such as 0 and the single one"
-                    )
-
     def _explanation(
         self, batch: Mapping[str, Tensor], outputs: Sequence[Tensor], signal: Signal | None
     ) -> str | None:
@@ -152,36 +141,32 @@ class FirstLook:
                 f"{tuple(answers.shape)}: the teacher has {answers.shape[1]} classes, the student {classes}; "
                 "give both the same"
             )
-        if self.highest >= classes and outputs[0].device.type != "cpu":  # there losses raise nothing
-            return self._wrong_labels(classes)
+        if self.highest >= classes:  # on a GPU the loss is then NaN
+            return (
+                f"expected labels in [0, {classes}), one for each logit of the student, got {self.highest}; "
+                "give the student more logits, or mark rows without a label by -1"
+            )
         return None
 
-    def _report_labels(self, outputs: Sequence[Tensor]) -> None:
-        if outputs and outputs[0].ndim == 2 and self.highest >= outputs[0].shape[1]:
-            log.warning(self._wrong_labels(outputs[0].shape[1]))
-
-    def _wrong_labels(self, classes: int) -> str:
-        return (
-            f"expected labels in [0, {classes}), one for each logit of the student, got {self.highest}; "
-            "give the student more logits, or mark rows without a label by -1"
-        )
-
     def _gradients(self, terms: Terms, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return for each term whether it gives no gradient to the student's outputs or the method."""
+        """Return for each term whether it gives no gradient to the student's outputs or the method.
+
+        At first a term is followed to the last output that it depends on, which is cheap: the way to an
+        earlier one leads through the network. A term without a gradient there is followed to all.
+        """
         names = [name for name in terms if name != "loss"] or ["loss"]
-        inputs = [tensor for tensor in (*outputs, *self.learned) if tensor.requires_grad]
         figures = {f"value {name}": terms[name] for name in {*names, "loss"}}
-        for name in names if inputs else ():
+        connected = [tensor for tensor in outputs if tensor.grad_fn is not None]
+        latest = sorted(connected, key=lambda tensor: -_age(tensor))
+        for name in names:
             if self.silent is not None and name not in self.silent:
                 continue
             if not terms[name].requires_grad:
                 figures[f"cut {name}"] = torch.ones_like(terms[name])
-                continue
-            gradients = torch.autograd.grad(
-                terms[name], inputs, torch.full_like(terms[name], SCALE), retain_graph=True, allow_unused=True
-            )
-            used = [(gradient != 0).any() for gradient in gradients if gradient is not None]
-            figures[f"zero {name}"] = ~torch.stack(used).any() if used else torch.ones_like(terms[name])
+            elif self.silent is None:
+                figures[f"zero {name}"] = ~_any_gradient(terms[name], [[tensor] for tensor in latest])
+            else:
+                figures[f"zero {name}"] = ~_any_gradient(terms[name], [[*latest, *self.learned]])
         return figures
 
     def _count(self, seen: Observation) -> None:
@@ -216,17 +201,27 @@ class FirstLook:
         silent = {*values, *(name for name, is_zero in _of(found, "zero ").items() if is_zero)}
         if found.get("same"):
             silent = set(values)  # the copy explains the others, and was stated
-        if silent and not found["labelled"] and self.highest >= 0:
+        # Once more: a label may be needed, or an earlier output of the student may have the gradient.
+        if silent and (
+            (not found["labelled"] and self.highest >= 0) or (self.batches == 1 and self.indirect)
+        ):
             self.silent = silent
             return
         if silent:
-            _warn_of_silence(silent, "on the first batch")
+            _warn_of_silence(silent, "on the first batches")
         elif not found.get("reached", 1.0) and not found.get("same"):
             log.warning(
                 "the first batch gives every parameter of the student a gradient of exactly zero; look for "
                 "saturated or dead layers, and for a term that is constant"
             )
         self.silent = set()
+
+
+def _check_widths(outputs: Sequence[Tensor], signal: Signal | None) -> None:
+    for logits in outputs:
+        check_width("student", logits)
+    if signal is not None:
+        check_width("teacher", signal.logits)
 
 
 def _answers(outputs: Sequence[Tensor], signal: Signal | None, inputs: Tensor) -> dict[str, Tensor]:
@@ -339,6 +334,22 @@ def _outputs(student: nn.Module) -> Iterator[list[Tensor]]:
         yield outputs
     finally:
         handle.remove()
+
+
+def _any_gradient(term: Tensor, choices: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return whether a term has a gradient other than 0 to the first of these tensors that it depends on."""
+    for tensors in choices:
+        gradients = torch.autograd.grad(
+            term, tensors, torch.full_like(term, SCALE), retain_graph=True, allow_unused=True
+        )
+        if used := [(gradient != 0).any() for gradient in gradients if gradient is not None]:
+            return torch.stack(used).any()
+    return torch.zeros_like(term, dtype=torch.bool)
+
+
+def _age(tensor: Tensor) -> int:
+    """Return the place of a tensor's operation in the order of the forward pass."""
+    return int(tensor.grad_fn._sequence_nr()) if tensor.grad_fn is not None else -1
 
 
 def _are_probabilities(logits: Tensor) -> Tensor:

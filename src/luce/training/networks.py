@@ -46,6 +46,21 @@ def check_networks(student: nn.Module, teacher: Teacher | None) -> None:
             )
 
 
+def check_width(role: str, logits: Tensor) -> None:
+    """Refuse a single logit.
+
+    Raises:
+        UserError: On logits of one class, which every softmax turns into 1.
+    """
+    # Behind (N, C) some losses take the classes last.
+    if logits.ndim < 2 or logits.shape[1] == logits.shape[-1] == 1:
+        raise UserError(
+            f"expected a {role} with at least two logits per row, one for each class, got an output of "
+            f"shape {tuple(logits.shape)}, whose softmax is always 1; give a binary choice two logits, such "
+            "as 0 and the single one"
+        )
+
+
 def report_parameters(student: nn.Module, precision: str) -> None:
     """State how many parameters are trained, if some are frozen, and warn of weights of 16 bits.
 

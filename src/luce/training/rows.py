@@ -14,7 +14,7 @@ from ..models import Classifier
 from ..models.modes import in_evaluation
 from ..models.network import logits_of
 from ..signals import Teacher
-from .networks import check_networks
+from .networks import check_networks, check_width
 
 ROWS = 2
 """Rows of a trial: one alone fails under batch normalisation that keeps no statistics."""
@@ -89,7 +89,9 @@ def _logits(role: str, network: Classifier, rows: Examples, device: torch.device
                 f"expected a {role} for the data, rows of shape {tuple(inputs.shape[1:])} and "
                 f"{inputs.dtype}, got one that fails on them ({type(error).__name__}: {one_line(error)}){way}"
             ) from error
-    return logits_of(output)
+    logits = logits_of(output)
+    check_width(role, logits)
+    return logits
 
 
 def _check_labels(targets: Tensor, classes: int, name: str, allowed: set[int]) -> None:
