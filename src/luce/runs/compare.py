@@ -146,7 +146,7 @@ def _open_teachers(
                 if (setting, seed) not in students:
                     students[setting, seed] = of_student(build_student(one, data)[0])
                 peers = of_peers(build_method(one, data))
-            identity_matches(place, {"student": students[setting, seed], **peers, **teachers[setting][1]})
+            identity_matches(place, {**teachers[setting][1], "student": students[setting, seed], **peers})
     return teachers
 
 

@@ -90,7 +90,7 @@ def distill(
     if place is not None:
         data = {"classes": plain(getattr(train_data, "classes", None)), "train": of_examples(train)}
         data["validation"] = None if validation is None else of_examples(validation)
-        identity = {**of_parts(parts, place), "data": data}
+        identity = {"data": data, **of_parts(parts, place)}
     network = Classifier(student)
     source = teacher if isinstance(teacher, Teacher) else LiveTeacher(Classifier(teacher))
     accelerator = new_accelerator(settings, place)

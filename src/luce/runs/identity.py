@@ -61,10 +61,11 @@ def of_network(network: nn.Module) -> dict[str, Any]:
     own = sorted({type(module) for module in network.modules() if is_own(type(module))}, key=name_of)
     functions = [function for cls in own for function in own_functions(cls)]
     return {
+        "class": name_of(type(network)),
         "architecture": digest.of_json([modules, shapes]),
         **({"code": code_of(functions), "constants": constants(functions)} if own else {}),
-        **normalisation,
         "weights": digest.of_tensors(state),
+        **normalisation,
     }
 
 
@@ -100,7 +101,7 @@ def of_teacher(teacher: Teacher | nn.Module) -> Any:
     if isinstance(teacher, RemoteTeacher):
         return {**described, "url": teacher.url, "model": teacher.service.model}
     if isinstance(teacher, LocalBlackBox):
-        return {**described, **of_network(teacher.model)}
+        return {**of_network(teacher.model), **described}
     if type(teacher) is LiveTeacher:
         return of_network(teacher.network)
     if type(teacher) is CachedTeacher:
@@ -120,10 +121,10 @@ def of_data(data: Data, parts: Mapping[str, Examples]) -> dict[str, Any]:
     return {
         "classes": list(data.classes),
         "input_shape": list(data.input_shape),
+        **{name: of_rows(rows, inputs[sources[name]]) for name, rows in parts.items()},
         "mean": list(data.mean),
         "std": list(data.std),
         "tokenizer": _of_tokenizer(data.tokenizer),
-        **{name: of_rows(rows, inputs[sources[name]]) for name, rows in parts.items()},
     }
 
 

@@ -68,7 +68,8 @@ def run(
     if asks and inputs.teacher is None:
         opened = open_teacher(inputs, recipe)
     shared = known or of_inputs(inputs, opened, teacher=asks)
-    identity = {"student": of_student(student), **of_peers(build_method(recipe, inputs.data)), **shared}
+    peers = of_peers(build_method(recipe, inputs.data))
+    identity = {**shared, "student": of_student(student), **peers}
     if (finished := _finished(recipe, folder, identity)) is not None:  # may be in a folder that is only read
         return finished
     with files.locked(folder):
