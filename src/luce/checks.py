@@ -10,32 +10,52 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
+LARGEST = 2**31 - 1
+"""Largest integer of an option; its square fits into 64 bits, and a larger number can be a float."""
+
+
+WIDEST = 2**20
+"""Largest size of what an option lets a loss hold in memory, such as samples or channels."""
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a real number and not a bool, which Python counts among the integers."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Return whether a value is a float, or an integer up to `LARGEST`, and not a bool."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, Real)
+
+
+def _is_integer(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _got(value: object) -> str:
+    """The value for the end of a message, with advice about an integer beyond `LARGEST`."""
+    large = isinstance(value, int) and abs(value) > LARGEST
+    return f"got {value!r}" + (
+        "; write an integer as large as this as a float, such as 1e10" if large else ""
+    )
 
 
 def check_positive(**values: float) -> None:
     """Raise ValueError unless each value is a finite number above 0."""
     for name, value in values.items():
         if not (is_number(value) and 0 < value < math.inf):
-            raise ValueError(f"expected `{name}` to be a finite number above 0, got {value!r}")
+            raise ValueError(f"expected `{name}` to be a finite number above 0, {_got(value)}")
 
 
 def check_not_negative(**values: float) -> None:
     """Raise ValueError unless each value is a finite number of at least 0."""
     for name, value in values.items():
         if not (is_number(value) and 0 <= value < math.inf):
-            raise ValueError(f"expected `{name}` to be a finite number of at least 0, got {value!r}")
+            raise ValueError(f"expected `{name}` to be a finite number of at least 0, {_got(value)}")
 
 
 def check_at_least(least: float, **values: float) -> None:
     """Raise ValueError unless each value is a finite number of at least `least`."""
     for name, value in values.items():
         if not (is_number(value) and least <= value < math.inf):
-            raise ValueError(f"expected `{name}` to be a finite number of at least {least}, got {value!r}")
+            raise ValueError(f"expected `{name}` to be a finite number of at least {least}, {_got(value)}")
 
 
 def check_temperature(temperature: float, scale_by_temperature: bool) -> None:
@@ -57,24 +77,41 @@ def check_between(low: float, high: float, **values: float) -> None:
 
 
 def check_top_k(top_k: int | None) -> None:
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-        raise ValueError(f"expected `top_k` to be None or an integer of at least 1, got {top_k!r}")
+    if top_k is not None and not _is_integer(top_k, 1, LARGEST):
+        raise ValueError(
+            f"expected `top_k` to be None or an integer of at least 1 and at most {LARGEST}, got {top_k!r}"
+        )
 
 
-def check_count(**values: int) -> None:
-    """Raise ValueError unless each value is an integer of at least 1."""
+def check_count(most: int = LARGEST, **values: int) -> None:
+    """Raise ValueError unless each value is an integer of at least 1 and at most `most`.
+
+    A bound on what takes memory or time in its proportion turns a mistake into a message.
+    """
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"expected `{name}` to be an integer of at least 1, got {value!r}")
+        if not _is_integer(value, 1, most):
+            raise ValueError(
+                f"expected `{name}` to be an integer of at least 1 and at most {most}, got {value!r}"
+            )
+
+
+def check_int64(**values: int | None) -> None:
+    """Raise unless each value is None or an integer that a tensor can hold."""
+    for name, value in values.items():
+        if value is None or _is_integer(value, -(2**63), 2**63 - 1):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"expected `{name}` to be an integer, got {value!r}")
+        raise ValueError(f"expected `{name}` to be an integer of 64 bits, got {value!r}")
 
 
 def check_share(share: float) -> None:
     """Raise ValueError unless the share is a fraction (float) or a count (integer of at least 2)."""
     number = isinstance(share, int) and not isinstance(share, bool)
-    if not (share >= 2 if number else isinstance(share, float) and 0 < share <= 1):
+    if not (2 <= share <= LARGEST if number else isinstance(share, float) and 0 < share <= 1):
         raise ValueError(
-            f"expected `share` to be a fraction above 0 and at most 1.0, or an integer of at least 2, "
-            f"got {share!r}"
+            f"expected `share` to be a fraction above 0 and at most 1.0, or an integer of at least 2 "
+            f"and at most {LARGEST}, got {share!r}"
         )
 
 

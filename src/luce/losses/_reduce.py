@@ -68,6 +68,7 @@ class Blocks:
             needs_teacher: False for a loss that does not use a teacher.
         """
         checks.check_logits("student_logits", student_logits)
+        checks.check_int64(ignore_index=ignore_index, unlabelled_index=unlabelled_index, class_dim=class_dim)
         if needs_teacher:
             checks.check_given("teacher_logits", teacher_logits)
         if needs_label:
@@ -141,7 +142,7 @@ class Blocks:
         result = values.reshape(self.shape) if reduction == "none" else values.sum()
         # Operators return NaN for a label outside the classes, so only a NaN is worth a check of all labels.
         if self.target is not None and self.labels_matter and can_ask(result) and _has_nan(result):
-            self._check_labels()
+            self.check_labels()
         return result
 
     def _share(self, reduction: Reduction, factor: float) -> Tensor | None:
@@ -160,13 +161,14 @@ class Blocks:
         # If all weights are 0 the mean is 0, where 0 / 0 would be NaN.
         return self.weight * (factor / torch.where(total == 0, 1, total))
 
-    def _check_labels(self) -> None:
-        wrong = self._wrong_labels()
+    def check_labels(self) -> None:
+        """Raise ValueError if a row that counts has a label outside the classes; reads the labels."""
+        wrong = self.wrong_labels()
         if bool(wrong.any()):
             assert self.target is not None
             raise checks.wrong_label(int(self.target[wrong][0]), self.student.shape[1])
 
-    def _wrong_labels(self) -> Tensor:
+    def wrong_labels(self) -> Tensor:
         """Return True for rows that count with a label outside the classes or excluded in both networks."""
         assert self.target is not None
         classes = self.student.shape[1]
@@ -259,9 +261,9 @@ class Rows:
         labels = blocks.target.reshape(-1)
         if blocks.labels_matter:
             if can_ask(weight):
-                blocks._check_labels()
+                blocks.check_labels()
             else:  # without this a label outside the classes would pass for an unlabelled row
-                weight = weight.masked_fill(blocks._wrong_labels().reshape(-1), torch.nan)
+                weight = weight.masked_fill(blocks.wrong_labels().reshape(-1), torch.nan)
             # A row of weight 0 may carry any label, which must never become an index.
             labels = labels.masked_fill(weight == 0, UNLABELLED)
         return cls(student, teacher, labels, weight, blocks.shape)

@@ -21,6 +21,9 @@ from .._features import scaled, unit
 
 __all__ = ["cc_loss", "pkt_loss", "rkd_loss", "sp_loss"]
 
+MOST_TERMS = 100
+"""Of CC's expansion, each of which holds a matrix of the pairs of rows."""
+
 
 def sp_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     r"""Similarity-preserving: match the similarities between the rows of a batch.
@@ -240,7 +243,7 @@ def cc_loss(
     """
     checks.check_choice("form", form, ("kernel", "consecutive"))
     checks.check_positive(gamma=gamma)
-    checks.check_count(order=order)
+    checks.check_count(most=MOST_TERMS, order=order)
     s, t = _features.vectors(student_features, teacher_features)
     if form == "consecutive":
         checks.check_like("student_features", s, t, "`luce.CCLoss` embeds both in one space")
@@ -251,9 +254,10 @@ def cc_loss(
 
 def _taylor_kernel(x: Tensor, gamma: float, order: int) -> Tensor:
     cosines = _cosines(x)
+    # In logarithms: each factor by itself overflows or vanishes at a large gamma, and inf * 0 is NaN.
+    factors = [math.exp(p * math.log(2 * gamma) - 2 * gamma - math.lgamma(p + 1)) for p in range(order + 1)]
     # At p = 0 the power is 1 also for a cosine of 0: PyTorch's 0**0 is 1.
-    terms = [(2 * gamma) ** p / math.factorial(p) * cosines**p for p in range(order + 1)]
-    return math.exp(-2 * gamma) * torch.stack(terms).sum(0)
+    return torch.stack([factor * cosines**p for p, factor in enumerate(factors)]).sum(0)
 
 
 def consecutive_products(s: Tensor, t: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ __all__ = ["lipschitz_loss"]
 ITERATIONS = 40
 """Reaches 1e-3 of the value on 512 x 512 random matrices, the hardest case we know; others need far fewer."""
 
+MOST_ITERATIONS = 10_000
+"""Lanczos needs no more steps than a matrix has columns, and power iteration hundreds."""
+
 Algorithm = Literal["lanczos", "power"]
 
 
@@ -101,7 +104,7 @@ def spectral_norm(
         Golub and Kahan, Calculating the Singular Values and Pseudo-Inverse of a Matrix, 1965.
     """
     checks.check_matrices(matrix=matrix)
-    checks.check_count(iterations=iterations)
+    checks.check_count(most=MOST_ITERATIONS, iterations=iterations)
     checks.check_choice("algorithm", algorithm, ("lanczos", "power"))
     matrix = matrix.to(wide_dtype(matrix))
     if matrix.shape[-2] < matrix.shape[-1]:

@@ -16,15 +16,19 @@ from ...ops.pld import (
     EVERY_PLACE,
     PldOptions,
     default_tolerance,
+    given_ranking,
     label_first,
     pld,
     pld_with_bound,
     ranking_nll,
 )
 from ...ops.pld.options import Ties
-from .._reduce import Blocks, Reduction, Rows
+from .._reduce import Blocks, Reduction, Rows, can_ask
 
 __all__ = ["listmle_loss", "listnet_loss", "p_listmle_loss", "pld_loss"]
+
+NO_RANKING = "hold every class once"
+"""In the message of the native operator."""
 
 
 def teacher_order(teacher_logits: Tensor, *, class_dim: int = 1) -> Tensor:
@@ -144,10 +148,11 @@ def pld_loss(
         Nats, float32 for 16-bit logits. A class at ``-inf`` in both networks does not exist; at ``-inf`` in
         the student alone it makes the loss ``+inf``, in the teacher alone it only ranks last.
     Raises:
-        ValueError: On a wrong shape or value, and on a label outside [0, C); see `cross_entropy_loss`.
+        ValueError: On a wrong shape or value, on a label outside [0, C), see `cross_entropy_loss`, and on a
+            row of `teacher_order` that is no ranking (on a CUDA device, where the check would stall, the
+            row's loss is NaN instead).
         TypeError: On a wrong dtype.
-        RuntimeError: If the named backend cannot run here, or a row of `teacher_order` is not a ranking (on a
-            CUDA device, where the check would stall, the row's loss is NaN instead).
+        RuntimeError: If the named backend cannot run here.
     Example:
         >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
         >>> teacher_logits = torch.tensor([[2.0, 1.0, 0.1, -1.0]])
@@ -185,7 +190,25 @@ def pld_loss(
             backend=backend,
         )
 
-    return blocks.reduce(rows, reduction)
+    if teacher_order is None:
+        return blocks.reduce(rows, reduction)
+    try:
+        result = blocks.reduce(rows, reduction)
+    except RuntimeError as error:  # of the native operator, which looks at each row in passing
+        if NO_RANKING not in str(error):
+            raise
+        raise _no_ranking() from error
+    if can_ask(result) and bool(result.isnan().any()):
+        _, unranked = given_ranking(teacher_order, blocks.weight)
+        if bool(unranked.any()):
+            raise _no_ranking()
+    return result
+
+
+def _no_ranking() -> ValueError:
+    return ValueError(
+        "expected each row of `teacher_order` to hold every class once; make it with `luce.teacher_order`"
+    )
 
 
 def pld_error_bound(
@@ -209,7 +232,7 @@ def pld_error_bound(
         Two tensors of the rows' shape: the largest possible difference of the loss, in nats, and of its
         gradient, in the sum of absolute values, without rounding errors. 0 in rows that do not count.
     Raises:
-        ValueError: On a wrong shape or value.
+        ValueError: On a wrong shape or value, and on a label outside [0, C), where a CUDA device gives NaN.
         TypeError: On a wrong dtype.
     Example:
         >>> student_logits = torch.tensor([[0.5, -1.0, 2.0, 0.3]])
@@ -235,6 +258,11 @@ def pld_error_bound(
         options=options,
         backend=backend,
     )
+    if blocks.target is not None:
+        if can_ask(bound):
+            blocks.check_labels()
+        else:
+            bound = bound.masked_fill(blocks.wrong_labels().reshape(-1, 1), torch.nan)
     of_loss, of_gradient = bound.reshape(*blocks.shape, 2).unbind(-1)
     return of_loss, of_gradient
 

@@ -420,7 +420,7 @@ def _check_top_k(top_k: int | float | None, needed: bool) -> None:
     if isinstance(top_k, float):
         good = 0 < top_k <= 1
     else:
-        good = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1
+        good = isinstance(top_k, int) and not isinstance(top_k, bool) and 1 <= top_k <= checks.LARGEST
     if not good:
         raise ValueError(
             "expected `top_k` to be an integer of at least 1 or a fraction of the classes in (0, 1], "

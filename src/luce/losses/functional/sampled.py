@@ -73,10 +73,11 @@ def rankdistil_loss(
     """
     refuse_teacher_gradient("RankDistil", "which draws rankings from it")
     checks.check_top_k(top_k)
-    checks.check_count(sample_size=sample_size)
+    checks.check_count(most=checks.WIDEST, sample_size=sample_size)
     checks.check_positive(temperature=temperature)
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise ValueError(f"expected `seed` to be None or an integer, got {seed!r}")
+    checks.check_int64(seed=seed)
     rows = Rows.of(
         student_logits, teacher_logits, target, row_weight, class_dim=class_dim, ignore_index=ignore_index
     )

@@ -83,7 +83,7 @@ class CRDLoss(FeatureLoss):
     positive: Literal["exact", "relax"] = "exact"
 
     def _check_options(self) -> None:
-        checks.check_count(width=self.width, negatives=self.negatives)
+        checks.check_count(most=checks.WIDEST, width=self.width, negatives=self.negatives)
         checks.check_positive(temperature=self.temperature)
         checks.check_not_negative(momentum=self.momentum)
         if self.momentum >= 1:

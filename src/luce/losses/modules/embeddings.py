@@ -74,7 +74,7 @@ class CCLoss(FeatureLoss):
         return self.form == "consecutive"
 
     def _check_options(self) -> None:
-        checks.check_count(dim=self.dim)
+        checks.check_count(most=checks.WIDEST, dim=self.dim)
         one = torch.zeros(1, 1)
         embeddings.cc_loss(one, one, form=self.form, gamma=self.gamma, order=self.order)
 

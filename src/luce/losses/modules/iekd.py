@@ -121,7 +121,7 @@ class IEKDLoss(FeatureLoss):
         checks.check_choice("form", self.form, FORMS)
         checks.check_choice("split", self.split, ("natural", "random"))
         if self.code_channels is not None:
-            checks.check_count(code_channels=self.code_channels)
+            checks.check_count(most=checks.WIDEST, code_channels=self.code_channels)
         checks.check_choice("autoencoder", self.autoencoder, ("prepared", "online"))
         checks.check_choice("reconstruction_form", self.reconstruction_form, ("l1", "l2"))
         checks.check_count(epochs=self.epochs)

@@ -63,7 +63,7 @@ class ReviewKDLoss(FeatureLoss):
     middle: int = 512
 
     def _check_options(self) -> None:
-        checks.check_count(middle=self.middle)
+        checks.check_count(most=checks.WIDEST, middle=self.middle)
 
     def build(self, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         shapes = [[_as_map(shape) for shape in group] for group in (student_shapes, teacher_shapes)]

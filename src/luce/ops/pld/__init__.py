@@ -8,7 +8,7 @@ from ..engines import choose
 from ..fused import declare, fused
 from .bounds import truncation_bound
 from .options import EVERY_PLACE, PldOptions, Ties, default_tolerance
-from .reference import label_first, pld_rows, ranking_nll, teacher_order
+from .reference import given_ranking, label_first, pld_rows, ranking_nll, teacher_order
 
 __all__ = [
     "EVERY_PLACE",
@@ -16,6 +16,7 @@ __all__ = [
     "PldOptions",
     "Ties",
     "default_tolerance",
+    "given_ranking",
     "label_first",
     "pld",
     "pld_with_bound",

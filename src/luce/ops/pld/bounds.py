@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._rows import as_matrix, wide_dtype
 from .options import PldOptions
-from .reference import label_first, places_within, teacher_order
+from .reference import given_ranking, label_first, places_within, teacher_order
 
 
 def truncation_bound(
@@ -37,7 +37,7 @@ def truncation_bound(
     dtype = wide_dtype(student, teacher)
     s, t = as_matrix(student).to(dtype), as_matrix(teacher).to(dtype)
     labels = torch.full(s.shape[:1], -1, device=s.device) if target is None else target.reshape(-1)
-    order = label_first(teacher_order(t) if order is None else as_matrix(order).long(), labels)
+    order = label_first(teacher_order(t) if order is None else given_ranking(order, weight)[0], labels)
     alpha = (t / options.teacher_temperature).softmax(-1).gather(-1, order)
     places = torch.full_like(labels[:, None], min(options.top_k, s.shape[-1]))
     if options.epsilon:

@@ -136,6 +136,20 @@ def pld(
     return tied_ranking_nll(u, alpha, tied)
 
 
+def given_ranking(order: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a caller's order as a ranking, and which rows of it are none, ``(rows,)``.
+
+    Args:
+        order: ``(N, C)`` or ``(N, C, M)``.
+        weight: ``(N,)`` or ``(N, M)``; rows of weight 0 may hold anything.
+    """
+    given = as_matrix(order).long()
+    classes = torch.arange(given.shape[-1], device=given.device).expand_as(given)
+    wrong = (given.sort(-1).values != classes).any(-1)
+    ranking = torch.where(wrong[:, None], classes, given)
+    return ranking, wrong if weight is None else wrong & (weight.reshape(-1) != 0)
+
+
 def pld_rows(
     student: Tensor,
     teacher: Tensor,
@@ -147,14 +161,17 @@ def pld_rows(
     """`pld` of blocks with weights.
 
     NaN in rows whose label names no class or one that both networks exclude, where the student excludes every
-    class, and where a logit is +inf.
+    class, where a logit is +inf, and where the given order is no ranking.
     """
 
     def formula(s: Tensor, t: Tensor) -> Tensor:
         labels = target.reshape(-1) if target is not None else torch.full(s.shape[:1], -1, device=s.device)
         named, excluded = named_classes(labels, s, t)
         wrong = (labels < -1) | (labels >= s.shape[-1]) | ((labels >= 0) & excluded) | s.amax(-1).isinf()
-        given = None if order is None else as_matrix(order).long()
+        given = None
+        if order is not None:
+            given, unranked = given_ranking(order, weight)
+            wrong |= unranked
         values = pld(s, t, torch.where(labels < 0, labels, named), options, given)
         return values.masked_fill(wrong, torch.nan)
 
