@@ -19,7 +19,7 @@ from luce.config import parse
 from luce.recipes import Recipe
 from luce.runs import run
 
-from .two_processes import FEATURES, train_on_features, train_with_auxiliary
+from .two_processes import FEATURES, figures_of_labelled_rows, train_on_features, train_with_auxiliary
 
 # One launch of two processes that train in turn. tests/methods/test_processes.py keeps a fast launch.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two-processes-runs")]
@@ -162,3 +162,9 @@ def test_a_head_that_no_loss_sees_stays_as_it_was(launch: Launch) -> None:
         together, refused = torch.load(launch.folder / f"auxiliary-{rank}.pt", weights_only=True)
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
         assert refused.startswith("expected a student that uses the same parameters in every step")
+
+
+def test_rows_without_a_label_count_in_no_figure_of_theirs(launch: Launch) -> None:
+    for rank in (0, 1):
+        together = json.loads((launch.folder / f"figures-{rank}.json").read_text())
+        assert together == pytest.approx(figures_of_labelled_rows())

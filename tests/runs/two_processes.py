@@ -17,12 +17,13 @@ from torch.utils.data import TensorDataset
 
 from luce import CRDLoss, CrossEntropyLoss, FitNetLoss, IEKDLoss, KDLoss, VIDLoss
 from luce.cli import main
-from luce.data import Examples
+from luce.data import Examples, loader
 from luce.errors import UserError
 from luce.methods import FeatureMethod, LogitMethod
 from luce.models import Classifier
 from luce.signals import LiveTeacher
-from luce.training import TrainingOptions, fit
+from luce.training import TrainingOptions, fit, metrics
+from luce.training.setup import new_accelerator
 
 FEATURES = ("task,vid", "vid", "task,crd,hint,iekd,norm")
 """Terms of the trainings on features; ``norm`` adds batch normalisation to both networks."""
@@ -90,6 +91,17 @@ def train_with_auxiliary(batch_size: int, *, alternates: bool = False) -> dict[s
     return student.state_dict()
 
 
+def figures_of_labelled_rows() -> dict[str, float]:
+    """Measure a network on rows of which some have no label; their number is no multiple of the batches'."""
+    torch.manual_seed(4)
+    network, inputs, targets = nn.Linear(6, 4), torch.randn(33, 6), torch.arange(33) % 4
+    targets[::3], targets[1::7] = -1, -100
+    accelerator = new_accelerator(TrainingOptions(cpu=True))
+    batches = loader(Examples(TensorDataset(inputs, targets), range(33)), batch_size=4, seed=None)
+    logits, _, found = metrics.collect(network, accelerator.prepare(batches), accelerator)
+    return metrics.brief(logits, found)
+
+
 def work(folder: Path) -> None:
     """Run every recipe of a folder through the command line, and every training on features."""
     os.chdir(folder)
@@ -102,6 +114,7 @@ def work(folder: Path) -> None:
         torch.save(train_on_features(terms, 8, rank), f"features-{number}-{rank}.pt")
     both = [train_with_auxiliary(8), train_with_auxiliary(8, alternates=True)]
     torch.save(both, f"auxiliary-{rank}.pt")
+    Path(f"figures-{rank}.json").write_text(json.dumps(figures_of_labelled_rows()), encoding="utf-8")
 
 
 if __name__ == "__main__":
