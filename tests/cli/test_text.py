@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from luce import data, models
 from luce.config import merge, parse
+from luce.errors import UserError
 from luce.methods import LogitMethod
 from luce.models.loaders import FreshWeights
 from luce.recipes import Recipe, prepare
@@ -97,6 +98,34 @@ def test_of_fresh_weights_we_hear_once_and_of_exported_ones_never(
     with warnings.catch_warnings():
         warnings.simplefilter("error", FreshWeights)
         checkpoint.load_student(tmp_path / "run")
+
+
+def test_a_teacher_whose_head_is_fresh_is_refused(make: Callable[..., Recipe], bert_folder: Path) -> None:
+    recipe = make(teacher={"options": {"num_hidden_layers": 3}})
+    with pytest.raises(UserError, match=r"expected a trained teacher: the checkpoint .* does not fill bert"):
+        prepare(recipe)
+
+
+def test_the_names_of_a_head_are_compared_with_those_of_the_data(
+    make: Callable[..., Recipe], caplog: pytest.LogCaptureFixture
+) -> None:
+    def labels(*names: str) -> dict[str, Any]:
+        return {"options": {"id2label": dict(enumerate(names))}}
+
+    materials = prepare(make(teacher=labels("grain", "money", "crude")))
+    assert "reordered" not in caplog.text
+    batch = materials.train.batch(range(8))
+    assert materials.teacher is not None
+    logits = materials.teacher.train.signal(batch).logits
+    moved = prepare(make(teacher=labels("Crude", "grain", "money"))).teacher
+    assert moved is not None
+    assert torch.equal(moved.train.signal(batch).logits, logits[:, [1, 2, 0]])
+    others = labels("sport", "money", "crude")
+    with pytest.raises(UserError, match="got `sport` in place of `grain` from hf:"):
+        prepare(make(teacher=others))
+    with pytest.raises(UserError, match="got `sport` in place of `grain` from hf:"):
+        run(make(student=others), Path("student"))
+    prepare(make(teacher={**others, "match_classes": "position"}))
 
 
 def test_an_exported_student_does_without_the_checkpoint_it_came_from(

@@ -124,6 +124,8 @@ def from_hugging_face(
             model = _from_checkpoint(transformers, factory, name, classes, settings)
         else:
             model = factory.from_config(config)
+    except FreshWeights:  # made an error, where no weights may be fresh
+        raise
     except Exception as error:  # wrong options and damaged files raise many kinds of errors
         raise UserError(f"`hf:{name}` cannot be built with these options: {one_line(error)}") from error
     model = model.float()

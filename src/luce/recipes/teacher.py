@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +19,7 @@ from ..data import Data, Examples
 from ..errors import UserError
 from ..methods import Method
 from ..models.classes import Match, align, assume, class_names
+from ..models.loaders import FreshWeights
 from ..remote import RemoteTeacher
 from ..signals import BlackBox, CachedTeacher, LiveTeacher, LocalBlackBox, Teacher
 from ..signals.blackbox import FLOOR
@@ -64,7 +66,12 @@ def open_teacher(inputs: RunInputs, recipe: Recipe, *, trusted: bool = False) ->
             f"expected weights for the teacher, and a fresh `{options.name}` has none: "
             "name a run folder or a file as `teacher.checkpoint`"
         )
-    network, description = build_network(options, inputs.data, trusted=trusted or recipe.names)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FreshWeights)
+            network, description = build_network(options, inputs.data, trusted=trusted or recipe.names)
+    except FreshWeights as fresh:
+        raise UserError(f"expected a trained teacher: {fresh}") from fresh
     named = options.checkpoint is not None or class_names(network.body) is not None
     if not named and options.match_classes == "name":
         assume(options.name, inputs.data.name)
