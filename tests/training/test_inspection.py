@@ -246,6 +246,49 @@ def test_a_term_waits_for_a_batch_with_a_label(labelled: int, rule, rows, caplog
     assert caplog.text.count("WARNING") == (not labelled)
 
 
+class InPlace(torch.autograd.Function):
+    """Half the sum of squares, whose backward pass scales in place what it saved, as fused losses do."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor) -> Tensor:
+        context.save_for_backward(logits.clone())
+        return logits.square().sum() / 2
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return context.saved_tensors[0].mul_(gradient)
+
+
+def test_a_loss_whose_backward_pass_cannot_be_repeated(rule, rows, caplog) -> None:
+    networks = [student(), student()]
+    networks[1].load_state_dict(networks[0].state_dict())
+    for network, squares in zip(networks, (InPlace.apply, lambda x: x.square().sum() / 2), strict=True):
+
+        def loss(s: Tensor, t: Tensor, y: Tensor, squares: Any = squares) -> Tensor:
+            return 0.5 * squares(s - t)
+
+        distill(network, rule, rows, loss=loss, optimizer="sgd", lr=0.001)
+    torch.testing.assert_close(networks[0].weight, networks[1].weight)
+    assert said(caplog) == ""
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_loss_on_early_features_alone(scale: float, rule, rows, caplog) -> None:
+    class First(luce.ATLoss):
+        """Compares only the first feature; the last one has a gradient of zero."""
+
+        def forward(self, student_features: Any, teacher_features: Any) -> Tensor:
+            first, last = student_features
+            return scale * first.square().mean() + 0 * last.sum()
+
+    as_map = nn.Unflatten(1, (4, 1, 1))
+    network = nn.Sequential(nn.Linear(FEATURES, 4), as_map, nn.ReLU(), nn.Flatten(), nn.Linear(4, CLASSES))
+    teacher = nn.Sequential(nn.Unflatten(1, (FEATURES, 1, 1)), nn.Flatten(), rule)
+    method = FeatureMethod(luce.KDLoss(), {"hint": (1.0, First(), ["1", "2"], ["0", "0"])})
+    distill(network, teacher, rows, loss=method, batch_size=16)
+    assert ("the term `hint` of the loss gives the student no gradient" in caplog.text) == (not scale)
+
+
 def test_a_whole_loss_without_a_gradient(rule, rows, caplog) -> None:
     distill(student(), rule, rows, loss=Constant(cut=False))
     assert "the loss gives the student no gradient" in caplog.text

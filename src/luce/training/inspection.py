@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from .. import log
 from ..errors import UserError
@@ -163,6 +165,8 @@ class FirstLook:
                 continue
             if not terms[name].requires_grad:
                 figures[f"cut {name}"] = torch.ones_like(terms[name])
+            elif not _repeatable(terms[name], latest):
+                figures[f"zero {name}"] = torch.zeros_like(terms[name])
             elif self.silent is None:
                 figures[f"zero {name}"] = ~_any_gradient(terms[name], [[tensor] for tensor in latest])
             else:
@@ -345,6 +349,30 @@ def _any_gradient(term: Tensor, choices: Sequence[Sequence[Tensor]]) -> Tensor:
         if used := [(gradient != 0).any() for gradient in gradients if gradient is not None]:
             return torch.stack(used).any()
     return torch.zeros_like(term, dtype=torch.bool)
+
+
+def _repeatable(term: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Return whether the way from a term to the student's outputs may be differentiated twice.
+
+    Functions of other libraries may change what they saved in their backward pass, as Liger's losses do; the
+    second pass, which is the training's, would then be wrong.
+    """
+    seen = {tensor.grad_fn for tensor in outputs}
+    ahead: list[Any] = [term.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction) and not _is_ours(node):
+            return False
+        ahead += [following for following, _ in node.next_functions]
+    return True
+
+
+def _is_ours(node: Any) -> bool:
+    function = getattr(node, "_forward_cls", type(node))
+    return function.__module__.startswith("luce.") or "_luce_" in function.__name__
 
 
 def _age(tensor: Tensor) -> int:
