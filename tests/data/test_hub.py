@@ -202,3 +202,22 @@ def test_what_datasets_cannot_load(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match=r"could not load `some/set`: no such data set$"):
         data.load("hf:some/set")
+
+
+def test_labels_of_several_kinds(hub):
+    numbers = datasets.Sequence(datasets.Value("float64"))
+
+    def load(kind, labels, test_labels=(0, 1)):
+        features = {"x": numbers, "y": datasets.Value(kind)}
+        columns = ({"x": [[0.0]] * len(part), "y": list(part)} for part in (labels, test_labels))
+        hub(features, **dict(zip(("train", "test"), columns, strict=True)))
+        return data.load("hf:some/set", label_column="y")
+
+    assert load("bool", [True, False]).train.targets.tolist() == [1, 0]
+    assert load("int8", [1, 0, -1]).train.targets.tolist() == [1, 0, -1]
+    with pytest.raises(UserError, match=r"column `y` to be class indices.*give -1 .*\(label 1 is nan\)"):
+        load("int64", [1, None, 0])
+    with pytest.raises(UserError, match=r"column `y` to be class indices.*`labels.long"):
+        load("float32", [1.0, 0.0])
+    with pytest.raises(UserError, match="labels in the test part of `hf:some/set`, got none in 2 rows; name"):
+        load("int64", [1, 0], [-1, -1])

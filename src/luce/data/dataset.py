@@ -250,7 +250,7 @@ def _check_labels(targets: Tensor, classes: Sequence[str], part: str) -> None:
         )
     without = int((~has_label(targets)).sum())
     if without == len(targets):
-        raise UserError(f"expected labels in {part}, got none in {without} rows; give other rows")
+        raise UserError(f"expected labels in {part}, got none in {without} rows; name another split")
     if without:
         log.info(f"{part}: {without} of {len(targets)} rows have no label; accuracy leaves them out")
     present = set(labels.tolist())

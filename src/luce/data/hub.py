@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import name_or_path
 from ..errors import UserError, import_optional, unknown_name
 from .dataset import Data, describe, say_rows
+from .forms import class_indices
 from .headers import Headers
 from .images import Size, read_image
 from .sources import InMemory, LazyImages, Source
@@ -145,12 +146,12 @@ def _is_text(feature: Any) -> bool:
 
 def _labels(rows: Any, column: str) -> Tensor:
     values = _column(rows, column)
-    if values.dtype.kind not in "iu":
+    if values.dtype.kind not in "biuf":
         raise UserError(
             f"expected class indices in column `{column}`, got {values.dtype}; "
             "number the classes with `class_encode_column` of `datasets`"
         )
-    return torch.tensor(values)
+    return class_indices(values, f"the labels in column `{column}`")
 
 
 def _numbers(rows: Any, column: str) -> Tensor:
