@@ -77,7 +77,7 @@ def test_test_comes_before_val(folder, caplog):
     paint(folder / "test" / "beech" / "0.png", (0, 0, 255))
     it = data.load(f"imagefolder:{folder}", image_size=8)
     assert it.test.targets.tolist() == [1]  # numbered as in train though ash is absent
-    assert "; val is not used;" in caplog.text
+    assert "; val is not used: validation rows come from train;" in caplog.text
     assert "no row in the test part" in caplog.text
 
 

@@ -234,6 +234,30 @@ def test_ycbcr_and_hsv():
     )
 
 
+WHITE = {"1": 1, "L": 255, "I": 65535, "F": 1.0, "I;16": 65535, "I;16L": 65535, "I;16B": 65535}
+WHITE |= {
+    "LA": (255, 255),
+    "La": (255, 255),
+    "PA": (255, 255),
+    "CMYK": (0, 0, 0, 0),
+    "YCbCr": (255, 128, 128),
+}
+WHITE |= {"RGB": (255, 255, 255), "HSV": (0, 0, 255), "LAB": (255, 128, 128), "RGBX": (255, 255, 255, 0)}
+WHITE |= {"RGBA": (255, 255, 255, 255), "RGBa": (255, 255, 255, 255)}
+
+
+@pytest.mark.parametrize("mode", WHITE)
+def test_every_mode_of_pillow(mode):
+    image = Image.new(mode, (1, 1), WHITE[mode])
+    assert min(as_seen(image).getpixel((0, 0))) >= 254  # LAB's arithmetic is that of a colour library
+    assert as_seen(image, "L").getpixel((0, 0)) >= 254
+
+
+def test_no_mode_is_forgotten():
+    # Palettes have their own tests; I;16N is one of the two byte orders.
+    assert {*Image.MODES} <= {*WHITE, "P", "PA", "I;16N"}
+
+
 def test_lab():
     # L* from 0 to 100 is 0 .. 255, a* and b* are signed. sRGB's red in CIE Lab with the white point D50 is
     # (54.29, 80.81, 69.89); L* 50 without colour is 119 in sRGB.

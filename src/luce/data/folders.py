@@ -115,7 +115,9 @@ def _remarks(folder: Path, train: Listing, test: Listing) -> list[str]:
         remarks.append(f"{nested:,} of the images lie in folders below that of their class")
     unused = "val" if test.folder.name == "test" else "test"
     if os.path.isdir(folder / unused):
-        cause = "" if unused == "val" else ", as no folder in it holds images"
+        cause = (
+            ": validation rows come from train" if unused == "val" else ", as no folder in it holds images"
+        )
         remarks.append(f"{unused} is not used{cause}")
     for reason in HARMLESS:
         if names := _left_out(train, test, reason):

@@ -127,6 +127,7 @@ def as_seen(image: Image.Image, mode: str | None = "RGB") -> Image.Image:
     if orientation != 1:
         image = image.transpose(_transpositions()[orientation])
     if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # Pillow converts it to nothing else
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
