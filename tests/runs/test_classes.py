@@ -187,6 +187,23 @@ def test_simkd_reuses_the_classifier_in_the_order_of_the_data(teacher: Path, tmp
     assert torch.equal(head["head.bias"], reused["head.bias"][THERE])
 
 
+def test_logits_in_another_order_are_no_features(teacher: Path, tmp_path: Path) -> None:
+    def recipe(rows: str) -> Recipe:
+        loss = {"loss": "RKDLoss", "student": "head", "teacher": "head"}
+        student = {"name": "cnn", "options": {"widths": [4]}}
+        return make(
+            rows,
+            student=student,
+            teacher={"checkpoint": str(teacher)},
+            loss={"hint": loss},
+            training={"epochs": 1},
+        )
+
+    run(recipe("abc"), tmp_path / "abc")
+    with pytest.raises(UserError, match=r"expected features at `head`, got logits, .* in another order"):
+        run(recipe("cab"), tmp_path / "cab")
+
+
 def test_metadistil_trains_a_teacher_in_the_order_of_the_data(teacher: Path, tmp_path: Path) -> None:
     loss = {"kd": {"loss": "KDLoss"}, "meta": {"method": "MetaDistil"}}
     recipe = make("cab", teacher={"checkpoint": str(teacher)}, loss=loss, training={"epochs": 1})

@@ -123,8 +123,11 @@ class FeatureMethod(Prepares):
             raise UserError("expected a teacher for losses on features; add `teacher` to the recipe")
         with Features(student, self.student_paths) as hooks, teacher.record_features(self.teacher_paths):
             with without_side_effects(student, sample["input"].device), hooks.capture() as student_features:
-                student(sample["input"])
-            teacher_features = teacher.signal(sample).features
+                logits = student(sample["input"])
+            signal = teacher.signal(sample)
+        teacher_features = signal.features
+        _refuse_reordered(student, student_features, logits)
+        _refuse_reordered(teacher.network, teacher_features, signal.logits)
         for name, term in self.terms.items():
             try:
                 term.loss.register_rows(rows["index"], rows["target"], gather=gather_rows)
@@ -239,6 +242,18 @@ def _in_order(rows: Tensor, teacher: nn.Module, student: nn.Module) -> Tensor:
     if isinstance(student, Classifier) and student.order is not None:
         rows = rows[student.order.argsort().to(rows.device)]
     return rows
+
+
+def _refuse_reordered(network: nn.Module | None, features: Batch, logits: Tensor) -> None:
+    """Refuse features that are logits in the order of a network which numbers the classes differently."""
+    if not isinstance(network, Classifier) or network.order is None:
+        return
+    for path, value in features.items():
+        if value.shape == logits.shape and torch.equal(value[:, network.order.to(value.device)], logits):
+            raise UserError(
+                f"expected features at `{path}`, got logits, and those of this network are in another order "
+                "than the classes of the data; compare them with a loss on logits"
+            )
 
 
 @contextmanager
