@@ -205,7 +205,9 @@ def test_the_same_objects_again_are_the_same_training(tmp_path: Path) -> None:
         distill(tmp_path / "b", **parts)
 
 
-def test_a_call_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = distill(tmp_path / "whole")
     forward, calls = luce.PLDLoss.forward, itertools.count(1)
 
@@ -222,6 +224,7 @@ def test_a_call_after_an_interruption(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=r"teacher\.weights"):
         distill(tmp_path / "cut", teacher=network(5))
     again = distill(tmp_path / "cut", student=student)  # in the middle of its second epoch
+    assert f"resumes in {tmp_path / 'cut'} after epoch 1" in caplog.text
     assert [line["train"] for line in again.history] == [line["train"] for line in whole.history]
     assert torch.equal(student[0].weight, whole.student.body[0].weight)
 
@@ -400,6 +403,25 @@ def test_evaluation_on_other_rows_is_stated(
     evaluate(tmp_path, recipe)
     assert "evaluates on 50 test rows of datasets, not on those of the run" in caplog.text
     assert "data.test.rows: 500 there, 50 here" in caplog.text
+
+
+def test_a_teacher_that_is_not_trained_yet(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = tmp_path / "nope"
+    recipe = make_recipe(teacher={"checkpoint": str(nowhere)})
+    with pytest.raises(UserError, match=f"no such file or folder; train .*luce train RECIPE --out {nowhere}"):
+        run(recipe, tmp_path / "run")
+
+    def stops(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "export", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(make_recipe(training={"epochs": 1}), nowhere)
+    with pytest.raises(UserError, match=f"expected {nowhere} to be a finished run .*finish it first"):
+        run(recipe, tmp_path / "run")
 
 
 # luce.runs.compare ------------------------------------------------------------------------------------------

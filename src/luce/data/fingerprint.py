@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,12 @@ def of_source(source: Source) -> str | None:
     if isinstance(source, Part):
         whole = of_source(source.source)
         return None if whole is None else digest.of_json([whole, _of_values(source.indices)])
-    files = source.files if isinstance(source, LazyImages) else None
-    sampled = _of_sample(source, AGAIN if files else SAMPLE)
-    if sampled is None:
-        return None
-    content = None if files is None else of_files(*files)
-    if isinstance(source, Wrapped):
-        content = _of_dataset(source.dataset)
-    return digest.of_json([content, sampled])
+    if isinstance(source, LazyImages) and source.files is not None:
+        # Not the images: decoders differ in the last bit between machines.
+        return digest.of_json([of_files(*source.files), _of_transform(source.transform)])
+    sampled = _of_sample(source)
+    content = _of_dataset(source.dataset) if isinstance(source, Wrapped) else None
+    return None if sampled is None else digest.of_json([content, sampled])
 
 
 def of_files(folder: Path | str, names: Sequence[Any] | np.ndarray) -> str:
@@ -95,9 +94,15 @@ def _tail(path: bytes, size: int, share: int) -> bytes:
         return file.read(share)
 
 
-def _of_sample(source: Source, rows: int) -> list[str] | None:
+def _of_transform(transform: Any) -> list[str]:
+    if isinstance(transform, partial):
+        return [*_of_transform(transform.func), repr(transform.args), repr(transform.keywords)]
+    return [getattr(transform, "__qualname__", type(transform).__qualname__)]
+
+
+def _of_sample(source: Source) -> list[str] | None:
     """Digest evenly spaced rows; None if reading them is not repeatable."""
-    step = max(1, -(-len(source) // rows))
+    step = max(1, -(-len(source) // SAMPLE))
     chosen = range(0, len(source), step)
     with _own_random_state():
         sampled = [_of_row(source, row) for row in chosen]

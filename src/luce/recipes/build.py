@@ -131,6 +131,8 @@ def build_network(
         UserError: If it cannot be built, its checkpoint cannot be read, or it does not fit the data.
     """
     source = None if options.checkpoint is None else as_path(options.checkpoint)
+    if source is not None:
+        _check_trained(source)
     if source is not None and source.is_dir():
         network, description = checkpoint.load_student(source, trusted=trusted)
         _report_replaced(options, description, source)
@@ -151,6 +153,20 @@ def build_network(
         return network, description
     description["classes"] = own
     return network, adapt(network, description, loaded, str(source or options.name), options.match_classes)
+
+
+def _check_trained(source: Path) -> None:
+    """Refuse a checkpoint that is not there yet."""
+    if not source.exists():
+        raise UserError(
+            f"cannot read the checkpoint {source}: there is no such file or folder; train that network "
+            f"first, with `luce train RECIPE --out {source}`, or correct the path"
+        )
+    if (source / "recipe.yaml").exists() and not (source / "student.json").exists():
+        raise UserError(
+            f"expected {source} to be a finished run with an exported student, and its training is not "
+            "finished; finish it first, with the command that began it"
+        )
 
 
 def _report_replaced(options: ModelOptions, description: dict[str, Any], folder: Path) -> None:

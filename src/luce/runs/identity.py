@@ -6,7 +6,7 @@ It is written into the folder of a training and compared whenever that folder is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,14 @@ _trained: WeakKeyDictionary[Any, tuple[Path, Any, Any]] = WeakKeyDictionary()
 
 
 def of_network(network: nn.Module) -> dict[str, Any]:
-    """Describe a network by digests of its structure and weights, and the normalisation of a `Classifier`.
+    """Describe a network by digests of its structure and weights; a `Classifier` also by its other values.
 
     The structure holds classes of modules, their options, names and shapes of tensors, and the code of
     classes that the user wrote.
     """
-    normalisation = {}
+    wrapping = {}
     if isinstance(network, Classifier):
-        normalisation = {"mean": network.mean.tolist(), "std": network.std.tolist(), **_order(network.order)}
+        wrapping = {"mean": network.mean.tolist(), "std": network.std.tolist(), **_order(network.order)}
         network = network.body
     state = {
         name: value
@@ -65,13 +65,22 @@ def of_network(network: nn.Module) -> dict[str, Any]:
         "architecture": digest.of_json([modules, shapes]),
         **({"code": code_of(functions), "constants": constants(functions)} if own else {}),
         "weights": digest.of_tensors(state),
-        **normalisation,
+        **wrapping,
     }
 
 
 def _order(order: Tensor | None) -> dict[str, Any]:
     """Describe in which order the logits of a network are given, if not in its own."""
     return {} if order is None else {"order": order.tolist()}
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Round statistics of data, whose last digits depend on the number of threads.
+
+    >>> rounded([0.30522585172513494])
+    [0.305226]
+    """
+    return [float(f"{value:.6g}") for value in values]
 
 
 def _options(module: nn.Module) -> list[Any]:
@@ -99,7 +108,8 @@ def of_teacher(teacher: Teacher | nn.Module) -> Any:
         described |= {"answers": teacher.answers, "top_k": teacher.top_k, "floor": teacher.floor}
         described |= _order(teacher.order)
     if isinstance(teacher, RemoteTeacher):
-        return {**described, "url": teacher.url, "model": teacher.service.model}
+        service = teacher.service
+        return {**described, "url": teacher.url, "model": service.model, "classes": plain(service.names)}
     if isinstance(teacher, LocalBlackBox):
         return {**of_network(teacher.model), **described}
     if type(teacher) is LiveTeacher:
@@ -122,8 +132,8 @@ def of_data(data: Data, parts: Mapping[str, Examples]) -> dict[str, Any]:
         "classes": list(data.classes),
         "input_shape": list(data.input_shape),
         **{name: of_rows(rows, inputs[sources[name]]) for name, rows in parts.items()},
-        "mean": list(data.mean),
-        "std": list(data.std),
+        "mean": rounded(data.mean),
+        "std": rounded(data.std),
         "tokenizer": _of_tokenizer(data.tokenizer),
     }
 

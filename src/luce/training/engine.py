@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from .. import data, files, stops
+from .. import data, files, log, stops
 from ..data import Examples
 from ..errors import UserError
 from ..methods import Method
@@ -148,7 +148,7 @@ def fit(
         seen = TrainingBatches(rows, accelerator.device, options.seed, augment, workers, progress)
         state.prepared = session.prepare(teacher, seen)
         save()
-    log = MetricsLog(folder if accelerator.is_main_process else None, state.history)
+    metrics_log = MetricsLog(folder if accelerator.is_main_process else None, state.history)
     if options.trackers:
         accelerator.init_trackers("luce", config={"lr": options.lr, "batch_size": options.batch_size})
 
@@ -173,7 +173,7 @@ def fit(
                 weights = session.evaluated.plain.state_dict()
                 state.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
             record["seconds"] = time.perf_counter() - started
-            log.append(record)
+            metrics_log.append(record)
             accelerator.log(flat(record), step=session.step)
             due = best.epoch % options.checkpoint_every == 0 or best.epoch == options.epochs
             if session.any_process(stops.terminating()) or due:
@@ -260,6 +260,7 @@ def resume(folder: Path, session: Session) -> State | None:
     try:
         session.load_state_dict(saved["session"])
         best = BestEpoch(**saved["best"])
+        log.info(f"resumes in {folder} after epoch {best.epoch}")
         return State(best, saved["history"], saved["prepared"], saved["best_weights"], True, saved=best.epoch)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
