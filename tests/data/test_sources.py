@@ -340,6 +340,8 @@ def test_rows_of_different_shape_are_named():
 def test_inputs_without_a_dimension_of_their_own_are_refused():
     with pytest.raises(UserError, match=r"got \(4,\); .*unsqueeze\(1\)"):
         InMemory(torch.zeros(4), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"with values in each row, got \(4, 0\)"):
+        InMemory(torch.zeros(4, 0), torch.zeros(4, dtype=torch.int64))
 
 
 def test_tensor_datasets_are_held_in_memory_and_sources_kept():

@@ -76,7 +76,8 @@ def as_tensor(values: Any, what: str) -> Tensor:
         UserError: If it is something else, or an array of no numbers; it is called ``what``.
     """
     if isinstance(values, Tensor) and values.layout == torch.strided:
-        return values.detach().cpu()
+        plain = values.device.type == "cpu" and not values.requires_grad
+        return values if plain else values.detach().cpu()
     if isinstance(values, Tensor):
         way = "make it dense with `to_dense()`"
     elif np.ma.is_masked(values):
@@ -98,8 +99,10 @@ def as_tensor(values: Any, what: str) -> Tensor:
 
 def class_index(label: Any, what: str) -> int:
     """Return one label, an integer in any form, as an integer; ``what`` names it in errors."""
-    if isinstance(label, int) and abs(label) < 2**63:
+    if isinstance(label, int | np.integer | np.bool_) and abs(int(label)) < 2**63:
         return int(label)
+    if isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point():  # in a microsecond
+        return class_index(label.item(), what)
     rows = label[None] if isinstance(label, Tensor | np.ndarray) else [label]
     return int(_indices(rows, f"{what} to be a class index", 1)[0])
 

@@ -89,10 +89,10 @@ class InMemory(Source):
 
     def __init__(self, inputs: Any, targets: Any) -> None:
         inputs, self.targets = as_tensor(inputs, "the inputs"), class_indices(targets)
-        if inputs.ndim < 2:
+        if inputs.ndim < 2 or 0 in inputs.shape[1:]:
             raise UserError(
-                f"expected inputs of shape (N, ...), got {tuple(inputs.shape)}; give each row a dimension of "
-                "its own with `inputs.unsqueeze(1)`"
+                f"expected inputs of shape (N, ...), with values in each row, got {tuple(inputs.shape)}; one "
+                "value per row needs a dimension of its own: `inputs.unsqueeze(1)`"
             )
         if len(inputs) != len(self.targets):
             raise UserError(
