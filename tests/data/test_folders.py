@@ -213,6 +213,14 @@ def test_a_single_class_is_named(tmp_path, caplog):
     assert "there is only one class, all" in caplog.text
 
 
+def test_training_images_as_test_images_are_noticed(tmp_path, caplog):
+    for name in ("ash", "beech"):
+        paint(tmp_path / "train" / name / "0.png")
+    (tmp_path / "test").symlink_to("train")
+    data.load(f"imagefolder:{tmp_path}")
+    assert "test is the same folder as train" in caplog.text
+
+
 def test_what_is_missing_is_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"expected a folder .*absent/train.* got no folder .*absent"):
         data.load(f"imagefolder:{tmp_path}/absent")

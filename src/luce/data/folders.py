@@ -134,6 +134,8 @@ def _warn(name: str, train: Listing, test: Listing) -> None:
         log.warning(
             f"{name}: folders of train without images are no classes: {named(empty)}; delete or fill them"
         )
+    if os.path.samefile(train.folder, test.folder):
+        log.warning(f"{name}: {test.folder.name} is the same folder as train: no row is held out for testing")
     if len(train.classes) == 1:
         log.warning(
             f"{name}: there is only one class, {shown(train.classes[0])}; "
