@@ -87,6 +87,7 @@ def test_a_broken_recipe(text: str, refuses, place: Path) -> None:
         (["--data.validation", "2"], "`validation`"),
         (["--data.labels_per_class", "1000"], "expected at least 1000 labels"),
         (["--data.workers", "-1"], "`data.workers`"),
+        (["--data.workers", "1000000"], "expected `data.workers` in 0 .. 256, got 1000000"),
         (["--student.name", "mlpp"], "unknown model `mlpp`; did you mean `mlp`"),
         (["--student.options.width", "3"], "has no option `width`"),
         (["--student.options.classes", "3"], "`classes`"),

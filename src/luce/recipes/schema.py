@@ -12,6 +12,10 @@ from ..errors import UserError, unknown_name
 from ..training.settings import TrainingOptions
 
 
+MOST_WORKERS = 256
+"""More processes than any machine's cores need; a mistyped number would fill its memory."""
+
+
 def refuse_options(options: Mapping[str, Any], kind: str, settled: Sequence[str]) -> None:
     """Refuse `options` of data or a model that have a field or a source of their own.
 
@@ -53,8 +57,8 @@ class DataOptions:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise UserError(f"expected `data.workers` of at least 0, got {self.workers}")
+        if not 0 <= self.workers <= MOST_WORKERS:
+            raise UserError(f"expected `data.workers` in 0 .. {MOST_WORKERS}, got {self.workers}")
         refuse_options(self.options, "data", ("name", "root"))
 
 
