@@ -143,7 +143,7 @@ def test_a_run_is_evaluated_by_the_names_of_its_classes(teacher: Path) -> None:
     assert other["nll"] == pytest.approx(same["nll"])
     with pytest.raises(UserError, match=r"got `ant`, `bee`, `cat` in place of `x-ray`, `yak`, `zoo` from"):
         evaluate(teacher, make("xyz"))
-    told = evaluate(teacher, make("xyz", student={"match_classes": "position"}))
+    told = evaluate(teacher, make("xyz"), match_classes="position")
     assert told["accuracy"] == 1.0  # both have the kinds in this order
 
 
@@ -170,6 +170,10 @@ def test_a_student_of_other_classes_that_is_told_so(teacher: Path, tmp_path: Pat
     told = {"checkpoint": str(teacher), "match_classes": "position"}
     run(make("xyz", student=told), tmp_path / "run")
     assert json.loads((tmp_path / "run/student.json").read_text())["classes"] == list(XYZ)
+    with pytest.raises(
+        UserError, match="in place of"
+    ):  # it was told of the checkpoint, and not of other data
+        evaluate(tmp_path / "run", make("abc", student=told))
 
 
 def test_simkd_reuses_the_classifier_in_the_order_of_the_data(teacher: Path, tmp_path: Path) -> None:

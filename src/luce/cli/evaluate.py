@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UserError
 from ..recipes import Recipe, read_stored
@@ -23,10 +23,13 @@ class Options:
 
     Attributes:
         folder: A finished run.
+        match_classes: How the student's classes are matched with the data's: by name, or by position whatever
+            their names are.
         trusted: Let the folder name code and servers of others, such as python: networks.
     """
 
     folder: Path
+    match_classes: Literal["name", "position"] = "name"
     trusted: bool = False
     overrides: dict[str, Any] = field(default_factory=dict, metadata=recipe_fields(Recipe))
 
@@ -39,4 +42,5 @@ def main(options: Options, _: str) -> None:
             "luce train and luce distill write one"
         )
     recipe = read_stored(options.folder / "recipe.yaml", options.overrides, trusted=options.trusted)
-    print(json.dumps(evaluate(options.folder, recipe, trusted=options.trusted), indent=2))
+    figures = evaluate(options.folder, recipe, match_classes=options.match_classes, trusted=options.trusted)
+    print(json.dumps(figures, indent=2))

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from .. import data, log
+from ..models.classes import Match
 from ..recipes.build import RunInputs, adapt, prepare_data
 from ..recipes.schema import Recipe
 from ..recipes.teacher import load_teacher
@@ -20,13 +21,17 @@ from .folder import read_identity
 from .identity import differences, named, of_data
 
 
-def evaluate(folder: Path, recipe: Recipe, *, trusted: bool = False) -> dict[str, Any]:
+def evaluate(
+    folder: Path, recipe: Recipe, *, match_classes: Match = "name", trusted: bool = False
+) -> dict[str, Any]:
     """Return test figures of the exported student of a run.
 
     Args:
         folder: Of a finished run.
         recipe: Names the test data, and the teacher to compare with; usually the run's own, from
             `luce.recipes.read_stored`.
+        match_classes: How the student's classes are matched with the data's; that of the recipe was for the
+            checkpoint from which the student started.
         trusted: Whether the folder, and a run folder as the teacher's checkpoint, may name any code; they may
             name the networks of the recipe anyway.
     Raises:
@@ -39,7 +44,7 @@ def evaluate(folder: Path, recipe: Recipe, *, trusted: bool = False) -> dict[str
         recipe = dataclasses.replace(recipe, teacher=teacher)
     accelerator = new_accelerator(recipe.training)
     inputs = prepare_data(recipe)
-    adapt(student, description, inputs.data, str(folder), recipe.student.match_classes)
+    adapt(student, description, inputs.data, str(folder), match_classes)
     _say_which_rows(folder, inputs)
     inputs = load_teacher(inputs, recipe, accelerator.device, trusted=trusted)
     return test_figures(accelerator.prepare(student), accelerator, inputs)

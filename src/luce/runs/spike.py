@@ -83,7 +83,7 @@ def spike(
     recipe = read_stored(folder / "recipe.yaml", {"teacher": None}, trusted=options.trusted)
     recipe.training.cpu = recipe.training.cpu or options.cpu
     inputs = prepare_data(recipe)
-    adapt(student, description, inputs.data, str(folder), recipe.student.match_classes)
+    adapt(student, description, inputs.data, str(folder), "name")
     # The chain answers in the order of the network, so labels follow it; the last one is that of no class.
     order = range(len(inputs.data.classes)) if student.order is None else student.order.tolist()
     labels = torch.tensor([*order, data.UNLABELLED])
