@@ -65,9 +65,9 @@ def network(seed: int, activation: type[nn.Module] = nn.ReLU, hidden: int = 5) -
         return nn.Sequential(nn.Linear(FEATURES, hidden), activation(), nn.Linear(hidden, CLASSES))
 
 
-def frozen(seed: int) -> nn.Sequential:
+def frozen(seed: int, *, rests: bool = False) -> nn.Sequential:
     student = network(seed)
-    student[0].requires_grad_(False)
+    student[0].requires_grad_(False).train(not rests)
     return student
 
 
@@ -124,6 +124,11 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "the student's structure": ({}, {"student": network(1, nn.GELU)}, "student.architecture"),
     "the student's width": ({}, {"student": network(1, hidden=4)}, "student.architecture"),
     "what of the student is trained": ({}, {"student": frozen(1)}, r"student.frozen: \[\] there"),
+    "what of it stays in evaluation mode": (
+        {"student": frozen(1)},
+        {"student": frozen(1, rests=True)},
+        r"student\.in_evaluation_mode: \[\] there, \['0'\] here",
+    ),
     "one pixel": ({}, {"train_data": rows(pixel=1e-3)}, "data.train.inputs"),
     "one label": ({}, {"train_data": rows(label=1)}, "data.train.labels"),
     "the order of rows": ({}, {"train_data": rows(flipped=True)}, "data.train.labels"),

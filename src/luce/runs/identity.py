@@ -22,6 +22,7 @@ from ..data.fingerprint import of_rows, of_source
 from ..data.text import Tokenizer
 from ..methods import Method, MutualLearning
 from ..models import Classifier
+from ..models.modes import resting
 from ..recipes.build import RunInputs
 from ..recipes.teacher import OpenTeacher
 from ..remote import RemoteTeacher
@@ -94,9 +95,11 @@ def _options(module: nn.Module) -> list[Any]:
 
 
 def of_student(student: nn.Module) -> dict[str, Any]:
-    """Describe a student as `of_network`, with the names of the parameters that are not trained."""
+    """Describe a student as `of_network`, with the parameters that are not trained, and `resting` modules."""
     frozen = [name for name, value in student.named_parameters() if not value.requires_grad]
-    return {**of_network(student), "frozen": frozen}
+    at_rest = set(resting(student))
+    evaluated = [name for name, module in student.named_modules() if module in at_rest]
+    return {**of_network(student), "frozen": frozen, "in_evaluation_mode": evaluated}
 
 
 def of_teacher(teacher: Teacher | nn.Module) -> Any:
