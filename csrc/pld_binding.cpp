@@ -33,6 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> pld(const Tensor& student, const Tensor& teac
   arguments.bound = bound.data_ptr();
   if (needs_gradient) arguments.gradient = rows_of(gradient, "gradient");
   arguments.options = {option...};
+  STD_TORCH_CHECK(arguments.options.top_k >= 1, "expected `top_k` of at least 1, got ", arguments.options.top_k);
   std::atomic<bool> bad_order{false};
   arguments.bad_order = &bad_order;
   run(LUCE_CHOOSE(pld), arguments, rows);

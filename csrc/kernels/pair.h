@@ -80,13 +80,19 @@ class Pair {
     one_over_z_a_ = static_cast<T>(1 / z_a_), one_over_z_b_ = static_cast<T>(1 / z_b_);
     tops_ = double(top_a_) - double(top_b_);
     tops_split_ = Split<T>(tops_);
-    set_rest(temperature_ * std::log(z_a_ / z_b_));
+    set_rest(temperature_ * std::log(z_a_ / z_b_) + lost(top_a_, top_b_));
     return z_a_ == z_a_ && z_b_ == z_b_;
   }
 
   // log p - log q of a class with these logits: (a - b - tops - rest) / T. The difference of the normalisers is kept as
   // that of the maxima and a rest: the rest is tiny where both networks prefer the same class, and would be rounded away.
-  double d(double a, double b) const { return (a - b - tops_ - rest_) / temperature_; }
+  double d(double a, double b) const { return ((a - b - tops_) + (lost(a, b) - rest_)) / temperature_; }
+
+  // What a - b loses to rounding: at 1e18 a double has no digit for a difference of 30.
+  static double lost(double a, double b) {
+    const double high = a - b, minus_b = high - a;
+    return (a - (high - minus_b)) - (b + minus_b);
+  }
 
   // Corrects the normalisers by the surplus of the sum of q over 1.
   void correct(double surplus) { set_rest(rest_ - temperature_ * std::log1p(surplus)); }

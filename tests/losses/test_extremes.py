@@ -13,6 +13,7 @@ import torch
 import luce
 from luce.losses import spectral_norm
 from luce.losses.functional.embeddings import cc_loss
+from luce.ops import engines
 
 from . import feature_cases
 from .catalogue import LOSSES, Case, Loss, batch
@@ -58,6 +59,29 @@ def test_options_of_losses_on_features(known: feature_cases.Case) -> None:
 def test_iterations_have_an_end(algorithm: Any) -> None:
     with pytest.raises(ValueError, match="`iterations` to be an integer of at least 1 and at most 10000"):
         spectral_norm(torch.eye(2), iterations=2**63 - 1, algorithm=algorithm)
+
+
+@pytest.mark.skipif(engines.WHY_NOT is not None, reason=f"no native library: {engines.WHY_NOT}")
+def test_the_native_operator_refuses_places_below_one() -> None:
+    logits = torch.randn(2, 5)
+    for top_k in (0, -1, -(2**63)):
+        with pytest.raises(RuntimeError, match="expected `top_k` of at least 1"):
+            torch.ops.luce.pld(logits, logits, None, None, None, 1.0, top_k, 0.0, 0.0, False, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_logits_whose_difference_has_no_digit_for_the_student(backend: Any, dtype: torch.dtype) -> None:
+    """Reverse KL is the sum of q (log q - log p), and log p is t - max t beside logits of 1e17."""
+    student, teacher = torch.zeros(33, dtype=dtype), (1e17 * torch.linspace(-3, 3, 33)).to(dtype)
+    student[5] = 30
+    log_q, log_p = student.double().log_softmax(0), teacher.double() - teacher.double().max()
+    expected = (log_q.exp() * (log_q - log_p)).sum().item()
+    logits = student[None].requires_grad_()
+    value = luce.reverse_kl_loss(logits, teacher[None], backend=backend)
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient.isfinite().all()
 
 
 def test_the_correlation_kernel_of_a_narrow_gaussian() -> None:
