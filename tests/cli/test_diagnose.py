@@ -45,11 +45,15 @@ def test_a_run_is_diagnosed_on_its_own_split(teacher: Path, luce, place: Path) -
     assert "luce diagnose runs/teacher sklearn:iris" in (place / "out/diagnose.html").read_text()
 
 
-def test_from_python(teacher: Path) -> None:
+def test_from_python(teacher: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs.diagnose(runs.DiagnoseOptions(teacher="runs/teacher", data="sklearn:iris"))
+    assert "validation rows are not those" not in caplog.text
     overrides = {"data": {"validation": 0.5}}
     options = runs.DiagnoseOptions(teacher="runs/teacher", data="sklearn:iris", overrides=overrides)
     report = runs.diagnose(options)
     assert report.held_out_rows == "validation rows"
+    assert "the validation rows are not those of runs/teacher" in caplog.text
+    assert "data.validation.rows: 22 there, 56 here" in caplog.text
     assert report.train.teacher.rows == round(len(data.load("sklearn:iris").train) * 0.5)
     assert "untrained" in report.student
     with pytest.raises(UserError, match=r"expected `weight` in \[0, 1\], got 2"):

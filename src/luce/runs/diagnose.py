@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .. import __version__, analysis, data, suggest_temperature
+from .. import __version__, analysis, data, log, suggest_temperature
 from ..analysis.page import DiagnosisReport
 from ..checks import check_positive
 from ..config import as_path, merge, parse, read_yaml
@@ -24,6 +25,8 @@ from ..reports.runs import Bin
 from ..training import metrics
 from ..training.batches import EVALUATION_BATCH
 from ..training.setup import new_accelerator
+from .folder import read_identity
+from .identity import differences, named, of_data
 
 SWEEP = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Temperatures at which the teacher is analysed too."""
@@ -93,6 +96,8 @@ def diagnose(options: DiagnoseOptions, *, command: str = "") -> DiagnosisReport:
     which = options.held_out or ("validation" if same_data else "test")
     parts = _parts(recipe, loaded, which, split=same_data or which == "validation")
     train, held_out = parts.values()
+    if same_data and which == "validation":
+        _check_held_out(as_path(options.teacher), loaded, held_out)
     accelerator = new_accelerator(recipe.training)
     inputs = RunInputs(loaded, train, held_out, held_out)
     teacher = load_teacher(inputs, recipe, accelerator.device, trusted=options.trusted).teacher
@@ -202,6 +207,17 @@ def _parts(recipe: Recipe, loaded: Data, held_out: str, *, split: bool) -> dict[
     if options.labels_per_class is not None:
         train = data.keep_labels(train, per_class=options.labels_per_class, seed=options.split_seed)
     return {"training": train.plain, "held out": (validation if held_out == "validation" else test).plain}
+
+
+def _check_held_out(folder: Path, loaded: Data, held_out: Examples) -> None:
+    """Warn if the held-out rows are not the teacher's validation rows, so that it may have learned them."""
+    there = read_identity(folder).get("data", {}).get("validation")
+    here = of_data(loaded, {"validation": held_out})["validation"]
+    if there is not None and (found := list(differences(there, here, "data.validation"))):
+        log.warning(
+            f"the validation rows are not those of {folder}, so that the teacher may have been trained on "
+            f"some: {named(found)}; give it the data and the split of its run, or set `held_out` to test"
+        )
 
 
 def _student_logits(
