@@ -140,3 +140,8 @@ def test_without_hypothesis(refuses, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     assert "pip install 'luce[check]'" in refuses("check", "mine:kd")
     assert errors.MissingExtra.__mro__[1] is errors.UserError
+
+
+@pytest.mark.parametrize("words", [["--laws", "[]"], ["--laws", "gradient", "--without", "gradient"]])
+def test_a_check_of_no_law_is_refused(words: list[str], refuses) -> None:
+    assert "expected at least one law in `--laws`" in refuses("check", "luce:KDLoss", *words)

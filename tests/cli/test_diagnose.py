@@ -208,10 +208,10 @@ def test_teachers_of_landscapes(luce, place: Path) -> None:
     ("words", "reason"),
     [
         ([], "expected LOSSES; luce landscape --help"),
-        (["PLDLos"], "unknown loss in `loss.1`: `PLDLos`; did you mean `PLDLoss`"),
-        (["FitNetLoss"], "expected a loss on logits in `loss.1`, got FitNetLoss"),
+        (["PLDLos"], "unknown loss in `PLDLos`: `PLDLos`; did you mean `PLDLoss`"),
+        (["FitNetLoss"], "expected a loss on logits in `FitNetLoss`, got FitNetLoss"),
         (["KDLoss", "temp=3"], "did you mean `temperature`"),
-        (["KDLoss", "temperature"], "unknown loss in `loss.1`: `temperature`"),
+        (["KDLoss", "temperature"], "unknown loss in `"),
         (["temperature=3"], "expected LOSS OPTION=VALUE ... + LOSS ..., got `temperature=3`"),
         (["KDLoss", "+"], "expected a loss after `+`"),
         (["KDLoss", "temperature=-3"], "`temperature`"),
@@ -238,3 +238,20 @@ def test_reading_losses() -> None:
     }
     with pytest.raises(UserError, match="expected a loss after `\\+`"):
         read_loss(["KDLoss", "+"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["KDLoss", "temprature=3"], "unknown option of KDLoss in `KDLoss temprature=3`: `temprature`"),
+        (["CrossEntropyLoss", "+", "KDLos"], "unknown loss in `CrossEntropyLoss + KDLos`: `KDLos`"),
+        (["KDLoss", "weight=-1"], "weight of KDLoss"),
+        (["KDLoss", "temperature=1", "temperature=2"], "expected `temperature` once, got it twice"),
+        (["KDLoss", "KDLoss"], "expected different losses, got one of them twice"),
+        (["+", "KDLoss"], "expected LOSS OPTION=VALUE"),
+        (["KDLoss", "--teacher", "[]"], "expected `teacher_logits` as one row of at least 2"),
+        (["KDLoss", "--points", "100001"], "at most 2001, got 100001"),
+    ],
+)
+def test_landscapes_that_are_refused(words: list[str], message: str, refuses) -> None:
+    assert message in refuses("landscape", *words)

@@ -150,6 +150,15 @@ def test_words(words: list[str], expected: dict[str, Any]) -> None:
     assert options(*words, "runs/a") == Options(run=Path("runs/a"), **expected)
 
 
+def test_a_repeated_option_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert options("runs/a", "--steps", "8", "--loss.kd.weight", "1", "--loss", "{}").overrides == {
+        "loss": {}
+    }
+    assert "`--loss` is given twice, and only its last value counts" in caplog.text
+    options("runs/a", "--loss", "{kd: {loss: KDLoss}}", "--loss.kd.weight", "2", "--steps", "8")
+    assert len(caplog.records) == 1
+
+
 def test_the_last_positional_argument_may_be_a_list() -> None:
     assert parse_arguments(Words, ["a", "b", "--n", "1", "c"], "x") == Words(first="a", rest=("b", "c"), n=1)
     with pytest.raises(UserError, match="expected REST; luce x --help describes the arguments"):

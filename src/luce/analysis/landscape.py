@@ -86,6 +86,10 @@ class Landscape:
         }
 
 
+MOST_POINTS = 2001
+"""Along each side of a grid; a million students fit into memory."""
+
+
 def landscape(
     loss: Callable[..., Tensor | Mapping[str, Tensor]],
     teacher_logits: Tensor,
@@ -128,8 +132,10 @@ def landscape(
     label = int(teacher_logits.argmax()) if label is None else label
     if not 0 <= label < len(teacher_logits):
         raise ValueError(f"expected `label` in [0, {len(teacher_logits)}), got {label}")
-    if points < 3 or points % 2 == 0:
-        raise ValueError(f"expected `points` as an odd number of at least 3, got {points}")
+    if not 3 <= points <= MOST_POINTS or points % 2 == 0:
+        raise ValueError(
+            f"expected `points` as an odd number of at least 3 and at most {MOST_POINTS}, got {points}"
+        )
     t = teacher_logits.detach().double()
     radius = 5 * (t.norm().item() or 1.0) if radius is None else radius
     checks.check_positive(radius=radius)

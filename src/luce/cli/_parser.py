@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from .. import log
 from ..config import Replacement, field_types, parse, type_at, without_none
 from ..documents import InvalidYAML, load_yaml
 from ..errors import UserError, unknown_name
@@ -149,6 +150,8 @@ def _insert(nested: dict[str, Any], path: list[str], value: Any) -> None:
         nested = nested.setdefault(key, {})
         if not isinstance(nested, dict):
             raise UserError(f"`--{'.'.join(path)}` and another option both set `{key}`; give one of them")
+    if last in nested:
+        log.warning(f"`--{'.'.join(path)}` is given twice, and only its last value counts; remove the other")
     nested[last] = value
 
 

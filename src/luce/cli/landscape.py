@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,17 @@ def main(options: Options, _: str) -> None:
 
     from .. import analysis, files
     from ..analysis.landscape import picture, random_logits
-    from ..recipes import build_loss
 
-    losses = {" ".join(words): build_loss(read_loss(words)) for words in split_losses(options.losses)}
+    panels = split_losses(options.losses)
+    losses = {" ".join(words): _build(words) for words in panels}
+    if len(losses) < len(panels):
+        raise UserError("expected different losses, got one of them twice")
     if options.classes is not None:
         teacher = random_logits(options.classes, options.seed)
     else:
-        teacher = torch.tensor(options.teacher or (2.0, 0.5, -1.0), dtype=torch.float64)
+        teacher = torch.tensor(
+            (2.0, 0.5, -1.0) if options.teacher is None else options.teacher, dtype=torch.float64
+        )
     landscapes = []
     for name, loss in losses.items():
         try:
@@ -91,6 +96,23 @@ def main(options: Options, _: str) -> None:
         )
         print(f"{landscape.name}: lowest {value:.6g} at a = {a:.3g}, b = {b:.3g}{edge}")
     print(f"picture: {options.out}\ngrids: {grids}")
+
+
+def _build(words: Sequence[str]) -> Any:
+    """The loss of a panel.
+
+    Raises:
+        UserError: If it cannot be built; names the loss as it was typed.
+    """
+    from ..recipes import build_loss
+
+    terms = read_loss(words)
+    try:
+        return build_loss(terms)
+    except UserError as error:
+        message = re.sub(r"`loss(?:\.\d+)?`", f"`{' '.join(words)}`", str(error))
+        message = re.sub(r"(weight|warmup) of (\d+)", lambda m: f"{m[1]} of {terms[m[2]]['loss']}", message)
+        raise UserError(message) from error
 
 
 def split_losses(words: Sequence[str]) -> list[list[str]]:
@@ -121,12 +143,14 @@ def read_loss(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     term: dict[str, Any] | None = None
     for word in words:
         name, equals, value = word.partition("=")
-        if word == "+":
+        if word == "+" and term is not None:
             term = None
         elif term is None and not equals:
             term = terms[str(len(terms) + 1)] = {"loss": word}
         elif term is None or not equals:
             raise UserError(f"expected LOSS OPTION=VALUE ... + LOSS ..., got `{' '.join(words)}`")
+        elif name in term:
+            raise UserError(f"expected `{name}` once, got it twice in `{' '.join(words)}`")
         else:
             try:
                 term[name] = load_yaml(value)

@@ -83,6 +83,8 @@ def check(
     loss = Loss.of(loss, adapter, options=options, claims=claims)
     loss = replace(loss, claims=claimed_laws(loss.claims))
     chosen = (law_names(LAWS) if laws is None else law_names(laws)) - law_names(without)
+    if not chosen:
+        raise UserError("expected at least one law in `laws` that `without` does not skip, got none")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = None if against is None else _subject(_other(against, loss.options), dtype)

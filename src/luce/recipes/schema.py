@@ -11,7 +11,6 @@ from ..config import merge, parse
 from ..errors import UserError, unknown_name
 from ..training.settings import TrainingOptions
 
-
 MOST_WORKERS = 256
 """More processes than any machine's cores need; a mistyped number would fill its memory."""
 
