@@ -102,6 +102,17 @@ def test_what_a_recipe_may_not_say(words: list[str], reason: str, write, refuses
     assert nothing_half_done(place / "runs")
 
 
+def test_a_field_of_the_file_is_named_with_its_line(refuses, place: Path) -> None:
+    (place / "r.yaml").write_text("method: teacher\ntraining:\n  epochs:\n  lr: -1\ndata: {nam: x}\n")
+    given = "r.yaml, line 3: expected `training.epochs` as an integer, got nothing"
+    assert "r.yaml, line 5: unknown recipe key `data.nam`" in refuses("train", "r.yaml", "--training", "{}")
+    assert given in refuses("train", "r.yaml", "--data", "{}")
+    words = ("--data", "{}", "--training.epochs", "2")
+    assert "r.yaml, line 4: expected `training.lr` above 0, got -1" in refuses("train", "r.yaml", *words)
+    here = refuses("train", "r.yaml", *words, "--training.lr", "-2")
+    assert here.startswith("luce train: expected `training.lr` above 0, got -2")
+
+
 def test_unknown_commands(refuses) -> None:
     assert "unknown command `distil`; did you mean `distill`?" in refuses("distil")
     assert "unknown command `x`; known: check, compare, diagnose" in refuses("x")
