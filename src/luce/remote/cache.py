@@ -202,9 +202,13 @@ class AnswerCache:
 
     def _name(self, text: str) -> int:
         with self._guarded(), self._transaction():
-            self._base.execute("INSERT OR IGNORE INTO name (text) VALUES (?)", (text,))
-            self._base.execute("UPDATE name SET crc = crc(id, text) WHERE text = ? AND crc IS NULL", (text,))
-            return int(self._base.execute("SELECT id FROM name WHERE text = ?", (text,)).fetchone()[0])
+            # Without the index, which has no checksum: a name that it misses would be new, with nothing paid.
+            known = self._base.execute("SELECT id FROM name NOT INDEXED WHERE text = ?", (text,)).fetchone()
+            if known is not None:
+                return int(known[0])
+            number = self._base.execute("INSERT INTO name (text) VALUES (?)", (text,)).lastrowid
+            self._base.execute("UPDATE name SET crc = crc(id, text) WHERE id = ?", (number,))
+            return int(number or 0)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
