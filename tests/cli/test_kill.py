@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import kills
+
 RECIPE: dict[str, Any] = {
     "method": "PLD",
     "data": {"name": "sklearn:digits", "validation": 0.2},
@@ -57,3 +59,30 @@ def test_a_killed_run_goes_on_to_the_same_numbers(write, luce, place: Path) -> N
     assert luce("distill", recipe, "--out", "cut").status == 0
     assert outcome(place / "cut") == outcome(place / "whole")
     assert not list((place / "cut").glob("*checkpoint*"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipes of the study of kills, and their teacher."""
+    folder = tmp_path_factory.mktemp("kills")
+    kills.prepare(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize("work", ["metadistil", "mekd", "compare", "onnx"])
+def test_a_killed_command_ends_in_the_files_of_an_uninterrupted_one(work: str, prepared: Path) -> None:
+    """``python -m benchmarks.kills`` does so at many moments."""
+    if work == "onnx":
+        pytest.importorskip("onnxscript")
+    started = time.perf_counter()
+    whole = kills.start(prepared, work, Path("whole") / work)
+    _, said = whole.communicate()
+    assert whole.returncode == 0, said
+    seconds, files = time.perf_counter() - started, kills.content(prepared / "whole" / work)
+    for share in (0.8, 0.6, 0.4, 0.2):  # the machine may be faster the second time
+        outcome = kills.kill(prepared, work, Path(f"cut-{work}-{share}"), share * seconds, files)
+        if outcome.kind != "finished before":
+            break
+    assert outcome == kills.Outcome("equal")
