@@ -93,6 +93,34 @@ def test_what_a_command_killed_in_its_first_moments_leaves_stops_no_other(
     assert not [path for path in (place / "out").iterdir() if path.name.startswith(".")]
 
 
+def test_what_a_run_killed_when_it_had_just_finished_leaves_goes(
+    write: Callable[..., str], luce: Callable[..., Answer], teacher: Path
+) -> None:
+    whole = {path.name for path in teacher.iterdir()}
+    for left in ("checkpoint-2", ".checkpoint.part"):
+        (teacher / left).mkdir()
+        (teacher / left / "luce.pt").write_text("")
+    assert luce("train", write(), "--out", "runs/teacher").status == 0
+    assert {path.name for path in teacher.iterdir()} == whole | {"report.html"}
+
+
+def test_a_run_that_finished_no_epoch_may_be_changed(
+    write: Callable[..., str], refuses: Callable[..., str], luce: Callable[..., Answer], place: Path
+) -> None:
+    """As after an error in its first batch, whose remedy is another option."""
+    recipe = write()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("luce.methods.LogitMethod.step", fails)
+        assert "lower it" in refuses("train", recipe, "--out", "out")
+    assert (place / "out" / "metrics.jsonl").read_text() == ""
+    assert luce("train", recipe, "--out", "out", "--training.lr", "0.01").status == 0
+    assert "differs in training.lr" in refuses("train", recipe, "--out", "out")
+
+
+def fails(*_: object) -> None:
+    raise UserError("lower it")
+
+
 def test_a_damaged_image_is_told_alike_by_any_number_of_processes(
     write: Callable[..., str], refuses: Callable[..., str], place: Path
 ) -> None:
