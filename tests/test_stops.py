@@ -90,6 +90,14 @@ def test_sigterm_is_raised_where_nothing_notes_it() -> None:
     assert caught.value.code == 143
 
 
+def test_a_launched_process_that_waits_for_another_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler would run only when the wait is over."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    with stops.raised():
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_handlers_of_other_software_stay() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
@@ -86,9 +87,12 @@ def terminating() -> bool:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Raise Terminated on SIGTERM during the block, so that files and locks are put in order."""
+    """Raise Terminated on SIGTERM during the block, so that files and locks are put in order.
+
+    Not in processes that were launched together: one that waits for another, which has failed, would not end.
+    """
     handlers = _own_handlers()
-    if signal.SIGTERM not in handlers:
+    if signal.SIGTERM not in handlers or "LOCAL_RANK" in os.environ:
         yield
         return
     signal.signal(signal.SIGTERM, _raise)
