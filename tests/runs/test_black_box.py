@@ -189,6 +189,14 @@ def test_a_server_that_is_asked_anew_is_asked_once_too(
     assert (result["teacher"]["queries"], result["teacher"]["cached"]) == (ROWS, 3 * ROWS)
 
 
+def test_a_finished_run_asks_no_server(remote: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(remote(training={"epochs": 1}), tmp_path / "run")
+    identity = json.loads((tmp_path / "run" / "identity.json").read_text())
+    assert identity["teacher"]["class"] == "RemoteTeacher"
+    monkeypatch.delattr("luce.recipes.teacher.RemoteTeacher")
+    assert run(remote(training={"epochs": 1}), tmp_path / "run") == result
+
+
 def test_rows_that_change_cost_each_time(
     remote: Make, network: Counting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
