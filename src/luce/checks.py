@@ -76,6 +76,11 @@ def check_between(low: float, high: float, **values: float) -> None:
             raise ValueError(f"expected `{name}` strictly between {low} and {high}, got {value!r}")
 
 
+def check_label_smoothing(label_smoothing: float) -> None:
+    if not (is_number(label_smoothing) and 0 <= label_smoothing < 1):
+        raise ValueError(f"expected `label_smoothing` in [0, 1), got {label_smoothing!r}")
+
+
 def check_top_k(top_k: int | None) -> None:
     if top_k is not None and not _is_integer(top_k, 1, LARGEST):
         raise ValueError(

@@ -112,7 +112,7 @@ def test_values_are_checked_and_converted() -> None:
     recipe = parse(
         Recipe,
         {
-            "training": {"lr": 1, "epochs": 3, "milestones": [1, 2]},
+            "training": {"lr": 1, "epochs": 3, "schedule": "step", "milestones": [1, 2]},
             "data": {"validation": 0.3},
             "teacher": {"name": "cnn", "mean": [0, 1]},
         },
@@ -151,7 +151,7 @@ def test_values_are_checked_and_converted() -> None:
         ({"loss": "PLDLoss"}, "expected `loss` as a mapping, got 'PLDLoss'"),
         ({"loss": {"pld": "PLDLoss"}}, "expected `loss.pld` as a mapping, got 'PLDLoss'"),
         ({"training": {"lr": -1}}, r"expected `training\.lr` above 0, got -1"),
-        ({"data": {"workers": -1}}, r"expected `data\.workers` of at least 0, got -1"),
+        ({"data": {"workers": -1}}, r"expected `data\.workers` in 0 .. 256, got -1"),
         ({"data": {"options": {"root": "x"}}}, r"expected no `root` in the `options` of the data"),
         ({"student": {"options": {"classes": 3}}}, r"expected no `classes` in the `options` of the model"),
         ({1: 2}, r"unknown recipe key `1`"),

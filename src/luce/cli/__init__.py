@@ -103,9 +103,25 @@ def _status(name: str, *rest: str, debug: bool) -> int:
         if isinstance(error, UserError):
             print(f"luce {name}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
+        if _of_memory(error):
+            print(
+                f"luce {name}: the memory of the device or the machine is full; choose a smaller batch, "
+                "network or `--data.workers`, and --debug shows where it ended",
+                file=sys.stderr,
+            )
+            return 2
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         print(f"luce {name}: unexpected {reason}; --debug shows where, please report it", file=sys.stderr)
         return 1
+
+
+def _of_memory(error: Exception) -> bool:
+    # PyTorch raises OutOfMemoryError for a GPU, and for a CPU a plain RuntimeError of its allocator.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 class _Messages(logging.Handler):

@@ -133,7 +133,7 @@ class MetaDistil(LooksAhead, OptimizesManually, CoTrains, WrappedMethod[LogitMet
 
     def _check_options(self) -> None:
         checks.check_between(0, 1, quiz=self.quiz)
-        if not 0 < self.rows <= 1:
+        if not (checks.is_number(self.rows) and 0 < self.rows <= 1):
             raise ValueError(f"expected `rows` in (0, 1], got {self.rows!r}")
         checks.check_count(
             quiz_batches=self.quiz_batches,

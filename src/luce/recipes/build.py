@@ -142,7 +142,8 @@ def build_network(
         body = models.build(options.name, **shape, **options.options)
     else:
         body = checkpoint.build(options.name, options.options, weights=source, **shape)
-    mean, std = options.mean or list(loaded.mean), options.std or list(loaded.std)
+    mean = list(loaded.mean) if options.mean is None else options.mean
+    std = list(loaded.std) if options.std is None else options.std
     description = checkpoint.describe(
         options.name, options.options, loaded.classes, loaded.input_shape, mean, std
     )

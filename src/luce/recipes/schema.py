@@ -58,6 +58,12 @@ class DataOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.workers <= MOST_WORKERS:
             raise UserError(f"expected `data.workers` in 0 .. {MOST_WORKERS}, got {self.workers}")
+        if not 0 < self.validation < 1:
+            raise UserError(f"expected `data.validation` as a share in (0, 1), got {self.validation:g}")
+        if not 0 <= self.split_seed < 2**32:
+            raise UserError(f"expected `data.split_seed` in 0 .. 2**32 - 1, got {self.split_seed}")
+        if self.labels_per_class is not None and self.labels_per_class < 1:
+            raise UserError(f"expected `data.labels_per_class` of at least 1, got {self.labels_per_class}")
         refuse_options(self.options, "data", ("name", "root"))
 
 

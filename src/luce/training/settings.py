@@ -23,7 +23,7 @@ class TrainingOptions:
         weight_decay: Weight decay of either optimizer.
         schedule: Course of the learning rate after the warm-up: cosine, step or constant.
         warmup_epochs: Epochs over which the learning rate rises from 0; may be a fraction.
-        milestones: Epochs after which the step schedule multiplies the learning rate by gamma.
+        milestones: Rising epochs after which the step schedule multiplies the learning rate by gamma.
         gamma: Factor of the step schedule.
         clip_norm: Largest norm of the gradient; None for no limit.
         accumulate: Batches per optimizer step.
@@ -72,6 +72,13 @@ class TrainingOptions:
             raise UserError(
                 f"expected `training.warmup_epochs` in [0, {self.epochs}), fewer than the epochs, "
                 f"got {self.warmup_epochs}"
+            )
+        if sorted({0, *self.milestones}) != [0, *self.milestones]:
+            raise UserError(f"expected `training.milestones` as rising epochs from 1, got {self.milestones}")
+        if self.milestones and self.schedule != "step":
+            raise UserError(
+                f"expected `training.schedule: step` with `training.milestones`, got {self.schedule}, which "
+                "has none"
             )
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"expected `training.ema` between 0 and 1, got {self.ema}")

@@ -61,8 +61,7 @@ def cross_entropy_loss(
         >>> cross_entropy_loss(torch.tensor([[0.5, -1.0, 2.0, 0.3]]), torch.tensor([2]))
         tensor(0.3754)
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"expected `label_smoothing` in [0, 1), got {label_smoothing!r}")
+    checks.check_label_smoothing(label_smoothing)
     blocks = Blocks.of(
         student_logits,
         None,

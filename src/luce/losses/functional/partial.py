@@ -370,8 +370,7 @@ def _target(
     """
     checks.check_positive(temperature=temperature)
     checks.check_choice("keep", keep, KEEPS)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"expected `label_smoothing` in [0, 1), got {label_smoothing!r}")
+    checks.check_label_smoothing(label_smoothing)
     _check_top_k(top_k, needed=keep == "topk")
     rho = (rows.teacher / temperature).softmax(-1)
     at_label, present = _at_label(rows), rows.present()
