@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from luce import data
 from luce.data.dataset import channel_statistics, stratified
@@ -156,3 +156,50 @@ def test_train_and_test_rows_are_alike():
             UserError, match=r"test rows like the training rows, torch.float32 of shape \(3, 8,"
         ):
             data.from_datasets(rows(3, 8, 8), other)
+
+
+# Names of classes -------------------------------------------------------------------------------------------
+
+
+class Named(TensorDataset):
+    """Rows of two classes with their names, as torchvision's `ImageFolder` states them."""
+
+    def __init__(self, *classes, **stated):
+        super().__init__(torch.zeros(8, 1), torch.arange(8) % 2)
+        self.classes = list(classes)
+        vars(self).update(stated)
+
+
+def test_datasets_that_number_classes_differently_are_refused():
+    with pytest.raises(UserError, match=r"`train` and `test` .* alike, got `ant` and `bee` for class 0"):
+        data.from_datasets(Named("ant", "bee"), Named("bee", "cat"))
+    with pytest.raises(UserError, match=r"got `bee` and `cat` for class 1"):
+        data.from_datasets(Named("ant", "bee"), Subset(Named("ant", "cat"), range(4)))
+    with pytest.raises(UserError, match=r"the parts of a dataset .* got `ant` and `bee`"):
+        data.from_datasets(ConcatDataset([Named("ant", "bee"), Named("bee", "ant")]))
+
+
+def test_datasets_of_the_same_classes_fit():
+    longer = Named("ant", "bee", "cat")
+    longer.tensors = torch.zeros(9, 1), torch.arange(9) % 3
+    for test in (Named("ant", "bee"), TensorDataset(torch.zeros(4, 1), torch.arange(4) % 2)):
+        assert data.from_datasets(longer, test).classes == ("ant", "bee", "cat")
+    mapped = Named("bee", "ant", target_transform=lambda label: 1 - label)
+    assert data.from_datasets(Named("ant", "bee"), mapped).classes == ("ant", "bee")
+
+
+def test_a_subset_has_the_names_of_the_whole():
+    whole = Named("ant", "bee")
+    assert data.from_datasets(Subset(whole, range(8))).classes == ("ant", "bee")
+    assert data.from_datasets(ConcatDataset([whole, whole])).classes == ("ant", "bee")
+
+
+def test_the_numbers_of_classes_come_before_their_order():
+    names = Named("ant", "bee", class_to_idx={"ant": 1, "bee": 0})
+    assert data.from_datasets(names).classes == ("bee", "ant")
+
+
+def test_training_rows_as_test_rows_are_noticed(caplog):
+    rows = pairs(0, 1, 0, 1)
+    data.from_datasets(rows, rows)
+    assert "`test` is `train`: no row is held out" in caplog.text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -218,7 +219,33 @@ def test_training_images_as_test_images_are_noticed(tmp_path, caplog):
         paint(tmp_path / "train" / name / "0.png")
     (tmp_path / "test").symlink_to("train")
     data.load(f"imagefolder:{tmp_path}")
-    assert "test is the same folder as train" in caplog.text
+    assert "test is, or leads by links to, folders of train" in caplog.text
+
+
+def test_a_link_from_a_class_of_test_to_that_of_train_is_noticed(small, caplog):
+    shutil.rmtree(small / "test" / "ash")
+    (small / "test" / "ash").symlink_to("../train/ash")
+    data.load(f"imagefolder:{small}")
+    assert "test is, or leads by links to, folders of train" in caplog.text
+
+
+def test_names_in_two_forms_of_unicode_are_one_class(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for place in (f"train/{composed}", "train/dog", f"test/{decomposed}", "test/dog"):
+        paint(tmp_path / place / "0.png")
+    it = data.load(f"imagefolder:{tmp_path}")
+    assert it.classes == (composed, "dog")
+    assert it.test.targets.tolist() == [0, 1]
+    assert it.test[0][0].shape == it.train[0][0].shape
+
+
+def test_a_name_with_the_word_train_makes_no_warning_of_the_test_part(tmp_path, caplog):
+    root = tmp_path / "training"  # not taken for the training part
+    for place in ("train/ash", "train/beech", "test/ash"):
+        paint(root / place / "0.png")
+    data.load(f"imagefolder:{root}")
+    assert "1 of 2 classes have no row in the test part" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
@@ -311,7 +338,7 @@ def test_training_rows_vary_only_if_asked(small):
     assert (kept.random, held.random) == (True, False)
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, "224", True])
+@pytest.mark.parametrize("size", [0, -1, 1.5, "224", True, 10**9])
 def test_impossible_sizes_are_refused(small, size):
     with pytest.raises(UserError, match="`image_size` to be a positive number of pixels"):
         data.load(f"imagefolder:{small}", image_size=size)

@@ -217,6 +217,8 @@ def frame():
         (lambda: (np.zeros((4, 2)), np.zeros(4), np.zeros(4)), "pair of arrays, .* got 3 arrays"),
         (lambda: TensorDataset(torch.zeros(4, 2)), "pair of arrays, .* got 1 arrays"),
         (lambda: (torch.zeros(4, 2).to_sparse(), [0] * 4), "got Tensor; make it dense"),
+        (lambda: (torch.zeros(4, 2, device="meta"), [0] * 4), "got Tensor; it has no values"),
+        (lambda: (np.zeros((2, 2)), np.array([0, 2**64 - 1], np.uint64)), r"some are above 2\*\*63 - 1"),
         (
             lambda: (np.ma.masked_equal(np.arange(4.0)[:, None], 2), [0] * 4),
             "values are masked: fill them in",

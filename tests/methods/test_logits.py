@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from luce import CrossEntropyLoss, DKDLoss, FitNetLoss, KDLoss, PLDLoss, WeightedSum
+from luce.errors import UserError
 from luce.methods import LogitMethod, Method
 from luce.signals import DenseSignal
 
@@ -39,13 +40,13 @@ def test_a_method_asks_for_what_its_loss_needs(loss, needs_teacher: bool, uses_u
 
 def test_a_loss_on_features_is_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"got FitNetLoss, which compares features; pass it to a luce\.methods"
+        UserError, match=r"got FitNetLoss, which compares features; pass it to a luce\.methods"
     ):
         LogitMethod(FitNetLoss())
 
 
 def test_a_loss_can_be_called() -> None:
-    with pytest.raises(TypeError, match=r"expected a loss such as luce\.KDLoss\(\), .* got 'KDLoss'"):
+    with pytest.raises(UserError, match=r"expected a loss such as luce\.KDLoss\(\), .* got 'KDLoss'"):
         LogitMethod("KDLoss")  # type: ignore[arg-type]
 
 

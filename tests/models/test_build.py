@@ -48,7 +48,7 @@ def test_logits_of() -> None:
     assert models.logits_of(logits) is logits
     assert models.logits_of(SimpleNamespace(logits=logits)) is logits
     for output in ((logits,), SimpleNamespace(logits=None), None):
-        with pytest.raises(TypeError, match=rf"`\.logits`, got {type(output).__name__}"):
+        with pytest.raises(UserError, match=rf"`\.logits`, got {type(output).__name__}"):
             models.logits_of(output)
 
 

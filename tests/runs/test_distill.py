@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -347,3 +348,108 @@ def test_progress_bars_stay_off_the_output(capfd: pytest.CaptureFixture[str]) ->
     dataset, teacher = toy(8)
     distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, show_progress=True)
     assert capfd.readouterr() == ("", "")
+
+
+# Losses and networks of other forms ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            nn.CrossEntropyLoss(),
+            r"`CrossEntropyLoss` as loss\(student_logits, teacher_logits, target\).*wrap",
+        ),
+        (nn.functional.cross_entropy, r"cannot call the loss `cross_entropy` as .*RuntimeError"),
+        (lambda student_logits, target: student_logits.sum(), "TypeError.* 2 positional arguments"),
+        (luce.KDLoss, r"expected a loss such as luce.KDLoss\(\)"),
+        (lambda s, t, y: None, "to return a tensor, or a dict .* got NoneType"),
+        (lambda s, t, y: s.sum().item(), "got float"),
+        (lambda s, t, y: {"kd": s.sum()}, "with the key `loss`, got a dict with 'kd'"),
+    ],
+    ids=["two arguments", "a function of torch", "a lambda", "a class", "None", "a number", "no total"],
+)
+def test_a_loss_of_another_form_is_named(loss: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES), toy()[0], loss=loss)
+
+
+class Output(nn.Module):
+    """A network whose output is a function of logits."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.linear, self.form = nn.Linear(FEATURES, CLASSES), form
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.form(self.linear(inputs))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (nn.Linear, r"a {role} that is a torch.nn.Module, got <class.*make an instance"),
+        (lambda inputs: inputs, "a {role} that is a torch.nn.Module, got <function.*wrap it"),
+        (Output(lambda logits: (logits,)), "return its logits as a Tensor.*got tuple"),
+        (Output(lambda logits: {"logits": logits}), "return its logits as a Tensor.*got dict"),
+        (Output(lambda logits: logits.long()), "a {role} with logits of a floating dtype, got torch.int64"),
+    ],
+    ids=["a class", "a function", "a tuple", "a dict", "integers"],
+)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_network_of_another_form_is_named(role: str, network: Any, message: str) -> None:
+    networks = {
+        "student": nn.Linear(FEATURES, CLASSES),
+        "teacher": nn.Linear(FEATURES, CLASSES),
+        role: network,
+    }
+    with pytest.raises(UserError, match=message.format(role=role)):
+        distill(**networks, train_data=toy()[0])
+
+
+class Named(TensorDataset):
+    """Rows with the names of their classes."""
+
+    def __init__(self, *classes: str) -> None:
+        super().__init__(*toy()[0].tensors)
+        self.classes = classes
+
+
+def test_validation_data_that_number_the_classes_differently_are_refused() -> None:
+    with pytest.raises(UserError, match=r"`train_data` and `val_data` .* got `a` and `b` for class 0"):
+        distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES), Named(*"abc"), Named(*"bca"))
+
+
+def test_training_data_as_validation_data_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    data = toy()[0]
+    distill(nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES), data, data)
+    assert "`val_data` is `train_data`" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["class_names", "id2label"])
+def test_the_teacher_answers_in_the_order_of_the_classes_of_the_data(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {}
+    for names in ("abc", "cab"):
+        torch.manual_seed(0)
+        student, teacher = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
+        with torch.no_grad():  # class "c" comes first in the second
+            order = ["abc".index(name) for name in names]
+            teacher.weight.copy_(teacher.weight[order].clone())
+            teacher.bias.copy_(teacher.bias[order].clone())
+        if form == "class_names":
+            teacher.class_names = tuple(names)
+        else:
+            teacher.config = SimpleNamespace(id2label=dict(enumerate(names)))
+        distill(student, teacher, Named(*"abc"), loss=luce.KDLoss())
+        weights[names] = student.weight.detach().clone()
+    torch.testing.assert_close(weights["abc"], weights["cab"])
+    assert "the teacher numbers the classes of `train_data` differently" in caplog.text
+
+
+def test_a_teacher_of_other_classes_is_refused() -> None:
+    teacher = nn.Linear(FEATURES, CLASSES)
+    teacher.class_names = ("x", "y", "z")
+    with pytest.raises(UserError, match=r"got `x`, `y`, `z` .* or correct the teacher's `class_names`"):
+        distill(nn.Linear(FEATURES, CLASSES), teacher, Named(*"abc"))

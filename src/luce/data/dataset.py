@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import log
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..labels import IGNORED, UNLABELLED, has_label
-from .forms import NUMBERED
+from .forms import NUMBERED, check_same_classes, stated_classes
 from .images import check_arrays
 from .sources import InMemory, LazyImages, Part, Source, as_source
 from .text import Tokenizer
@@ -59,10 +59,14 @@ class Data:
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
-            source = as_source(getattr(self, part))
+            source, name = as_source(getattr(self, part)), f"the {part} part of `{self.name}`"
             object.__setattr__(self, part, source)
-            _check_labels(source.targets, self.classes, f"the {part} part of `{self.name}`")
-            check_arrays(source, f"the {part} part of `{self.name}`")
+            missing = _missing(source.targets, self.classes, name)
+            if missing and part == "train":
+                log.warning(f"{missing}; check the numbers of the classes, which begin at 0")
+            elif missing:
+                log.info(missing)
+            check_arrays(source, name)
 
 
 def describe(
@@ -139,8 +143,12 @@ def from_datasets(
         (30, 10, (5,))
     """
     source = as_source(train)
+    if test is train:
+        log.warning("`test` is `train`: no row is held out for testing")
+    named = stated_classes(train)
+    check_same_classes(named, stated_classes(test), "`train` and `test`")
     if classes is None:
-        classes = getattr(train, "classes", None)
+        classes = named or getattr(train, "classes", None)
     if not len(source):
         raise UserError("expected at least one row in `train`, got an empty dataset")
     if test is None:
@@ -237,8 +245,8 @@ def channel_statistics(inputs: Tensor) -> Statistics:
     return tuple((mean / scale).tolist()), tuple((std / scale).tolist())
 
 
-def _check_labels(targets: Tensor, classes: Sequence[str], part: str) -> None:
-    """Refuse labels of no class, and name classes without rows."""
+def _missing(targets: Tensor, classes: Sequence[str], part: str) -> str:
+    """Refuse labels of no class; return a sentence that names the classes without rows, empty for none."""
     if not len(targets):
         raise UserError(f"{part} is empty")
     labels = torch.unique(targets)
@@ -254,11 +262,7 @@ def _check_labels(targets: Tensor, classes: Sequence[str], part: str) -> None:
     if without:
         log.info(f"{part}: {without} of {len(targets)} rows have no label; accuracy leaves them out")
     present = set(labels.tolist())
-    if missing := [label for label in range(len(classes)) if label not in present]:
-        some = ", ".join(f"`{classes[label]}` ({label})" for label in missing[:5])
-        more = ", ..." if len(missing) > 5 else ""
-        text = f"{len(missing)} of {len(classes)} classes have no row in {part}: {some}{more}"
-        if "train" in part:
-            log.warning(f"{text}; check the numbers of the classes, which begin at 0")
-        else:
-            log.info(text)
+    missing = [f"`{name}` ({label})" for label, name in enumerate(classes) if label not in present]
+    if not missing:
+        return ""
+    return f"{len(missing)} of {len(classes)} classes have no row in {part}: {listed(missing, 5)}"

@@ -134,8 +134,11 @@ def _warn(name: str, train: Listing, test: Listing) -> None:
         log.warning(
             f"{name}: folders of train without images are no classes: {named(empty)}; delete or fill them"
         )
-    if os.path.samefile(train.folder, test.folder):
-        log.warning(f"{name}: {test.folder.name} is the same folder as train: no row is held out for testing")
+    if train.places & test.places:
+        log.warning(
+            f"{name}: {test.folder.name} is, or leads by links to, folders of train, whose rows are not held "
+            "out for testing"
+        )
     if len(train.classes) == 1:
         log.warning(
             f"{name}: there is only one class, {shown(train.classes[0])}; "

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..labels import UNLABELLED
 
 NUMBERED = "number the classes 0 .. C-1, such as with `torch.unique(labels, return_inverse=True)[1]`"
 """How labels of any size become class indices."""
 
 
-def check_rows(dataset: Any) -> None:
-    """Raise UserError, with the way out, unless a dataset has a length and is read by index."""
+def count_rows(dataset: Any) -> int:
+    """Return the length of a dataset.
+
+    Raises:
+        UserError: If it has none or is not read by index; with the way out.
+    """
     if isinstance(dataset, DataLoader):
         way = "give the dataset that it loads, `loader.dataset`"
     elif isinstance(dataset, str | Path):
@@ -39,12 +43,54 @@ def check_rows(dataset: Any) -> None:
     elif not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         way = "give it `__len__` and `__getitem__`"
     else:
-        return
+        try:
+            return len(dataset)
+        except Exception as error:  # of the user's own code: anything
+            raise UserError(
+                f"cannot tell the length of the dataset `{type(dataset).__name__}`, whose `__len__` raised "
+                f"{type(error).__name__}: {one_line(error)}"
+            ) from error
     kind = dataset.__name__ if isinstance(dataset, type) else type(dataset).__name__
     raise UserError(
         f"expected a map-style dataset with items (input, label), or a pair of arrays (inputs, labels), "
         f"got {kind}; {way}"
     )
+
+
+def stated_classes(dataset: Any) -> tuple[str, ...] | None:
+    """Return the class names that a dataset states as ``classes``, in the order of its labels; None without.
+
+    Those of a ``Subset`` are those of the whole, and the parts of a ``ConcatDataset`` must agree.
+
+    Raises:
+        UserError: If parts number the classes differently.
+    """
+    if isinstance(dataset, Subset):
+        return stated_classes(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        parts = [stated_classes(part) for part in dataset.datasets]
+        for other in parts[1:]:
+            check_same_classes(parts[0], other, "the parts of a dataset")
+        return max((part for part in parts if part), key=len, default=None)
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        return None
+    if getattr(dataset, "target_transform", None) is not None:  # torchvision's changes labels, not names
+        return None
+    numbers = getattr(dataset, "class_to_idx", None)  # of torchvision, where it decides on the labels
+    if isinstance(numbers, Mapping) and sorted(numbers.values()) == list(range(len(names))):
+        names = sorted(numbers, key=numbers.__getitem__)
+    return tuple(map(str, names))
+
+
+def check_same_classes(one: Sequence[str] | None, other: Sequence[str] | None, where: str) -> None:
+    """Raise UserError if two lists of class names, where both are known, give a number to two classes."""
+    for place, (name, another) in enumerate(zip(one or (), other or (), strict=False)):
+        if name != another:
+            raise UserError(
+                f"expected {where} to number the classes alike, got `{name}` and `{another}` for class "
+                f"{place}; give both the same `classes` and `class_to_idx`, such as folders of the same names"
+            )
 
 
 def pair_of(item: Any, index: int) -> tuple[Any, Any]:
@@ -75,10 +121,14 @@ def as_tensor(values: Any, what: str) -> Tensor:
     Raises:
         UserError: If it is something else, or an array of no numbers; it is called ``what``.
     """
-    if isinstance(values, Tensor) and values.layout == torch.strided:
+    if isinstance(values, Tensor) and values.is_nested:
+        way = "pad it with `to_padded_tensor()`"
+    elif isinstance(values, Tensor) and values.is_meta:
+        way = "it has no values: load it on a device"
+    elif isinstance(values, Tensor) and values.layout == torch.strided:
         plain = values.device.type == "cpu" and not values.requires_grad
         return values if plain else values.detach().cpu()
-    if isinstance(values, Tensor):
+    elif isinstance(values, Tensor):
         way = "make it dense with `to_dense()`"
     elif np.ma.is_masked(values):
         way = "some values are masked: fill them in"
@@ -135,8 +185,10 @@ def _indices(labels: Any, expected: str, hidden: int) -> Tensor:
     if values.ndim > 1 and values.shape[1:].numel() == 1:
         values = values.flatten()
     real = values.is_floating_point() or values.is_complex()
-    if values.ndim == 1 and (not real or not len(values)):
-        return values.long()
+    indices = values if real else values.long()
+    too_large = values.dtype == torch.uint64 and bool((indices < 0).any())
+    if values.ndim == 1 and not too_large and (not real or not len(values)):
+        return indices.long()
     raise UserError(
         f"expected {expected}, got {values.dtype} of shape {tuple(values.shape[hidden:])}; "
         f"{_way_to_indices(values)}"
@@ -157,6 +209,8 @@ def _way_to_indices(values: Tensor) -> str:
         return "give one class index for each row, as several labels of a row are not supported"
     if values.ndim == 0 or values.is_complex():
         return "give one class index for each row"
+    if not values.is_floating_point():
+        return "some are above 2**63 - 1, as -1 becomes without a sign; " + NUMBERED
     if bool(values.isnan().any()):
         return f"give {UNLABELLED} where there is no label (label {int(values.isnan().nonzero()[0])} is nan)"
     if bool((values == values.round()).all()):

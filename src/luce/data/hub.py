@@ -62,7 +62,7 @@ def load_hub(
     try:
         cache = None if root is None else str(root)
         splits = datasets.load_dataset(name_or_path(name), config, cache_dir=cache)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of readers of files, scripts and connections: anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"`datasets` could not load `{name}`: {reason}") from error
     test_split = test_split or next((s for s in ("test", "validation") if s in splits), "test")

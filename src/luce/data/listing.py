@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ BESIDE, BROKEN, LOOP = "images beside the class folders", "broken links", "links
 HARMLESS = HIDDEN_ENTRY, NO_IMAGE
 PROBABLE_MISTAKES = BESIDE, BROKEN, LOOP
 
+Place = tuple[int, int]
+"""Device and inode of a folder."""
+
 
 @dataclass
 class Listing:
@@ -32,14 +36,16 @@ class Listing:
 
     Attributes:
         folder: The folder.
-        files: For each class folder, in alphabetical order, its images relative to ``folder``, sorted; also
-            those in folders below it.
+        files: For each class, in alphabetical order, its images relative to ``folder``, sorted; also those in
+            folders below that of the class. Names that differ only in the form of Unicode are one class.
         left_out: What was left out, by reason, relative to ``folder``.
+        places: The identities of all folders that were read.
     """
 
     folder: Path
     files: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    places: set[Place] = field(default_factory=set)
 
     @property
     def classes(self) -> list[str]:
@@ -68,8 +74,11 @@ def list_images(folder: Path) -> Listing:
         return listing
     images, below = _scan(listing, "", frozenset())
     listing.left_out[BESIDE] += images
-    for name, above in sorted(below):
-        found, stack = listing.files.setdefault(name, []), [(name, above)]
+    # macOS and Linux write accents in names in two forms.
+    for label, name, above in sorted(
+        (unicodedata.normalize("NFC", name), name, above) for name, above in below
+    ):
+        found, stack = listing.files.setdefault(label, []), [(name, above)]
         while stack:
             images, deeper = _scan(listing, *stack.pop())
             found += images
@@ -79,17 +88,19 @@ def list_images(folder: Path) -> Listing:
 
 
 def _scan(
-    listing: Listing, inside: str, above: frozenset[tuple[int, int]]
-) -> tuple[list[str], list[tuple[str, frozenset[tuple[int, int]]]]]:
+    listing: Listing, inside: str, above: frozenset[Place]
+) -> tuple[list[str], list[tuple[str, frozenset[Place]]]]:
     """Return the images in one folder, and its folders with the identities of all folders above them."""
     images, folders, left_out = [], [], listing.left_out
     place = os.path.join(listing.folder, inside)
     try:
         status = os.stat(place)
-        if (status.st_dev, status.st_ino) in above:
+        identity = status.st_dev, status.st_ino
+        if identity in above:
             left_out[LOOP].append(inside)
             return [], []
-        above |= {(status.st_dev, status.st_ino)}
+        above |= {identity}
+        listing.places.add(identity)
         with os.scandir(place) as entries:
             for entry in entries:
                 name = os.path.join(inside, entry.name)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from .. import log
 from ..errors import UserError, one_line
-from .forms import as_tensor, check_rows, class_index, class_indices, pair_of
+from .forms import as_tensor, class_index, class_indices, count_rows, pair_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -156,9 +156,8 @@ class Wrapped(Source):
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        check_rows(dataset)
+        self.rows = rows = count_rows(dataset)
         self.dataset = dataset
-        self.rows = rows = len(dataset)  # type: ignore[arg-type]
         labels = getattr(dataset, "targets", None)
         # With torchvision's `target_transform`, `targets` differs from the labels of the items.
         self.stated = (

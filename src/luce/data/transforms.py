@@ -22,6 +22,8 @@ ASPECT = 3 / 4, 4 / 3
 
 # Statistics of ImageNet's training images. Measuring a large folder can take longer than training on it,
 # other photographs have similar statistics, and pretrained networks expect these.
+LARGEST = 2**13
+"""Side of inputs in pixels, beyond which a batch fits into no memory."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -41,8 +43,10 @@ def views(
         if random_crop:
             raise UserError("expected `image_size`, the side of the crops, with `random_crop`")
         return to_tensor, to_tensor
-    if type(image_size) is not int or image_size < 1:
-        raise UserError(f"expected `image_size` to be a positive number of pixels, got {image_size!r}")
+    if type(image_size) is not int or not 1 <= image_size <= LARGEST:
+        raise UserError(
+            f"expected `image_size` to be a positive number of pixels, at most {LARGEST}, got {image_size!r}"
+        )
     evaluation = partial(evaluation_view, size=image_size)
     return partial(training_view, size=image_size) if random_crop else evaluation, evaluation
 

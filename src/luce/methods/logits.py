@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError, listed, one_line
 from ..losses import FeatureLoss
 from ..signals import Signal, Teacher
 from .base import Prepares, TrainingRows
@@ -25,18 +26,18 @@ class LogitMethod(Prepares):
             argument is None. A loss may have the attributes and methods of `luce.losses.LogitLoss`, such as
             ``uses_unlabelled``, ``prepare`` and ``set_epoch``.
     Raises:
-        TypeError: If it is a loss on features, or cannot be called.
+        UserError: If it is a loss on features, or cannot be called.
     """
 
     def __init__(self, loss: Loss) -> None:
         super().__init__()
         if isinstance(loss, FeatureLoss):
-            raise TypeError(
+            raise UserError(
                 f"expected a loss on logits, got {type(loss).__name__}, which compares features; "
                 "pass it to a luce.methods.FeatureMethod, which names the modules that compute them"
             )
-        if not callable(loss):
-            raise TypeError(f"expected a loss such as luce.KDLoss(), or a function, got {loss!r}")
+        if not callable(loss) or isinstance(loss, type):
+            raise UserError(f"expected a loss such as luce.KDLoss(), or a function, got {loss!r}")
         self.loss: Any = loss
         self.needs_teacher = getattr(loss, "takes_teacher", True)
         self.uses_unlabelled = getattr(loss, "uses_unlabelled", True)
@@ -68,5 +69,25 @@ class LogitMethod(Prepares):
         """Return the terms of the loss for logits that the student has computed already."""
         observe(batch, signal, {})
         teacher_logits = None if signal is None else signal.logits
-        value = self.loss(student_logits, teacher_logits, batch["target"])
-        return value if isinstance(value, dict) else {"loss": value}
+        try:
+            value = self.loss(student_logits, teacher_logits, batch["target"])
+        except (ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of a loss that was written for other arguments: anything
+            raise UserError(
+                f"cannot call the loss `{_name(self.loss)}` as loss(student_logits, teacher_logits, target): "
+                f"it raised {type(error).__name__}: {one_line(error)}; wrap a loss of other arguments, as in "
+                "`lambda student_logits, teacher_logits, target: loss(student_logits, target)`"
+            ) from error
+        terms = value if isinstance(value, dict) else {"loss": value}
+        if not isinstance(terms.get("loss"), Tensor):
+            got = f"a dict with {listed(map(repr, value))}" if value is terms else type(value).__name__
+            raise UserError(
+                f"expected the loss `{_name(self.loss)}` to return a tensor, or a dict of tensors with the "
+                f"key `loss`, got {got}"
+            )
+        return terms
+
+
+def _name(loss: Any) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)

@@ -17,12 +17,20 @@ from ..errors import UserError, listed
 Match: TypeAlias = Literal["name", "position"]
 """How classes are matched: by name, or the first with the first and so on."""
 
+POSITION = "set `match_classes: position`"
+"""How recipes and commands ask for classes to be matched by position."""
 LONGEST = 24
 """Characters of a name in a message."""
 
 
 def align(
-    own: Sequence[str] | int, wanted: Sequence[str], *, source: str, data: str, match: Match = "name"
+    own: Sequence[str] | int,
+    wanted: Sequence[str],
+    *,
+    source: str,
+    data: str,
+    match: Match = "name",
+    way: str = POSITION,
 ) -> Tensor | None:
     """Find the order in which the logits of a network are those of the data's classes.
 
@@ -36,6 +44,7 @@ def align(
         source: Where the network is from, for messages.
         data: Name of the data, likewise.
         match: ``"position"`` to compare no names.
+        way: How a user asks for that, for messages.
     Returns:
         ``order`` with the data's logits in ``logits[:, order]``; None where both are the same.
     Raises:
@@ -58,7 +67,7 @@ def align(
     if match == "position":
         return None
     if names is None:
-        assume(source, data)
+        assume(source, data, way)
         return None
     for spell in (str, _plain):
         there, here = [spell(name) for name in names], [spell(name) for name in wanted]
@@ -72,11 +81,11 @@ def align(
             return torch.tensor([places[name] for name in here])
     unnamed = any(_count_up(side, r"(?:label|class) ?") for side in (names, wanted))
     if unnamed or _count_up(names) != _count_up(wanted):
-        assume(source, data)
+        assume(source, data, way)
         return None
     raise UserError(
         f"expected a network for the classes of `{data}`, got {_difference(names, wanted)} from {source}; "
-        "name them alike, or set `match_classes: position` if both number the same classes in the same order"
+        f"name them alike, or {way} if both number the same classes in the same order"
     )
 
 
@@ -89,11 +98,11 @@ def class_names(network: nn.Module) -> tuple[str, ...] | None:
     return None if names is None else tuple(map(str, names))
 
 
-def assume(source: str, data: str) -> None:
+def assume(source: str, data: str, way: str = POSITION) -> None:
     """State that the classes of a network without names are taken to be in the order of the data."""
     log.info(
         f"the classes of {source} and of `{data}` cannot be compared by name: the same order is assumed "
-        "(`match_classes: position` confirms it)"
+        f"({way} to confirm it)"
     )
 
 

@@ -131,7 +131,7 @@ def logits_of(output: object) -> Tensor:
     """Return the logits of a model's output: the tensor itself, or the ``logits`` of an output object.
 
     Raises:
-        TypeError: If ``output`` is neither.
+        UserError: If ``output`` is neither.
 
     >>> from types import SimpleNamespace
     >>> from torch import zeros
@@ -140,7 +140,7 @@ def logits_of(output: object) -> Tensor:
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise TypeError(
+        raise UserError(
             "expected the model to return its logits as a Tensor, or an object with `.logits`, "
             f"got {type(output).__name__}; wrap the model so that it returns one of these"
         )

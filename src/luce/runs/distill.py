@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .. import files, log
 from ..config import as_path, parse
 from ..data import Examples
+from ..data.forms import check_same_classes, stated_classes
 from ..data.images import check_arrays
 from ..data.sources import as_source
+from ..errors import UserError
 from ..labels import has_label
 from ..losses.modules import PLDLoss
 from ..methods import LogitMethod, Loss, Method
 from ..models import Classifier
+from ..models.classes import align, class_names
 from ..signals import LiveTeacher, Teacher
 from ..training.engine import Fit, fit
 from ..training.progress import progress_bars
@@ -75,6 +78,13 @@ def distill(
         [1, 2]
     """
     settings = parse(TrainingOptions, options, kind="option of luce.distill:")
+    _check_network("student", student)
+    if not isinstance(teacher, Teacher):
+        _check_network("teacher", teacher)
+    classes = stated_classes(train_data)
+    check_same_classes(classes, stated_classes(val_data), "`train_data` and `val_data`")
+    if val_data is train_data:
+        log.warning("`val_data` is `train_data`: the best epoch is chosen by rows that were trained on")
     train = _examples(train_data, "train_data")
     validation = None if val_data is None else _examples(val_data, "val_data")
     place = None if folder is None else as_path(folder)
@@ -86,13 +96,16 @@ def distill(
         "student": (student, of_student),
         "teacher": (teacher, of_teacher),
     }
+    source = teacher if isinstance(teacher, Teacher) else _answering(teacher, classes)
     identity: dict[str, Any] = {}
     if place is not None:
-        data = {"classes": plain(getattr(train_data, "classes", None)), "train": of_examples(train)}
+        data = {"classes": plain(classes), "train": of_examples(train)}
+        order = getattr(getattr(source, "network", None), "order", None)
+        if isinstance(order, Tensor):
+            data["order of the teacher's logits"] = order.tolist()
         data["validation"] = None if validation is None else of_examples(validation)
         identity = {"data": data, **of_parts(parts, place)}
     network = Classifier(student)
-    source = teacher if isinstance(teacher, Teacher) else LiveTeacher(Classifier(teacher))
     accelerator = new_accelerator(settings, place)
     check_rows(method, network, source, train, validation, accelerator.device)
     set_seed(settings.seed)
@@ -111,6 +124,25 @@ def distill(
             accelerator=accelerator,
             progress=progress,
         )
+
+
+def _check_network(role: str, network: object) -> None:
+    """Refuse what is no module, such as a class or a function."""
+    if not isinstance(network, nn.Module):
+        way = "make an instance of it" if isinstance(network, type) else "wrap it in a module"
+        raise UserError(f"expected a {role} that is a torch.nn.Module, got {network!r}; {way}")
+
+
+def _answering(teacher: nn.Module, classes: Sequence[str] | None) -> LiveTeacher:
+    """Return a teacher that answers in the order of the data's classes, where both state names."""
+    network, own = Classifier(teacher), class_names(teacher)
+    stated = getattr(getattr(teacher, "config", None), "id2label", None)  # of a model of Hugging Face
+    if own is None and isinstance(stated, Mapping):
+        own = tuple(str(stated[number]) for number in sorted(stated))
+    if own is not None and classes is not None:
+        way = "correct the teacher's `class_names` or `config.id2label`"
+        network.order = align(own, classes, source="the teacher", data="train_data", way=way)
+    return LiveTeacher(network)
 
 
 def _examples(dataset: Dataset[Any] | Sequence[Any], name: str) -> Examples:

@@ -47,10 +47,10 @@ def check_networks(student: nn.Module, teacher: Teacher | None) -> None:
 
 
 def check_width(role: str, logits: Tensor) -> None:
-    """Refuse a single logit.
+    """Refuse a single logit, and class indices.
 
     Raises:
-        UserError: On logits of one class, which every softmax turns into 1.
+        UserError: On logits of one class, which every softmax turns into 1, or of no floating dtype.
     """
     # Behind (N, C) some losses take the classes last.
     if logits.ndim < 2 or logits.shape[1] == logits.shape[-1] == 1:
@@ -58,6 +58,11 @@ def check_width(role: str, logits: Tensor) -> None:
             f"expected a {role} with at least two logits per row, one for each class, got an output of "
             f"shape {tuple(logits.shape)}, whose softmax is always 1; give a binary choice two logits, such "
             "as 0 and the single one"
+        )
+    if not logits.is_floating_point():
+        raise UserError(
+            f"expected a {role} with logits of a floating dtype, got {logits.dtype}; return the scores of "
+            "all classes, not class indices"
         )
 
 
