@@ -236,8 +236,8 @@ LOSSES: tuple[Mutant, ...] = (
     mutant(
         "losses/CC without the factorial",
         EMBEDDINGS,
-        "(2 * gamma) ** p / math.factorial(p) * cosines**p",
-        "(2 * gamma) ** p * cosines**p",
+        "2 * gamma - math.lgamma(p + 1)",
+        "2 * gamma",
     ),
     mutant(
         "losses/RKD angles over pairs",

@@ -29,7 +29,8 @@ from luce.training import checkpoint
 
 from ..servers import TOKEN, serving
 
-ABC, CAB, XYZ = ("ant", "bee", "cat"), ("cat", "ant", "bee"), ("x-ray", "yak", "zoo")
+ABC, CAB = ("ant", "bee", "cat"), ("cat", "ant", "bee")
+XYZ, ZXY = ("x-ray", "yak", "zoo"), ("zoo", "x-ray", "yak")
 THERE = [2, 0, 1]
 """The places of CAB's names in ABC."""
 
@@ -46,7 +47,7 @@ def animals(names: tuple[str, ...]) -> data.Data:
     return data.from_datasets(train, test, classes=names)
 
 
-TOY = {"abc": partial(animals, ABC), "cab": partial(animals, CAB), "xyz": partial(animals, XYZ)}
+TOY = {"".join(name[0] for name in names): partial(animals, names) for names in (ABC, CAB, XYZ, ZXY)}
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +175,14 @@ def test_a_student_of_other_classes_that_is_told_so(teacher: Path, tmp_path: Pat
         UserError, match="in place of"
     ):  # it was told of the checkpoint, and not of other data
         evaluate(tmp_path / "run", make("abc", student=told))
+
+
+def test_a_teacher_that_was_told_so_is_not_for_other_data(teacher: Path, tmp_path: Path) -> None:
+    told = {"checkpoint": str(teacher), "match_classes": "position"}
+    run(make("xyz", teacher=told), tmp_path / "run")
+    assert evaluate(tmp_path / "run", make("xyz", teacher=told))["agreement"] > 0.9
+    with pytest.raises(UserError, match="got `ant`, `bee`, `cat` in place of"):
+        evaluate(tmp_path / "run", make("zxy", teacher=told))
 
 
 def test_simkd_reuses_the_classifier_in_the_order_of_the_data(teacher: Path, tmp_path: Path) -> None:

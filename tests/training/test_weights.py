@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 from luce import models
@@ -270,3 +270,24 @@ def test_what_was_taken_off_is_in_the_complaint(tmp_path: Path) -> None:
     read = r"\(of its entry `net`\) \(without the prefix `model\.`\)"
     with pytest.raises(UserError, match=rf"w\.pt {read} does not fit .*: missing: head\.weight;"):
         load_weights(network(), tmp_path / "w.pt")
+
+
+def test_a_tensor_of_two_names_is_stored_once(tmp_path: Path) -> None:
+    def tied() -> nn.Sequential:
+        network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        network[1].weight = network[0].weight
+        return network
+
+    written, read = tied(), tied()
+    save_model(written, str(tmp_path / "tied.safetensors"))
+    load_weights(read, tmp_path / "tied.safetensors")
+    for name, value in written.state_dict().items():
+        assert torch.equal(read.state_dict()[name], value)
+    with pytest.raises(UserError, match=r"missing: 1\.weight"):
+        load_weights(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), tmp_path / "tied.safetensors")
+
+
+def test_an_archive_of_torchscript_is_no_file_of_weights(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3)).save(str(tmp_path / "code.pt"))
+    with pytest.raises(UserError, match=r"got a TorchScript archive, which is code; save the state_dict"):
+        load_weights(nn.Linear(3, 2), tmp_path / "code.pt")

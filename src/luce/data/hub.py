@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import name_or_path
-from ..errors import UserError, import_optional, unknown_name
+from ..errors import UserError, import_optional, one_line, unknown_name
+from ..files import reason
 from .dataset import Data, describe, say_rows
 from .forms import class_indices
 from .headers import Headers
@@ -63,8 +64,9 @@ def load_hub(
         cache = None if root is None else str(root)
         splits = datasets.load_dataset(name_or_path(name), config, cache_dir=cache)
     except Exception as error:  # of readers of files, scripts and connections: anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"`datasets` could not load `{name}`: {reason}") from error
+        hidden = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = one_line(error.__cause__) if hidden and error.__cause__ else reason(error)
+        raise UserError(f"`datasets` could not load `{name}`: {cause}") from error
     test_split = test_split or next((s for s in ("test", "validation") if s in splits), "test")
     for split in ("train", test_split):
         if split not in splits:

@@ -31,7 +31,8 @@ def evaluate(
         recipe: Names the test data, and the teacher to compare with; usually the run's own, from
             `luce.recipes.read_stored`.
         match_classes: How the student's classes are matched with the data's; that of the recipe was for the
-            checkpoint from which the student started.
+            checkpoint from which the student started. On data of other classes than the run's, the teacher's
+            are matched likewise.
         trusted: Whether the folder, and a run folder as the teacher's checkpoint, may name any code; they may
             name the networks of the recipe anyway.
     Raises:
@@ -45,15 +46,19 @@ def evaluate(
     accelerator = new_accelerator(recipe.training)
     inputs = prepare_data(recipe)
     adapt(student, description, inputs.data, str(folder), match_classes)
-    _say_which_rows(folder, inputs)
+    trained_on = read_identity(folder).get("data")  # None of an earlier version
+    _say_which_rows(folder, inputs, trained_on)
+    if recipe.teacher is not None and trained_on and trained_on["classes"] != list(inputs.data.classes):
+        # The recipe's own rule was for the classes of the run.
+        teacher = dataclasses.replace(recipe.teacher, match_classes=match_classes)
+        recipe = dataclasses.replace(recipe, teacher=teacher)
     inputs = load_teacher(inputs, recipe, accelerator.device, trusted=trusted)
     return test_figures(accelerator.prepare(student), accelerator, inputs)
 
 
-def _say_which_rows(folder: Path, inputs: RunInputs) -> None:
+def _say_which_rows(folder: Path, inputs: RunInputs, there: dict[str, Any] | None) -> None:
     """State on which rows a student is evaluated, if it was tested on others at the end of its run."""
-    there = read_identity(folder).get("data")
-    if there is None:  # of an earlier version
+    if there is None:
         return
     here = of_data(inputs.data, {"test": inputs.test})
     if found := list(differences({name: there.get(name) for name in here}, here, "data")):

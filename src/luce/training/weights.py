@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -73,6 +74,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     given, entry = _read(path)
     own = model.state_dict()
     prefix, weights = _renamed(given, own, path)
+    weights |= _tied(weights, own)
     problems = _misfits(weights, own)
     try:
         if not problems:
@@ -98,9 +100,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path), ""
-        with torch.serialization.safe_globals([(_Beside, name) for name in BESIDE]):
+        with (
+            torch.serialization.safe_globals([(_Beside, name) for name in BESIDE]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of other kinds of files, which end in an error
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"expected weights in {path}, got a TorchScript archive, which is code; save the state_dict "
+                "of the network"
+            ) from error
         raise UserError(f"cannot read the checkpoint {path} ({files.reason(error)})") from error
     except UserError:
         raise
@@ -189,6 +200,18 @@ def _prefixes(names: Iterable[str], wanted: set[str]) -> Counter[str]:
 def _unwrapped(name: str) -> str:
     """Return a name without the parts that stand for wrappers of PyTorch."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _tied(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that a file holds under another name of the same tensor, as safetensors does."""
+    places = {_place(own[name]): value for name, value in weights.items() if name in own}
+    missing = {name: _place(value) for name, value in own.items() if name not in weights}
+    return {name: places[place] for name, place in missing.items() if place in places}
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Return what two names of one tensor have in common."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _misfits(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
