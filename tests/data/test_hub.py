@@ -227,5 +227,5 @@ def test_files_that_datasets_cannot_read_are_named_with_the_cause(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/train.csv").write_text("x,label\n1,0\n2,1,3,4\n")
     (tmp_path / "set/test.csv").write_text("x,label\n1,0\n")
-    with pytest.raises(UserError, match="could not load .*Expected 2 fields in line 3, saw 4"):
+    with pytest.raises(UserError, match=r"could not load .*Expected 2 fields in line 3, saw 4"):
         data.load(f"hf:{tmp_path / 'set'}", root=tmp_path / "cache")

@@ -64,9 +64,9 @@ def load_hub(
         cache = None if root is None else str(root)
         splits = datasets.load_dataset(name_or_path(name), config, cache_dir=cache)
     except Exception as error:  # of readers of files, scripts and connections: anything
-        hidden = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        cause = one_line(error.__cause__) if hidden and error.__cause__ else reason(error)
-        raise UserError(f"`datasets` could not load `{name}`: {cause}") from error
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        told = one_line(cause) if isinstance(cause, Exception) else reason(error)
+        raise UserError(f"`datasets` could not load `{name}`: {told}") from error
     test_split = test_split or next((s for s in ("test", "validation") if s in splits), "test")
     for split in ("train", test_split):
         if split not in splits:
