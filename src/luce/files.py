@@ -138,8 +138,7 @@ def make_folder(folder: Path) -> Path:
 
 def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"expected a folder that can be written to, got {folder} ({error.strerror}); "
-        "choose another with --out"
+        f"expected a folder that can be written to, got {folder} ({error.strerror}); choose another folder"
     )
 
 

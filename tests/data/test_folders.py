@@ -56,7 +56,8 @@ def test_layout(folder, caplog):
     (line,) = caplog.messages
     assert line == (
         f"imagefolder:{folder}: train 8 images in 2 classes, val 4 images in 2 classes; short side to 16, "
-        "centre crop of 16 x 16; RGB, mean and std of ImageNet; left out no images: 1 (train/ash/notes.txt)"
+        "centre crop of 16 x 16; RGB, mean and std of ImageNet; left out files that are no images: "
+        "1 (train/ash/notes.txt)"
     )
 
 
@@ -96,9 +97,8 @@ def test_hidden_files_and_folders_are_left_out(small, caplog):
     it = data.load(f"imagefolder:{small}")
     assert it.classes == ("ash", "beech")
     assert len(it.train) == 6
-    assert "left out hidden: 8 (train/.ipynb_checkpoints, train/__MACOSX, train/ash/.DS_Store, ...)" in (
-        caplog.text
-    )
+    hidden = "8 (train/.ipynb_checkpoints, train/__MACOSX, train/ash/.DS_Store, ...)"
+    assert f"left out hidden files and folders: {hidden}" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["gif", "jfif", "jpe", "webp", "pgm", "bmp", "TIF", "Png", "tga", "jp2"])
@@ -180,7 +180,7 @@ def test_messages_stay_on_one_line(small, caplog):
     (small / "train" / "ash" / "Icon\r").touch()
     paint(small / "train" / "two\nlines" / "0.png", size=(6, 4))
     assert data.load(f"imagefolder:{small}").classes == ("ash", "beech", "two\\nlines")
-    assert "left out no images: 1 (train/ash/Icon\\r)" in caplog.messages[0]
+    assert "left out files that are no images: 1 (train/ash/Icon\\r)" in caplog.messages[0]
 
 
 def test_a_folder_that_cannot_be_read_is_named(small, monkeypatch):

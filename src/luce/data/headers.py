@@ -68,9 +68,9 @@ class Headers:
             if small := [size for size in self.sizes if min(size) < image_size]:
                 width, height = min(small, key=min)
                 factor = short_side(image_size) / min(width, height)
+                way = "; leave out `image_size` to keep images as they are" if len(self.sizes) == 1 else ""
                 steps.append(
-                    f"smaller images{self.looked_at} are enlarged, {width} x {height} by {factor:.3g}; "
-                    "leave out `image_size` to keep images of one size as they are"
+                    f"smaller images{self.looked_at} are enlarged, {width} x {height} by {factor:.3g}{way}"
                 )
         if self.frames:
             steps.append(

@@ -21,7 +21,7 @@ HIDDEN = frozenset(
     ["__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "desktop.ini", "thumbs.db"]
 )
 
-NO_IMAGE, HIDDEN_ENTRY = "no images", "hidden"
+NO_IMAGE, HIDDEN_ENTRY = "files that are no images", "hidden files and folders"
 BESIDE, BROKEN, LOOP = "images beside the class folders", "broken links", "links that lead back"
 HARMLESS = HIDDEN_ENTRY, NO_IMAGE
 PROBABLE_MISTAKES = BESIDE, BROKEN, LOOP

@@ -15,7 +15,7 @@ from ..training.processes import processes
 from .identity import Identity, differences, named
 
 IDENTITY = "identity.json"
-REMEDY = "choose another folder (--out), or delete it"
+REMEDY = "choose another folder (--out, in Python `folder`), or delete it"
 BEFORE_TRAINING = {"environment.json", IDENTITY}
 """What a run writes, with its recipe, before it trains."""
 

@@ -73,7 +73,11 @@ def build(
         UserError: If the method needs a teacher and there is none, or the networks do not suit it.
     """
     if method.needs_teacher and teacher is None:
-        raise UserError("expected a teacher for a loss that compares with one; add `teacher` to the recipe")
+        raise UserError(
+            "expected a teacher for a loss that compares with one, as PLDLoss, the default, does; "
+            "add `teacher` to the recipe, or name a loss without one: "
+            "`loss: {task: {loss: CrossEntropyLoss}}`"
+        )
     student.to(device)
     if teacher is not None:
         teacher.to(device)
