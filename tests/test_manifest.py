@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import re
 from pathlib import Path
@@ -28,6 +30,14 @@ def changes(path: Path, sample: int = SAMPLE) -> dict[int, bytes]:
         at: content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :]
         for at in {0, len(content) - 1, *places}
     }
+
+
+def test_a_pipe_and_a_device_in_the_list_of_a_stranger_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "/dev/zero"):
+        (tmp_path / manifest.NAME).write_text(json.dumps({name: "0" * 64}))
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            manifest.check(tmp_path)
 
 
 def test_a_digest_belongs_to_each_file(tmp_path: Path) -> None:

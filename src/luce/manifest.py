@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def check(folder: Path, names: Collection[str] = (), *, remedy: str = "") -> Non
     for name in names or known:
         path = folder / name
         try:
-            intact = digest.of_file(path) == known.get(name)
+            # Reading a pipe or a device, which the list of a stranger may name, might not end.
+            regular = stat.S_ISREG(path.stat().st_mode)
+            intact = regular and digest.of_file(path) == known.get(name)
         except OSError as error:
             raise UserError(f"cannot read {path} ({files.reason(error)}){end}") from error
         if not intact:

@@ -90,7 +90,7 @@ def test_a_broken_recipe(text: str, refuses, place: Path) -> None:
         (["--training.milestones", "2,1", "--training.schedule", "step"], "rising epochs from 1, got [2, 1]"),
         (["--training.milestones", "-1", "--training.schedule", "step"], "rising epochs from 1, got [-1]"),
         (["--training.milestones", "2"], "expected `training.schedule: step` with `training.milestones`"),
-        (["--student.mean", "[]"], "expected `mean` and a positive `std` of equal length"),
+        (["--student.mean", "[]"], "expected a finite `mean` and a positive `std` of equal length"),
         (["--loss.task.label_smoothing", "null"], "`label_smoothing` in [0, 1), got None"),
         (["--student.options.hidden", "[100000000000]"], "memory of the device or the machine is full"),
         (["--data.labels_per_class", "1000"], "expected at least 1000 labels"),
@@ -280,6 +280,13 @@ def test_folders_that_cannot_be_written(command: str, write, refuses, place: Pat
     for out in ("file", "file/below"):
         assert "expected a folder that can be written to" in refuses(command, recipe, "--out", out)
     assert (place / "file").read_text() == "mine"
+
+
+def test_a_name_that_the_file_system_refuses(write, refuses) -> None:
+    assert "result.json (File name too long)" in refuses("train", write(), "--out", "x" * 300)
+    methods = {**COMPARISON["methods"], "x" * 300: {"task": {"loss": "CrossEntropyLoss"}}}
+    recipe = write(base=COMPARISON, methods=methods)
+    assert "(File name too long)" in refuses("compare", recipe)
 
 
 def test_a_read_only_folder(write, refuses, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,3 +123,9 @@ def test_an_average_of_weights_keeps_the_order() -> None:
     for _ in range(20):
         average.update_parameters(network)
     torch.testing.assert_close(average(torch.eye(2)), network(torch.eye(2)))
+
+
+def test_statistics_that_are_no_numbers_are_refused() -> None:
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="expected a finite `mean` and a positive `std`"):
+            Classifier(nn.Linear(2, 3), mean=[0.0, value], std=[1.0, 1.0])

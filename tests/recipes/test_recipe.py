@@ -176,6 +176,7 @@ def test_what_a_recipe_may_not_say(content: dict[str, Any], message: str) -> Non
         ({"settings": {"teacher": {}}}, r"other than `teacher`, got `teacher`"),
         ({"settings": {"a": {"loss": {}}}}, r"expected no `loss` in setting `a`"),
         ({"settings": {"a": {"method": "KD"}}}, r"expected no `method` in setting `a`"),
+        ({"settings": {"a": {"training": None}}}, "expected `settings.a.training` as a mapping, got None"),
         ({"settings": {"a": 3}}, "expected `settings.a` as a mapping, got 3"),
         ({"methods": {"": {}}}, r"can name a folder"),
     ],

@@ -127,6 +127,19 @@ def test_an_interrupted_comparison_goes_on(
         assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_an_interrupted_comparison_goes_on_in_another_place(
+    make: Any, trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(make(), tmp_path / "before")
+    (tmp_path / "before/all/KD/seed-0/result.json").unlink()
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(tmp_path)
+    trained.clear()
+    assert compare(make(), Path("after")) == (8, 7)
+    assert trained == ["all/KD/seed-0"]
+    assert "checkpoint: after/teacher" in (tmp_path / "after/all/KD/seed-0/recipe.yaml").read_text()
+
+
 def test_methods_are_paired_by_their_seeds(make: Any, tmp_path: Path) -> None:
     """With one seed all methods start from one network and read the rows in one order."""
     still = {"epochs": 1, "lr": 1e-30, "weight_decay": 0.0, "optimizer": "sgd"}

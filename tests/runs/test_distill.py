@@ -176,6 +176,7 @@ def test_a_folder_goes_on_where_the_first_call_stopped(tmp_path, monkeypatch: py
 def test_a_folder_is_not_taken_for_another_training(tmp_path) -> None:
     dataset, teacher = toy(64)
     distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, folder=tmp_path)
+    assert (tmp_path / "environment.json").is_file()
     with pytest.raises(UserError, match="already holds another"):
         distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, folder=tmp_path, lr=0.5)
 

@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_refused(name: str, damage: str, make_recipe: Ma
     else:
         file.write_bytes(file.read_bytes()[:-20] if damage == "cut short" else b"no checkpoint")
     with pytest.raises(
-        UserError, match=r"cannot resume from .*checkpoint-2 \(.*\); delete it to start again"
+        UserError, match=r"cannot resume from .*checkpoint-2 \(.*\); delete this folder to start again"
     ):
         run(make_recipe(), cut_folder)
     assert not (cut_folder / "result.json").exists()

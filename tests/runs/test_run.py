@@ -236,7 +236,7 @@ def test_a_run_folder_for_other_classes(make_recipe: Make, tmp_path: Path) -> No
 
 
 def test_normalisation_of_the_wrong_length(make_recipe: Make, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected `mean` and a positive `std` of equal length"):
+    with pytest.raises(UserError, match="expected a finite `mean` and a positive `std` of equal length"):
         run(make_recipe(student={"mean": [0.5, 0.5]}), tmp_path / "run")
     with pytest.raises(UserError, match="expected a network for the inputs"):
         run(make_recipe(student={"mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}), tmp_path / "run")

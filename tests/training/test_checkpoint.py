@@ -36,6 +36,14 @@ def test_folders_without_an_exported_student(description: str, tmp_path: Path) -
         checkpoint.load_student(tmp_path / "nowhere")
 
 
+def test_a_copy_with_a_name_of_the_user_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("checkpoint-3", "checkpoint-4.bak", "checkpoint-x", "checkpoint-3 (copy)"):
+        (tmp_path / name).mkdir()
+    checkpoint.clear(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-4.bak", "checkpoint-x", "checkpoint-3 (copy)"}
+
+
 def test_a_checkpoint_gets_its_name_when_every_process_has_written_its_part(tmp_path: Path) -> None:
     barrier = threading.Barrier(2)
 

@@ -639,6 +639,7 @@ def test_a_student_without_parameters_is_refused() -> None:
     ("options", "message"),
     [
         ({"epochs": 0}, "`training.epochs` to be at least 1, got 0"),
+        ({"batch_size": 2**62}, "`training.batch_size` to be at most 2147483647, got 4611686018427387904"),
         ({"batch_size": 0}, "`training.batch_size` to be at least 1"),
         ({"accumulate": -2}, "`training.accumulate` to be at least 1"),
         ({"checkpoint_every": 0}, "`training.checkpoint_every` to be at least 1"),

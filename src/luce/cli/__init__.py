@@ -110,6 +110,9 @@ def _status(name: str, *rest: str, debug: bool) -> int:
                 file=sys.stderr,
             )
             return 2
+        if isinstance(error, OSError) and isinstance(error.filename, str):  # a full disk, a name too long
+            print(f"luce {name}: cannot use {error.filename} ({error.strerror})", file=sys.stderr)
+            return 2
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         print(f"luce {name}: unexpected {reason}; --debug shows where, please report it", file=sys.stderr)
         return 1

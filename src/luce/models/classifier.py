@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -47,9 +48,11 @@ class Classifier(nn.Module):
         self, body: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
     ) -> None:
         super().__init__()
-        if len(mean) != len(std) or not all(value > 0 for value in std):
+        finite = all(map(math.isfinite, (*mean, *std)))
+        if len(mean) != len(std) or not finite or not all(value > 0 for value in std):
             raise UserError(
-                f"expected `mean` and a positive `std` of equal length, got {list(mean)} and {list(std)}"
+                f"expected a finite `mean` and a positive `std` of equal length, "
+                f"got {list(mean)} and {list(std)}"
             )
         if attends_to_padding(body):
             warnings.warn(

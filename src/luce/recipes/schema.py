@@ -237,6 +237,9 @@ class ComparisonRecipe:
             for key in ("loss", "method"):
                 if key in changes:
                     raise UserError(f"expected no `{key}` in setting `{name}`: all settings share `methods`")
+            for key in ("data", "student", "teacher", "training"):
+                if not isinstance(changes.get(key, {}), dict):
+                    raise UserError(f"expected `settings.{name}.{key}` as a mapping, got {changes[key]!r}")
 
     def recipe(self, setting: str, method: str, seed: int) -> Recipe:
         """Return the recipe of one run."""

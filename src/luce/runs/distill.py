@@ -31,6 +31,7 @@ from ..training.progress import progress_bars
 from ..training.rows import check_rows
 from ..training.settings import TrainingOptions
 from ..training.setup import new_accelerator
+from .environment import environment
 from .folder import claim_folder
 from .identity import Parts, of_examples, of_parts, of_student, of_teacher, remember
 from .plain import plain
@@ -112,6 +113,7 @@ def distill(
     with nullcontext() if place is None else files.locked(place), bars as progress, ExitStack() as stack:
         if place is not None:
             claim_folder(place, "training.yaml", settings, identity, within="training")
+            files.write_json(place / "environment.json", environment())
             stack.callback(remember, parts, place, identity)
         return fit(
             network,

@@ -18,6 +18,8 @@ IDENTITY = "identity.json"
 REMEDY = "choose another folder (--out, in Python `folder`), or delete it"
 BEFORE_TRAINING = {"environment.json", IDENTITY}
 """What a run writes, with its recipe, before it trains."""
+PLACES = {"data": ("root",), "student": ("checkpoint",), "teacher": ("checkpoint", "cache")}
+"""Fields of a recipe that are paths: an identity holds what is there, and a folder may be moved."""
 
 
 def folder_matches(
@@ -47,12 +49,24 @@ def folder_matches(
         if not free:
             raise UserError(f"{folder} already holds other files; {REMEDY}")
         return False
-    found = list(differences(stored(folder / name, type(recipe), notes), normal(asdict(recipe)), within))
+    there, here = stored(folder / name, type(recipe), notes), normal(asdict(recipe))
+    if identity is not None:
+        there, here = _without_places(there), _without_places(here)
+    found = list(differences(there, here, within))
     if found and not free:
         raise other(folder, f"another recipe, {name}", found)
     if found or identity is None:
         return not found
     return identity_matches(folder, identity, free=present <= {name, *BEFORE_TRAINING})
+
+
+def _without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        part: {key: value for key, value in fields.items() if key not in PLACES[part]}
+        if part in PLACES and isinstance(fields, Mapping)
+        else fields
+        for part, fields in recipe.items()
+    }
 
 
 def identity_matches(folder: Path, identity: Identity, *, free: bool = False) -> bool:
@@ -102,6 +116,8 @@ def claim_folder(
 ) -> bool:
     """Create a folder and write recipe and identity into it, unless they are there already.
 
+    A recipe with other paths to the same content replaces the one that is there.
+
     Every process compares, and the main one writes.
 
     Args:
@@ -120,9 +136,9 @@ def claim_folder(
     processes().wait_for_everyone()
     matches = not replace and folder_matches(folder, name, recipe, identity, within=within, **notes)
     processes().wait_for_everyone()  # no process may write before all have checked the folder
-    if not matches and processes().is_main_process:
+    if processes().is_main_process and not (matches and identity is None):
         files.make_folder(folder)
-        if identity is not None:  # first: a recipe without it would be of an earlier version
+        if identity is not None and not matches:  # first: without it a recipe would be of an earlier version
             files.write_json(folder / IDENTITY, identity)
         files.write_text(folder / name, dump_yaml({**asdict(recipe), **notes}))
     processes().wait_for_everyone()

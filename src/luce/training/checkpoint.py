@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from .weights import read_weights as read_weights
 
 State = dict[str, Any]
 ASIDE = ".checkpoint.part"
+NAME = re.compile(r"checkpoint-([0-9]+)")
 
 BEST, LAST, DESCRIPTION = "student.safetensors", "student-last.safetensors", "student.json"
 RESTORE = "restore it from a copy, or train again in another folder"
@@ -103,8 +105,9 @@ def clear(folder: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    # By number: as text checkpoint-10 comes before checkpoint-9.
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    # Not a copy such as `checkpoint-9.bak`. By number: as text checkpoint-10 comes before checkpoint-9.
+    epochs = {path: int(found[1]) for path in folder.glob("*") if (found := NAME.fullmatch(path.name))}
+    return sorted(epochs, key=epochs.__getitem__)
 
 
 def export(path: Path, weights: Mapping[str, Tensor]) -> None:

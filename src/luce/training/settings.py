@@ -8,6 +8,9 @@ from typing import Literal
 
 from ..errors import UserError
 
+MOST = 2**31 - 1
+"""Most epochs, rows of a batch, and batches of a step."""
+
 
 @dataclass
 class TrainingOptions:
@@ -58,8 +61,9 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"expected `training.{name}` to be at least 1, got {getattr(self, name)}")
+            if not 1 <= (value := getattr(self, name)) <= MOST:
+                bound = f"at least 1, got {value}" if value < 1 else f"at most {MOST}, got {value}"
+                raise UserError(f"expected `training.{name}` to be {bound}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"expected `training.seed` in 0 .. 2**32 - 1, got {self.seed}")
         for name in ("lr", "gamma", "clip_norm", "patience"):
