@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from luce import cli, log
@@ -20,6 +22,22 @@ def test_a_command_prints_each_message_once(
     assert cli.main(["train"]) == 0
     assert capsys.readouterr().err == "luce train: read 3 files\nluce train: warning: two are empty\n"
     assert not [handler for handler in log.LOGGER.handlers if isinstance(handler, cli._Messages)]
+
+
+def test_a_command_prints_a_warning_of_luce_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+
+    def command(*_: object) -> int:
+        lines.extend(warnings.formatwarning("two\n  lines", UserWarning, file, 3) for file in files)
+        return 0
+
+    files = (log.__file__, pytest.__file__)
+    monkeypatch.setattr(cli, "_run", command)
+    before = warnings.formatwarning
+    assert cli.main(["train"]) == 0
+    assert warnings.formatwarning is before
+    assert lines[0] == "luce train: warning: two lines\n"
+    assert lines[1].startswith(f"{pytest.__file__}:3: UserWarning: two")
 
 
 def test_other_processes_say_nothing(

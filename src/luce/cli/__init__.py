@@ -12,8 +12,10 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .. import stops
@@ -32,6 +34,8 @@ COMMANDS = {
     "check": "test a loss against the laws of distillation losses",
     "info": "show versions, devices, and the optional packages that are installed",
 }
+PACKAGE = Path(__file__).parents[1]
+"""Of Luce; a warning with a place outside is of another package."""
 RESUMES = ("train", "distill", "compare")
 """Commands that write checkpoints."""
 
@@ -144,13 +148,22 @@ class _Messages(logging.Handler):
 
 @contextmanager
 def _messages_on_stderr(command: str) -> Iterator[None]:
+    """Print messages of `luce.log` and Python's warnings of Luce alike, each in one line."""
     logger, handler = logging.getLogger("luce"), _Messages(command)
-    level = logger.level
+    level, with_place = logger.level, warnings.formatwarning
+
+    def in_one_line(message: Any, category: type[Warning], file: str, *place: Any) -> str:
+        if not Path(file).is_relative_to(PACKAGE):
+            return with_place(message, category, file, *place)
+        return f"luce {command}: warning: {' '.join(str(message).split())}\n"
+
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    warnings.formatwarning = in_one_line  # type: ignore[assignment]
     try:
         yield
     finally:
+        warnings.formatwarning = with_place
         logger.removeHandler(handler)
         logger.setLevel(level)
 
