@@ -301,7 +301,7 @@ def test_what_is_refused():
         with pytest.raises(error, match=message):
             spectral_norm(wrong)
     for options, message in (
-        ({"iterations": 0}, "`iterations` to be an integer of at least 1, got 0"),
+        ({"iterations": 0}, "`iterations` to be an integer of at least 1 and at most 10000, got 0"),
         ({"algorithm": "svd"}, "`algorithm` to be one of 'lanczos', 'power', got 'svd'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -495,3 +495,20 @@ def test_a_bad_option_is_refused_when_the_module_is_made(module, option, wrong):
     with pytest.raises(ValueError, match=f"`{option}`") as caught:
         module(**{option: wrong})
     assert repr(wrong) in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**60])
+def test_a_relative_term_neither_overflows_nor_vanishes(size):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        [torch.randn(3, channels, 4, 4, generator=generator) for channels in (2, 5)] for _ in range(2)
+    )
+    student = [part.requires_grad_() for part in student]
+    scaled = [(size * part.detach()).requires_grad_() for part in student]
+    expected = lipschitz_loss(student, teacher, relative=True)
+    value = lipschitz_loss(scaled, [size * part for part in teacher], relative=True)
+    assert torch.equal(value, expected)  # a power of two
+    for gradient, other in zip(
+        torch.autograd.grad(value, scaled), torch.autograd.grad(expected, student), strict=True
+    ):
+        assert torch.equal(size * gradient, other)

@@ -197,15 +197,34 @@ def lipschitz_loss(
         _features.maps(s, t, pooled=False) for s, t in zip(student_features, teacher_features, strict=True)
     ]
     terms = []
-    for k, (first, second) in enumerate(pairwise(stages), 1):
+    for k, (first, second) in enumerate(pairwise(_scaled(*stage) for stage in stages), 1):
         s, t = (
             spectral_norm(transmitting_matrix(*pair), iterations=iterations, algorithm=algorithm)
-            for pair in zip(first, second, strict=True)
+            for pair in zip(first[:2], second[:2], strict=True)
         )
         difference = s - t
         if relative:
             # The inner `where` keeps the NaN of 0 / 0 out of the gradient of the branch that is not chosen.
             difference = torch.where(t == 0, 0, difference / torch.where(t == 0, 1, t))
+        else:
+            difference = difference * first[2] * second[2]
         # A power of two, so that the division is exact.
         terms.append(difference.square().mean() / 2 ** (len(stages) - k))
     return torch.stack(terms).sum()
+
+
+def _scaled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Divide two maps by a number per row that brings their entries to at most 1; return it too, ``(N,)``.
+
+    Products of maps then overflow nowhere, and a ratio of norms stays as it is. The number is a power of two,
+    by which a division is exact.
+    """
+    student, teacher = (x.to(wide_dtype(student, teacher)) for x in (student, teacher))
+    largest = torch.maximum(*(x.detach().flatten(1).abs().amax(1) for x in (student, teacher)))
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    power = torch.where(power.isfinite(), power, 1)
+    return (
+        student / power.view(-1, *[1] * (student.ndim - 1)),
+        teacher / power.view(-1, *[1] * (teacher.ndim - 1)),
+        power,
+    )
