@@ -181,6 +181,15 @@ def test_a_folder_is_not_taken_for_another_training(tmp_path) -> None:
         distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, folder=tmp_path, lr=0.5)
 
 
+def test_a_folder_with_other_files_is_left_as_it_is(tmp_path) -> None:
+    for name in ("film", ".film.part"):
+        (tmp_path / name).write_text("mine")
+    dataset, teacher = toy(64)
+    with pytest.raises(UserError, match="already holds other files"):
+        distill(nn.Linear(FEATURES, CLASSES), teacher, dataset, folder=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"film", ".film.part"}
+
+
 def test_calls_repeat_themselves_whatever_was_drawn_before() -> None:
     dataset, teacher = toy(64)
     weights = []

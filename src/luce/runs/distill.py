@@ -32,7 +32,7 @@ from ..training.rows import check_rows
 from ..training.settings import TrainingOptions
 from ..training.setup import new_accelerator
 from .environment import environment
-from .folder import claim_folder
+from .folder import claim_folder, folder_matches
 from .identity import Parts, of_examples, of_parts, of_student, of_teacher, remember
 from .plain import plain
 
@@ -106,6 +106,7 @@ def distill(
             data["order of the teacher's logits"] = order.tolist()
         data["validation"] = None if validation is None else of_examples(validation)
         identity = {"data": data, **of_parts(parts, place)}
+        folder_matches(place, "training.yaml", settings, identity, within="training")  # else left as it is
     network = Classifier(student)
     accelerator = new_accelerator(settings, place)
     check_rows(method, network, source, train, validation, accelerator.device)
