@@ -21,7 +21,7 @@ def test_a_command_prints_each_message_once(
     monkeypatch.setattr(cli, "_run", command)
     assert cli.main(["train"]) == 0
     assert capsys.readouterr().err == "luce train: read 3 files\nluce train: warning: two are empty\n"
-    assert not [handler for handler in log.LOGGER.handlers if isinstance(handler, cli._Messages)]
+    assert not log.LOGGER.handlers
 
 
 def test_a_command_prints_a_warning_of_luce_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

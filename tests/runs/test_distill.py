@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import luce
+from luce import log
 from luce.errors import UserError
 from luce.runs.distill import _examples
 
@@ -463,3 +464,13 @@ def test_a_teacher_of_other_classes_is_refused() -> None:
     teacher.class_names = ("x", "y", "z")
     with pytest.raises(UserError, match=r"got `x`, `y`, `z` .* or correct the teacher's `class_names`"):
         distill(nn.Linear(FEATURES, CLASSES), teacher, Named(*"abc"))
+
+
+def test_messages_appear_with_the_progress_unless_the_program_handles_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = TensorDataset(torch.randn(16, 8), torch.arange(16) % 4)
+    for handled, shown, lines in ((False, True, 1), (False, False, 0), (True, True, 0)):
+        monkeypatch.setattr(log.LOGGER, "hasHandlers", lambda handled=handled: handled)
+        luce.distill(nn.Linear(8, 4), nn.Linear(8, 4), data, epochs=1, show_progress=shown)
+        assert capsys.readouterr().err.count("luce.distill: `train_data`: 16 rows, 4 classes") == lines

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
 import os
 import shlex
 import sys
@@ -131,41 +130,24 @@ def _of_memory(error: Exception) -> bool:
     )
 
 
-class _Messages(logging.Handler):
-    """Prints each message of `luce.log` once; a comparison repeats those of its runs."""
-
-    def __init__(self, command: str) -> None:
-        super().__init__()
-        self.command, self.printed = command, set[str]()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        kind = "warning: " if record.levelno >= logging.WARNING else ""
-        line = f"luce {self.command}: {kind}{record.getMessage()}"
-        if line not in self.printed:
-            self.printed.add(line)
-            print(line, file=sys.stderr)
-
-
 @contextmanager
 def _messages_on_stderr(command: str) -> Iterator[None]:
     """Print messages of `luce.log` and Python's warnings of Luce alike, each in one line."""
-    logger, handler = logging.getLogger("luce"), _Messages(command)
-    level, with_place = logger.level, warnings.formatwarning
+    from .. import log
+
+    with_place = warnings.formatwarning
 
     def in_one_line(message: Any, category: type[Warning], file: str, *place: Any) -> str:
         if not Path(file).is_relative_to(PACKAGE):
             return with_place(message, category, file, *place)
         return f"luce {command}: warning: {' '.join(str(message).split())}\n"
 
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     warnings.formatwarning = in_one_line  # type: ignore[assignment]
     try:
-        yield
+        with log.on_stderr(f"luce {command}"):
+            yield
     finally:
         warnings.formatwarning = with_place
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def _run(name: str, argv: Sequence[str]) -> int:

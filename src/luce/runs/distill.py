@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -62,7 +61,7 @@ def distill(
             parameters of a module are trained too. Or a method, such as `luce.methods.FeatureMethod`.
         folder: For metrics and checkpoints; a second call with the same folder, loss, networks, data and
             options resumes from the last checkpoint. None keeps everything in memory.
-        show_progress: Whether to show a progress bar.
+        show_progress: Whether to show a progress bar, and what `luce.log` says on the error stream.
         options: Fields of `luce.training.TrainingOptions`, such as ``epochs`` and ``lr``.
     Returns:
         One record per epoch in ``history``, and the best epoch with its weights.
@@ -78,41 +77,43 @@ def distill(
         >>> [line["epoch"] for line in fitted.history]
         [1, 2]
     """
-    settings = parse(TrainingOptions, options, kind="option of luce.distill:")
-    _check_network("student", student)
-    if not isinstance(teacher, Teacher):
-        _check_network("teacher", teacher)
-    classes = stated_classes(train_data)
-    check_same_classes(classes, stated_classes(val_data), "`train_data` and `val_data`")
-    if val_data is train_data:
-        log.warning("`val_data` is `train_data`: the best epoch is chosen by rows that were trained on")
-    train = _examples(train_data, "train_data")
-    validation = None if val_data is None else _examples(val_data, "val_data")
-    place = None if folder is None else as_path(folder)
-    bars: AbstractContextManager[Progress | None] = progress_bars() if show_progress else nullcontext()
-    loss = PLDLoss() if loss is None else loss
-    method = loss if isinstance(loss, Method) else LogitMethod(loss)
-    parts: Parts = {
-        "loss": (loss, plain),
-        "student": (student, of_student),
-        "teacher": (teacher, of_teacher),
-    }
-    source = teacher if isinstance(teacher, Teacher) else _answering(teacher, classes)
-    identity: dict[str, Any] = {}
-    if place is not None:
-        data = {"classes": plain(classes), "train": of_examples(train)}
-        order = getattr(getattr(source, "network", None), "order", None)
-        if isinstance(order, Tensor):
-            data["order of the teacher's logits"] = order.tolist()
-        data["validation"] = None if validation is None else of_examples(validation)
-        identity = {"data": data, **of_parts(parts, place)}
-        folder_matches(place, "training.yaml", settings, identity, within="training")  # else left as it is
-    network = Classifier(student)
-    accelerator = new_accelerator(settings, place)
-    check_rows(method, network, source, train, validation, accelerator.device)
-    set_seed(settings.seed)
-    with nullcontext() if place is None else files.locked(place), bars as progress, ExitStack() as stack:
+    with ExitStack() as stack:
+        if show_progress and not log.LOGGER.hasHandlers():  # where the program prints no messages itself
+            stack.enter_context(log.on_stderr("luce.distill"))
+        settings = parse(TrainingOptions, options, kind="option of luce.distill:")
+        _check_network("student", student)
+        if not isinstance(teacher, Teacher):
+            _check_network("teacher", teacher)
+        classes = stated_classes(train_data)
+        check_same_classes(classes, stated_classes(val_data), "`train_data` and `val_data`")
+        if val_data is train_data:
+            log.warning("`val_data` is `train_data`: the best epoch is chosen by rows that were trained on")
+        train = _examples(train_data, "train_data")
+        validation = None if val_data is None else _examples(val_data, "val_data")
+        place = None if folder is None else as_path(folder)
+        loss = PLDLoss() if loss is None else loss
+        method = loss if isinstance(loss, Method) else LogitMethod(loss)
+        parts: Parts = {
+            "loss": (loss, plain),
+            "student": (student, of_student),
+            "teacher": (teacher, of_teacher),
+        }
+        source = teacher if isinstance(teacher, Teacher) else _answering(teacher, classes)
+        identity: dict[str, Any] = {}
         if place is not None:
+            data = {"classes": plain(classes), "train": of_examples(train)}
+            order = getattr(getattr(source, "network", None), "order", None)
+            if isinstance(order, Tensor):
+                data["order of the teacher's logits"] = order.tolist()
+            data["validation"] = None if validation is None else of_examples(validation)
+            identity = {"data": data, **of_parts(parts, place)}
+            folder_matches(place, "training.yaml", settings, identity, within="training")
+        network = Classifier(student)
+        accelerator = new_accelerator(settings, place)
+        check_rows(method, network, source, train, validation, accelerator.device)
+        set_seed(settings.seed)
+        if place is not None:
+            stack.enter_context(files.locked(place))
             claim_folder(place, "training.yaml", settings, identity, within="training")
             files.write_json(place / "environment.json", environment())
             stack.callback(remember, parts, place, identity)
@@ -125,7 +126,7 @@ def distill(
             options=settings,
             folder=place,
             accelerator=accelerator,
-            progress=progress,
+            progress=stack.enter_context(progress_bars()) if show_progress else None,
         )
 
 
