@@ -128,21 +128,27 @@ def kill(place: Path, work: str, out: Path, after: float, whole: Mapping[str, An
     _, said = process.communicate()
     if process.returncode:
         return Outcome("refused", said.strip().splitlines()[-1])
-    now = content(place / out)
+    now = content(place, out)
     different = sorted(name for name in now.keys() | whole.keys() if now.get(name) != whole.get(name))
     return Outcome("not equal", ", ".join(different)) if different else Outcome("equal")
 
 
-def content(folder: Path) -> dict[str, Any]:
-    """Return all files of a folder by name, without times; temporary ones too, which should not be there."""
-    return {str(path.relative_to(folder)): _read(path) for path in _files(folder)}
+def content(place: Path, out: Path) -> dict[str, Any]:
+    """Return all files of a folder by name, without times and the folder's own name.
+
+    Temporary ones too, which should not be there.
+    """
+    folder = place / out
+    return {str(path.relative_to(folder)): _read(path, out) for path in _files(folder)}
 
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file() and path.name not in REPORTS)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, out: Path) -> Any:
+    if path.suffix == ".yaml":
+        return path.read_text(encoding="utf-8").replace(str(out), "OUT")
     if path.name not in ("metrics.jsonl", "result.json"):
         return path.read_bytes()
     text = path.read_text(encoding="utf-8")
@@ -163,7 +169,7 @@ def study(place: Path, works: Sequence[str], kills: int, seed: int) -> dict[str,
         if process.returncode:
             raise SystemExit(f"{work}: {said}")
         seconds[work] = time.perf_counter() - started
-        wholes[work] = content(place / "whole" / work)
+        wholes[work] = content(place, Path("whole") / work)
     draw = random.Random(seed)
     table: dict[str, Counter[str]] = {work: Counter() for work in works}
     number = tries = 0

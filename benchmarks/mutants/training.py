@@ -140,8 +140,8 @@ TRAINING: tuple[Mutant, ...] = (
     mutant(
         "checkpoint/epoch 9 is later than epoch 10",
         RESUME,
-        'sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))',
-        'sorted(folder.glob("checkpoint-*"))',
+        "    return sorted(epochs, key=epochs.__getitem__)",
+        "    return sorted(epochs)",
     ),
     mutant(
         "checkpoint/older ones stay",

@@ -117,7 +117,7 @@ def test_the_help_lists_laws_adapters_and_groups(luce) -> None:
         (["mine"], "expected `module:callable`, such as luce:kd_loss, got `mine`"),
         (["nowhere:kd"], "could not import `nowhere`"),
         (["mine:kdd"], "unknown attribute of `mine` `kdd`; did you mean `kd`"),
-        (["mine:nothing"], "unknown attribute of `mine` `nothing`; known: F, kd\n"),
+        (["mine:nothing"], "unknown attribute of `mine` `nothing`; known: F, kd"),
         (["quits:kd"], "could not import `quits` for `quits:kd` (SystemExit: 3)"),
         (["mine:kd", "--adapter", "x"], "unknown adapter `x`; known: auto,"),
         (["mine:kd", "--adapter", "student"], "called as loss(student_logits, target) raised"),

@@ -254,7 +254,7 @@ def test_a_finished_run_says_so(make_recipe: Make, tmp_path: Path, caplog: pytes
     result = run(make_recipe(), tmp_path)
     assert "finished before" not in caplog.text
     assert run(make_recipe(), tmp_path) == result
-    assert f"finished before: {tmp_path}; its result is returned" in caplog.text
+    assert f"{tmp_path} was finished before, and nothing in it is trained again" in caplog.text
     identity = json.loads((tmp_path / "identity.json").read_text())
     assert identity["data"]["train"]["rows"] == 72
     assert identity["data"]["classes"] == ["0", "1", "2", "3"]

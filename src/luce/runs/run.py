@@ -84,7 +84,7 @@ def run(
 def _finished(recipe: Recipe, folder: Path, identity: Identity) -> dict[str, Any] | None:
     """Return the result of a finished run; None for a folder that is free or holds an interrupted one."""
     if folder_matches(folder, "recipe.yaml", recipe, identity) and (folder / "result.json").exists():
-        log.info(f"finished before: {folder}; its result is returned")
+        log.info(f"{folder} was finished before, and nothing in it is trained again")
         checkpoint.clear(folder)  # it may have been killed just before
         return read_json(folder / "result.json")
     return None
