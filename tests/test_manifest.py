@@ -47,6 +47,9 @@ def test_a_digest_belongs_to_each_file(tmp_path: Path) -> None:
     manifest.check(tmp_path)
     (tmp_path / "b").write_bytes(b"abc")
     manifest.check(tmp_path, ["a"])
+    (tmp_path / "c").touch()
+    with pytest.raises(UserError, match=r"digests\.json has no digest of c"):
+        manifest.check(tmp_path, ["c"])
     with pytest.raises(UserError, match=r"b is damaged.*; start again"):
         manifest.check(tmp_path, remedy="start again")
     (tmp_path / "b").unlink()

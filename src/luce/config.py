@@ -64,7 +64,7 @@ def as_path(path: Path | str) -> Path:
         >>> as_path("$DATA/a")
         Traceback (most recent call last):
         ...
-        luce.errors.UserError: expected a path without variables, got `$DATA/a`; write out the folder, or ~ for your own
+        luce.errors.UserError: expected a path without variables, got `$DATA/a`; write out ...
     """
     text = str(path)
     if path == "" or control_character(text):

@@ -55,5 +55,7 @@ def check(folder: Path, names: Collection[str] = (), *, remedy: str = "") -> Non
             intact = regular and digest.of_file(path) == known.get(name)
         except OSError as error:
             raise UserError(f"cannot read {path} ({files.reason(error)}){end}") from error
+        if name not in known:
+            raise UserError(f"{folder / NAME} has no digest of {name}{end}")
         if not intact:
             raise UserError(f"{path} is damaged: it differs from its digest in {NAME} beside it{end}")

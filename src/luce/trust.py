@@ -25,8 +25,8 @@ def trusts(trusted: Trusted, name: str) -> bool:
 def untrusted(source: Path, what: str) -> UserError:
     """Return the error for something that a file names and nobody trusts."""
     return UserError(
-        f"{source} names {what}; if you trust it, add --trusted (in Python trusted=True), "
-        "or give the same name in your own recipe or options"
+        f"{source} names {what}; if you trust it, give the same name in your own recipe or options, or "
+        "--trusted to a command that has this option (in Python trusted=True)"
     )
 
 

@@ -356,6 +356,11 @@ def test_folders_without_a_run(command: str, refuses, place: Path) -> None:
     assert "unknown option `--seeds`" in refuses(command, "--seeds")
 
 
+def test_a_report_of_nothing_says_what_writes_a_folder(refuses) -> None:
+    expected = "expected a folder that luce train, distill or compare has written, got runs/nowhere"
+    assert expected in refuses("report", "runs/nowhere")
+
+
 def test_evaluating_a_folder_without_a_recipe(refuses) -> None:
     assert "expected the folder of a finished run, got nowhere" in refuses("evaluate", "nowhere")
 

@@ -197,6 +197,13 @@ def test_a_finished_run_asks_no_server(remote: Make, tmp_path: Path, monkeypatch
     assert run(remote(training={"epochs": 1}), tmp_path / "run") == result
 
 
+def test_how_a_server_is_reached_makes_no_other_run(remote: Make, tmp_path: Path) -> None:
+    result = run(remote({"budget": ROWS}), tmp_path / "one")
+    assert run(remote({"budget": 2 * ROWS, "timeout": 9.0, "retries": 1}), tmp_path / "one") == result
+    with pytest.raises(UserError, match=r"differs in teacher\.test: False there, True here"):
+        run(remote({"budget": ROWS, "test": True}), tmp_path / "one")
+
+
 def test_rows_that_change_cost_each_time(
     remote: Make, network: Counting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -120,7 +120,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"teacher": box(answers="topk", top_k=2)},
         "teacher.answers: probs there, topk here; teacher.top_k: None there, 2 here",
     ),
-    "the student's weights": ({}, {"student": network(6)}, "student.weights"),
+    "the student's weights": ({}, {"student": network(6)}, "student.weights: .*; seed a new student by"),
     "the student's structure": ({}, {"student": network(1, nn.GELU)}, "student.architecture"),
     "the student's width": ({}, {"student": network(1, hidden=4)}, "student.architecture"),
     "what of the student is trained": ({}, {"student": frozen(1)}, r"student.frozen: \[\] there"),

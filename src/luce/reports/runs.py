@@ -184,7 +184,9 @@ def read_run(folder: Path | str) -> Run:
     """
     folder = as_path(folder)
     path = folder / "result.json"
-    if folder.is_dir() and not path.exists():
+    if not folder.is_dir():
+        raise UserError(f"expected a folder that luce train, distill or compare has written, got {folder}")
+    if not path.exists():
         raise UserError(f"{path} does not exist: the run has not finished; finish it or name another folder")
     result = read_json(path)
     with _fields_of(path):

@@ -18,8 +18,12 @@ IDENTITY = "identity.json"
 REMEDY = "choose another folder (--out, in Python `folder`), or delete it"
 BEFORE_TRAINING = {"environment.json", IDENTITY}
 """What a run writes, with its recipe, before it trains."""
-PLACES = {"data": ("root",), "student": ("checkpoint",), "teacher": ("checkpoint", "cache")}
-"""Fields of a recipe that are paths: an identity holds what is there, and a folder may be moved."""
+SERVICE = ("cache", "budget", "concurrency", "timeout", "retries", "token_env", "token_file")
+NOT_COMPARED = {"data": ("root",), "student": ("checkpoint",), "teacher": ("checkpoint", *SERVICE)}
+"""Fields of a recipe that change no number of a training.
+
+Of paths an identity holds the content, so that a folder may be moved; the others are how a server is reached.
+"""
 
 
 def folder_matches(
@@ -51,7 +55,7 @@ def folder_matches(
         return False
     there, here = stored(folder / name, type(recipe), notes), normal(asdict(recipe))
     if identity is not None:
-        there, here = _without_places(there), _without_places(here)
+        there, here = _compared(there), _compared(here)
     found = list(differences(there, here, within))
     if found and not free:
         raise other(folder, f"another recipe, {name}", found)
@@ -60,10 +64,10 @@ def folder_matches(
     return identity_matches(folder, identity, free=present <= {name, *BEFORE_TRAINING})
 
 
-def _without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _compared(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        part: {key: value for key, value in fields.items() if key not in PLACES[part]}
-        if part in PLACES and isinstance(fields, Mapping)
+        part: {key: value for key, value in fields.items() if key not in NOT_COMPARED[part]}
+        if part in NOT_COMPARED and isinstance(fields, Mapping)
         else fields
         for part, fields in recipe.items()
     }
@@ -101,7 +105,9 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 def other(folder: Path, content: str, found: list[str]) -> UserError:
     """Return the error for a folder that holds something else, with the differences between both."""
-    return UserError(f"{folder} already holds {content}; it differs in {named(found)}; {REMEDY}")
+    unseeded = [line.partition(":")[0] for line in found] == ["student.weights"]
+    seed = "seed a new student by torch.manual_seed before you make it, " if unseeded else ""
+    return UserError(f"{folder} already holds {content}; it differs in {named(found)}; {seed}{REMEDY}")
 
 
 def claim_folder(
