@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
+
+from luce import digest
 
 BASE: dict[str, Any] = {
     "data": {"name": "sklearn:digits", "validation": 0.2},
@@ -147,6 +150,10 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _read(path: Path, out: Path) -> Any:
+    if path.suffix == ".safetensors":  # whose metadata have no order
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return file.metadata(), digest.of_tensors(tensors)
     if path.suffix == ".yaml":
         return path.read_text(encoding="utf-8").replace(str(out), "OUT")
     if path.name not in ("metrics.jsonl", "result.json"):

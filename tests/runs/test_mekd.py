@@ -112,9 +112,8 @@ def test_an_interrupted_run_ends_in_the_same_numbers_and_asks_no_more(
     before = sum(asked)
     run(recipe, tmp_path / "cut")
     whole, cut = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
-    if recipe.teacher is not None and recipe.teacher.answers is not None:  # each process counts its own
-        assert whole["result"]["teacher"].pop("queries") == 60
-        assert cut["result"]["teacher"].pop("queries") == 0
+    if recipe.teacher is not None and recipe.teacher.answers is not None:
+        assert whole["result"]["teacher"]["queries"] == 60
     assert cut == whole
     if recipe.loss["pld"]["queries"] is not None:
         assert sum(asked) - before == in_whole - 60  # those about the test rows, for the report

@@ -43,6 +43,7 @@ SETTINGS = {
     },
     "labels alone": {"data": {"labels_per_class": 3}, "loss": {"pld": {"loss": "CrossEntropyLoss"}}},
     "a remembered teacher": {"teacher": {"cache_outputs": True}},
+    "a teacher that counts its queries": {"teacher": {"answers": "probs"}},
     "a loss with parameters and a standardized one": {
         "loss": {
             "pld": {"loss": "CTKDLoss", "classes": 4, "curriculum_epochs": 3},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -229,6 +229,12 @@ class LocalBlackBox(BlackBox):
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"queries": self.queries}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.queries = int(state["queries"])
 
     def account(self, name: str) -> LocalBlackBox:
         other = copy.copy(self)

@@ -49,6 +49,13 @@ class Teacher(ABC):
     def to(self, device: torch.device) -> None:
         """Compute on this device from now on."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a training that resumes must know of this teacher; empty for one that counts nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  most teachers have none
+        """Continue from the state of `state_dict`."""
+
     @property
     def kind(self) -> Kind:
         """Form of the answers; see `luce.signals.DenseSignal`."""

@@ -75,6 +75,7 @@ class Session:
         self.capabilities = method.capabilities
         manually = self.capabilities.optimizes_manually
         self.method_optimizers = {} if manually is None else manually.optimizers
+        self.source = teacher  # a method may ask it in its preparation only
         self.teacher = teacher if method.needs_teacher else None
         if self.teacher is not None:
             self.teacher.to(accelerator.device)
@@ -277,6 +278,7 @@ class Session:
         """Return the state that the accelerator does not save."""
         return {
             "step": self.step,
+            "teacher": {} if self.source is None else self.source.state_dict(),
             "method": self.method.state_dict(),
             "optimizers": {
                 name: optimizer.state_dict() for name, optimizer in self.method_optimizers.items()
@@ -289,6 +291,8 @@ class Session:
         for schedule in self.schedules:
             # The count is all that a schedule needs: the optimizer's state contains the rate itself.
             schedule.last_epoch = self.step
+        if self.source is not None:
+            self.source.load_state_dict(state["teacher"])
         self.method.load_state_dict(state["method"])
         self.method.to(self.accelerator.device)  # buffers that loading made are on the device that saved them
         for name, optimizer in self.method_optimizers.items():
