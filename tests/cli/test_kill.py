@@ -80,7 +80,7 @@ def test_a_killed_command_ends_in_the_files_of_an_uninterrupted_one(work: str, p
     whole = kills.start(prepared, work, Path("whole") / work)
     _, said = whole.communicate()
     assert whole.returncode == 0, said
-    seconds, files = time.perf_counter() - started, kills.content(prepared / "whole" / work)
+    seconds, files = time.perf_counter() - started, kills.content(prepared, Path("whole") / work)
     for share in (0.8, 0.6, 0.4, 0.2):  # the machine may be faster the second time
         outcome = kills.kill(prepared, work, Path(f"cut-{work}-{share}"), share * seconds, files)
         if outcome.kind != "finished before":

@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 for an error that the user can mend; 1 for a defect, of Luce or of the loss that
         ``luce check`` tests; 130 after Ctrl-C; 143 after SIGTERM.
     """
+    if argv is None:  # a process of its own
+        sys.unraisablehook = _unraisable
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
@@ -119,6 +121,13 @@ def _status(name: str, *rest: str, debug: bool) -> int:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         print(f"luce {name}: unexpected {reason}; --debug shows where, please report it", file=sys.stderr)
         return 1
+
+
+def _unraisable(ignored: sys.UnraisableHookArgs) -> None:
+    # A signal to all processes ends those that read data; PyTorch raises for it wherever Python is, also where
+    # an error can only be printed.
+    if not stops.READER_ENDED.search(str(ignored.exc_value)):
+        sys.__unraisablehook__(ignored)
 
 
 def _of_memory(error: Exception) -> bool:
