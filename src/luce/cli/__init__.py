@@ -124,8 +124,8 @@ def _status(name: str, *rest: str, debug: bool) -> int:
 
 
 def _unraisable(ignored: sys.UnraisableHookArgs) -> None:
-    # A signal to all processes ends those that read data; PyTorch raises for it wherever Python is, also where
-    # an error can only be printed.
+    # A signal to all processes ends those that read data. PyTorch raises for it wherever Python is, even
+    # where an error can only be printed.
     if not stops.READER_ENDED.search(str(ignored.exc_value)):
         sys.__unraisablehook__(ignored)
 
