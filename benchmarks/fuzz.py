@@ -138,7 +138,7 @@ class Fuzzer:
             torch.manual_seed(0)  # some draw a mask
             wide = torch.float64 if torch.float64 in (s[0].dtype, t[0].dtype) else torch.float32
             result = loss.to(wide)(s, t)
-            return sum(result.values()) if isinstance(result, dict) else result
+            return torch.stack([*result.values()]).sum() if isinstance(result, dict) else result
 
         return Call(str(case), run, student, teacher, right=rows > 0, more=f"{rows} rows {dtype}")
 
