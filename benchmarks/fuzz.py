@@ -219,7 +219,7 @@ def is_about_rows(message: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", allow_abbrev=False)
     parser.add_argument("--calls", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0, help="number of the first call")
+    parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--only", type=int, help="repeat one call, with its traceback")
     options = parser.parse_args(argv)
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings: dict[tuple[str, str], list[int]] = defaultdict(list)
     names: dict[int, str] = {}
     start, done = time.monotonic(), 0
-    for number in range(options.seed, options.seed + options.calls):
+    for number in range(options.first, options.first + options.calls):
         if time.monotonic() - start > options.seconds:
             break
         call, done = fuzzer.draw(number), done + 1
