@@ -398,7 +398,7 @@ def test_a_checkpoint_of_another_device_is_loaded_to_that_of_the_training() -> N
     saved.loss.prepare(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
     session = object.__new__(Session)
     session.method, session.method_optimizers = resumed, {}
-    session.schedules, session.average = [], None
+    session.schedules, session.average, session.source = [], None, None
     session.accelerator = SimpleNamespace(device=torch.device("meta"))
     session.load_state_dict({"step": 3, "method": saved.state_dict()})
     assert [buffer.device.type for buffer in resumed.buffers()] == ["meta"]
@@ -560,7 +560,7 @@ def test_a_training_broken_off_does_not_disturb_the_next() -> None:
 
     students = [linear(), linear()]
     train(students[0], examples(30), accumulate=2, validation=examples(7))
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserError, match="raised ZeroDivisionError"):
         train(linear(), examples(30), broken, accumulate=4, precision="bf16")
     train(students[1], examples(30), accumulate=2, validation=examples(7))
     assert torch.equal(students[0].weight, students[1].weight)
